@@ -1,0 +1,600 @@
+"""Llama 3 in plain PyTorch, over packed preference pairs: configuration, blocks, head, loading and saving.
+
+In reading order
+    InputError          what every file raises for a user's mistake
+    LlamaConfig         config.json, read strictly: what is not implemented here is refused by name
+    Segments, attention which packed rows attend to which; one function for every device
+    rope_tables, rotate rotary positions, with Llama 3.1's frequency scaling
+    RMSNorm, Attention, MLP, Block
+    target_logps        the head: log-probs of the scored tokens without fp32 logits
+    Llama               module names are the checkpoint's keys, so there is no name map
+    load_model, load_weights, save_model    Hugging Face directories, whole or one rank's rows of them
+ The model has no padding, no attention mask and no batch axis: everything is a row of T packed tokens, and `Segments`
+says where the sequences are. Norms, rotary tables and log-probs are computed in fp32 whatever the weights are (float64
+stays).
+ Left out: dropout (Llama 3 has none), attention and MLP biases, rope types other than Llama 3's, quantised weights,
+Meta's own consolidated.*.pth layout (its q and k rows are in another order), and a KV cache (eval.py generates).
+"""
+
+import inspect
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
+
+from asft import at_least_fp32
+
+
+class InputError(ValueError):
+    """A user's mistake. One line: what was found, what was wanted, and where (file and line, or file and key)."""
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+# Keys of config.json with one acceptable meaning. A checkpoint that says otherwise would load and compute nonsense.
+ONLY = {"hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False], "attention_dropout": [0],
+        "quantization_config": [None], "partial_rotary_factor": [1], "sliding_window": [None]}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of long wavelengths (rope type "llama3")."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The fields of config.json that matter, under its own names."""
+
+    vocab_size: int  # V
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_hidden_layers: int
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # G
+    head_dim: int  # K
+    max_position_embeddings: int  # tokens
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "LlamaConfig":
+        """Reads directory/config.json. Raises InputError naming the file and the key."""
+        return cls.from_dict(read_json(Path(directory) / "config.json"), Path(directory) / "config.json")
+
+    @classmethod
+    def from_dict(cls, raw: dict, where: str | Path = "config") -> "LlamaConfig":
+        """Checks a parsed config.json, of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
+        if not isinstance(raw, dict) or raw.get("model_type") != "llama":
+            found = raw.get("model_type") if isinstance(raw, dict) else raw
+            raise InputError(f"{where}: model_type is {found!r}, wanted 'llama'")
+        for key, accepted in ONLY.items():
+            if key in raw and raw[key] not in accepted:
+                raise InputError(f"{where}: {key} is {str(raw[key])[:80]!r}, which is not implemented; wanted {accepted[0]!r}")
+
+        def number(key: str, kind: type, default=None, source: dict = raw):
+            value = source.get(key, default)
+            value = default if value is None else value
+            ok = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+            if not ok or not 0 < value < 2**40:
+                raise InputError(f"{where}: {key} is {value!r}, wanted a positive {'whole ' * (kind is int)}number")
+            return kind(value)
+
+        def ids(key: str) -> tuple[int, ...]:
+            value = raw.get(key)
+            value = [] if value is None else value if isinstance(value, list) else [value]
+            if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
+                raise InputError(f"{where}: {key} is {raw[key]!r}, wanted a token id or a list of them")
+            return tuple(value)
+
+        tie = raw.get("tie_word_embeddings", False)
+        if not isinstance(tie, bool):
+            raise InputError(f"{where}: tie_word_embeddings is {tie!r}, wanted true or false")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+        if rope_type not in ("default", "llama3"):
+            raise InputError(f"{where}: rope type is {rope_type!r}, which is not implemented; wanted 'default' or 'llama3'")
+        scaling = None
+        if rope_type == "llama3":
+            scaling = RopeScaling(*(number(key, kind, source=rope) for key, kind in RopeScaling.__annotations__.items()))
+        heads = number("num_attention_heads", int)
+        config = cls(
+            **{key: number(key, int) for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
+            num_attention_heads=heads,
+            num_key_value_heads=number("num_key_value_heads", int, heads),
+            head_dim=number("head_dim", int, max(1, number("hidden_size", int) // heads)),
+            max_position_embeddings=number("max_position_embeddings", int),
+            rms_norm_eps=number("rms_norm_eps", float, 1e-6),  # transformers' default where the key is missing
+            rope_theta=number("rope_theta", float, 10_000.0, raw if "rope_theta" in raw else rope),  # likewise
+            rope_scaling=scaling, tie_word_embeddings=tie, bos_token_id=next(iter(ids("bos_token_id")), None),
+            eos_token_id=ids("eos_token_id"))
+        if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
+            raise InputError(f"{where}: wanted num_attention_heads ({heads}) to be a multiple of num_key_value_heads "
+                             f"({config.num_key_value_heads}), and head_dim ({config.head_dim}) to be even")
+        return config
+
+    def to_dict(self, dtype: torch.dtype) -> dict:
+        """What config.json holds for weights of `dtype`, in the form that transformers 4 and 5 and vLLM read."""
+        fields = {key: value for key, value in vars(self).items() if key != "rope_scaling"}
+        scaling = None if self.rope_scaling is None else {"rope_type": "llama3", **vars(self.rope_scaling)}
+        eos = list(self.eos_token_id) if len(self.eos_token_id) != 1 else self.eos_token_id[0]
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **fields, "eos_token_id": eos or None,
+                "rope_scaling": scaling, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+                "torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+# -------------------------------------------------------------------------------------------------------- attention
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which packed rows attend to which. Segment i's queries are rows query_starts[i] : query_starts[i+1], its keys the
+    rows named by key_row_N[key_starts[i] : key_starts[i+1]]; causal, aligned at the last query and the last key.
+
+    A pair [prompt, chosen, rejected] is two segments: prompt+chosen attends to itself, rejected to prompt ++ rejected.
+    """
+
+    query_starts: Tensor  # int32, number of segments + 1
+    key_starts: Tensor  # int32, the same length
+    key_row_N: Tensor | None  # int64 packed rows; None where the keys are the rows themselves
+    longest: int  # an upper bound of every segment's keys. Constant over a run: compiled kernels specialise on it
+
+    def to(self, device: torch.device | str) -> "Segments":
+        rows = None if self.key_row_N is None else self.key_row_N.to(device)
+        return Segments(self.query_starts.to(device), self.key_starts.to(device), rows, self.longest)
+
+
+# torch 2.11 groups query heads unasked; 2.13 refuses unequal head counts unless told.
+VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments) -> Tensor:
+    """Softmax attention within each segment; returns (T, H, K). Query head h reads key head h // (H / G).
+
+    The loop over `scaled_dot_product_attention` defines the result; CUDA's variable-length flash kernel, which takes
+    half types only, must equal it up to rounding (tests/gpu.py). Causal means bottom-right aligned: SDPA's own
+    `is_causal` is aligned at the top left where the lengths differ, which would show a rejected token its first prompt
+    tokens alone.
+    """
+    if segments.key_row_N is not None:
+        # index_select, since its backward is one index-add; indexing with [] would sort.
+        k_TGK, v_TGK = k_TGK.index_select(0, segments.key_row_N), v_TGK.index_select(0, segments.key_row_N)
+    if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16):
+        return varlen_attn(q_THK, k_TGK, v_TGK, segments.query_starts, segments.key_starts, segments.longest, segments.longest,
+                           window_size=(-1, 0), **VARLEN_GQA)
+    query_lengths, key_lengths = segments.query_starts.diff().tolist(), segments.key_starts.diff().tolist()
+    outputs = []
+    for q, k, v in zip(q_THK.split(query_lengths), k_TGK.split(key_lengths), v_TGK.split(key_lengths), strict=True):
+        n_q, n_k = len(q), len(k)
+        mask = None if n_q == n_k else torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril(n_k - n_q)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def rope_frequencies(config: LlamaConfig, device: torch.device | str = "cpu") -> Tensor:
+    """Angle per position, fp32, one for each of the K/2 rotated pairs; with Llama 3.1's scaling where the config has
+    it."""
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    frequency = 1.0 / config.rope_theta**half
+    if (scaling := config.rope_scaling) is None:
+        return frequency
+    # Wavelengths beyond the original context are stretched by `factor`, short ones kept, the range between blended.
+    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0, 1)
+    return (1 - blend) * frequency / scaling.factor + blend * frequency
+
+
+def rope_tables(config: LlamaConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of shape (T, 1, K/2), fp32. Computed anew each forward pass (it is cheap) rather than kept as a
+    buffer, which a model built on the meta device would have to remember to fill."""
+    angles = positions_T[:, None, None].float() * rope_frequencies(config, positions_T.device)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates component i with component i + K/2: the order of the Hugging Face layout. fp32 inside, x's dtype
+    outside."""
+    first, second = x_THK.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_THK.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------ blocks
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in fp32, cast back, *then* scaled: the order matters in bf16, and it is Llama's."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        x = at_least_fp32(x_TD)
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)).to(x_TD.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: H query heads share G key/value heads."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
+        q_THK, k_TGK, v_TGK = (p(x_TD).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        out_THK = attention(rotate(q_THK, *rope), rotate(k_TGK, *rope), v_TGK, segments)
+        return self.o_proj(out_THK.flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+class Block(nn.Module):
+    """A layer: pre-norm attention and pre-norm MLP, each added to the residual."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, segments)
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
+
+# -------------------------------------------------------------------------------------------------------------- head
+
+CHUNK_ELEMENTS = 2**24  # logits that exist in fp32 at one time (64 MiB)
+
+
+class _TargetLogps(torch.autograd.Function):
+    """log softmax(hidden @ weight.T)[target], whose backward turns the kept logits into their own gradient, in
+    place."""
+
+    @staticmethod
+    def forward(ctx, hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor) -> Tensor:
+        chunk = max(1, CHUNK_ELEMENTS // len(weight_VD))
+        keep = any(ctx.needs_input_grad)
+        logits_SV = hidden_SD @ weight_VD.T if keep else None
+        logp_S, lse_S = [], []
+        for i in range(0, len(target_S), chunk):
+            logits_CV = at_least_fp32(logits_SV[i:i + chunk] if keep else hidden_SD[i:i + chunk] @ weight_VD.T)
+            lse_S.append(logits_CV.logsumexp(-1))
+            logp_S.append(logits_CV.gather(-1, target_S[i:i + chunk, None])[:, 0] - lse_S[-1])
+        if keep:
+            ctx.save_for_backward(hidden_SD, weight_VD, target_S, torch.cat(lse_S))
+            ctx.logits_SV, ctx.chunk = logits_SV, chunk
+        return torch.cat(logp_S)
+
+    @staticmethod
+    def backward(ctx, grad_S: Tensor):
+        hidden_SD, weight_VD, target_S, lse_S = ctx.saved_tensors
+        if ctx.logits_SV is None:
+            raise RuntimeError("the head's backward pass consumes its logits: it can run once")
+        grad_SV, ctx.logits_SV = ctx.logits_SV, None
+        for i in range(0, len(target_S), ctx.chunk):
+            rows = slice(i, i + ctx.chunk)
+            # d logp / d logits = onehot(target) - softmax
+            grad_CV = at_least_fp32(grad_SV[rows]).sub_(lse_S[rows, None]).exp_().mul_(-grad_S[rows, None])
+            grad_CV.scatter_add_(1, target_S[rows, None], grad_S[rows, None])
+            grad_SV[rows] = grad_CV
+        return grad_SV @ weight_VD, grad_SV.T @ hidden_SD, None
+
+
+def target_logps(hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor) -> Tensor:
+    """log softmax(hidden @ weight.T)[target]: (S,), fp32 (float64 for float64).
+
+    Holds S x V logits once, in the dtype of the weights, and no fp32 copy of them beyond a chunk; three matrix
+    products, nothing recomputed. Where no gradient is wanted it holds one chunk alone. `backward` runs once: it
+    overwrites the logits.
+    """
+    return _TargetLogps.apply(hidden_SD, weight_VD, target_S)
+
+
+class Head(nn.Linear):
+    """An untied head. A module with a weight of its own, so that it is sharded and gathered like any other."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, hidden_SD: Tensor, target_S: Tensor | None = None) -> Tensor:
+        """Log-probs of the targets; without targets, the logits."""
+        return super().forward(hidden_SD) if target_S is None else target_logps(hidden_SD, self.weight, target_S)
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+
+class Llama(nn.Module):
+    """Llama 3. Calling it on a packed batch gives what every loss takes: the log-probs of each response."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.checkpoint_blocks = False  # True: keep each block's input alone and recompute the block in backward
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        # A tied model has no head of its own, rather than an alias of the embedding that conversions may break.
+        self.lm_head = None if config.tie_word_embeddings else Head(config)
+
+    def forward(self, batch) -> tuple[Tensor, Tensor]:
+        """batch: a data.Batch. Returns mean_R and sum_R, the mean and summed log-prob of each response in nats, at
+        least fp32.
+
+        Responses 2i and 2i+1 are the chosen and the rejected one of pair i. The packed equal of asft.response_logps.
+        """
+        hidden_TD = self._hidden(batch.tokens_T, batch.positions_T, batch.segments)
+        logp_S = self._head(hidden_TD.index_select(0, batch.scored_row_S), batch.target_S)
+        sum_R = logp_S.new_zeros(len(batch.length_R)).index_add(0, batch.response_S, logp_S)
+        return sum_R / batch.length_R, sum_R
+
+    def logits(self, tokens_T: Tensor) -> Tensor:
+        """Logits (T, V) of one plain sequence, in the dtype of the weights: row t predicts token t+1."""
+        ends = torch.tensor([0, len(tokens_T)], dtype=torch.int32, device=tokens_T.device)
+        positions_T = torch.arange(len(tokens_T), device=tokens_T.device)
+        return self._head(self._hidden(tokens_T, positions_T, Segments(ends, ends, None, len(tokens_T))))
+
+    def _hidden(self, tokens_T: Tensor, positions_T: Tensor, segments: Segments) -> Tensor:
+        x_TD = self.model["embed_tokens"](tokens_T)
+        rope = rope_tables(self.config, positions_T)
+        for block in self.model["layers"]:
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x_TD = checkpoint(block, x_TD, rope, segments, use_reentrant=False)
+            else:
+                x_TD = block(x_TD, rope, segments)
+        return x_TD
+
+    def _head(self, hidden_SD: Tensor, target_S: Tensor | None = None) -> Tensor:
+        hidden_SD = self.model["norm"](hidden_SD)
+        if self.lm_head is not None:
+            return self.lm_head(hidden_SD, target_S)
+        weight_VD = self.model["embed_tokens"].weight
+        return F.linear(hidden_SD, weight_VD) if target_S is None else target_logps(hidden_SD, weight_VD, target_S)
+
+
+# -------------------------------------------------------------------------------------------------- loading and saving
+
+FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the dtypes that can be weights
+SHARD_BYTES = 5_000_000_000
+COMPANIONS = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "tokenizer.model",
+              "chat_template.jinja", "chat_template.json"]  # copied beside saved weights
+
+
+def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Llama:
+    """A whole model from a Hugging Face directory, strictly: see `load_weights` for what is refused."""
+    config = LlamaConfig.load(directory)
+    check_weights(directory, config)  # before anything of the size that config.json asks for is allocated
+    with torch.device("meta"):
+        model = Llama(config)
+    model.to(dtype).to_empty(device=device)
+    load_weights(model, directory)
+    return model
+
+
+def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of every tensor of a checkpoint, without building the model."""
+    width, keys = config.hidden_size, config.num_key_value_heads * config.head_dim
+    queries, ffn = config.num_attention_heads * config.head_dim, config.intermediate_size
+    block = {"input_layernorm": (width,), "self_attn.q_proj": (queries, width), "self_attn.k_proj": (keys, width),
+             "self_attn.v_proj": (keys, width), "self_attn.o_proj": (width, queries), "post_attention_layernorm": (width,),
+             "mlp.gate_proj": (ffn, width), "mlp.up_proj": (ffn, width), "mlp.down_proj": (width, ffn)}
+    shapes = {"model.embed_tokens.weight": (config.vocab_size, width)}
+    for i in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in block.items()}
+    shapes["model.norm.weight"] = (width,)
+    return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": (config.vocab_size, width)}
+
+
+def check_weights(directory: str | Path, config: LlamaConfig) -> dict[str, Path]:
+    """Where each key lies: key -> file. Reads headers alone, and refuses (InputError) a directory in which not every
+    expected key is there once, in the right shape and in a floating dtype, or in which anything else is, but for
+    `rotary_emb.inv_freq` (old exports have it; it is derived) and the spare `lm_head.weight` of a tied model."""
+    files, found = _weight_files(Path(directory)), {}
+    for path, keys in files.items():
+        with _open(path) as file:
+            there = set(file.keys())
+            if keys is not None and there != keys:
+                odd = sorted(there ^ keys)[0]
+                raise InputError(f"{path}: key {odd} is in the {'index' if odd in keys else 'file'} alone")
+            for key in there:
+                if not key.endswith("rotary_emb.inv_freq"):
+                    found[key] = (path, tuple(file.get_slice(key).get_shape()), file.get_slice(key).get_dtype())
+    layers = len({key.split(".")[2] for key in found if key.startswith("model.layers.")})
+    if layers != config.num_hidden_layers:
+        raise InputError(f"{directory}: config.json says num_hidden_layers {config.num_hidden_layers}, "
+                         f"the weights have model.layers of {layers}")
+    expected = expected_shapes(config)
+    for key, shape in expected.items():
+        if key not in found:
+            raise InputError(f"{directory}: key {key} is missing from {', '.join(p.name for p in list(files)[:4])}")
+        path, found_shape, dtype = found[key]
+        if found_shape != shape:
+            raise InputError(f"{path}: key {key} has shape {found_shape}, config.json wants {shape}")
+        if dtype not in FLOATS:
+            raise InputError(f"{path}: key {key} is stored as {dtype}, wanted one of {', '.join(sorted(FLOATS))}")
+    spare = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if extra := sorted(found.keys() - expected.keys() - spare):
+        raise InputError(f"{found[extra[0]][0]}: key {extra[0]} is not one of this model's ({len(extra)} such)")
+    return {key: path for key, (path, _, _) in found.items()}
+
+
+@torch.no_grad()
+def load_weights(model: Llama, directory: str | Path) -> None:
+    """Fills `model` from a Hugging Face directory: model.safetensors, or model.safetensors.index.json and its shards.
+
+    Whole tensors, or, where a parameter is sharded (DTensor), this rank's own rows alone: no full copy anywhere, no
+    broadcast. The stored dtype is converted to the parameter's. Raises InputError, naming file and key, for all that
+    `check_weights` refuses, and where a tied model's spare `lm_head.weight` differs from its embedding.
+    """
+    places = check_weights(directory, model.config)
+    parameters = dict(model.named_parameters())
+    for path in dict.fromkeys(places.values()):
+        with _open(path) as file:
+            for key in (key for key, place in places.items() if place == path and key in parameters):
+                local, rows = _local_rows(parameters[key])
+                local.copy_(file.get_slice(key)[rows])
+    if model.lm_head is None and "lm_head.weight" in places:
+        local, rows = _local_rows(parameters["model.embed_tokens.weight"])
+        with _open(places["lm_head.weight"]) as file:
+            if not torch.equal(file.get_slice("lm_head.weight")[rows].to(local), local):
+                raise InputError(f"{places['lm_head.weight']}: lm_head.weight differs from model.embed_tokens.weight, "
+                                 "but config.json says tie_word_embeddings")
+
+
+def save_model(model: Llama, directory: str | Path, *, dtype: torch.dtype = torch.bfloat16,
+               source: str | Path | None = None) -> None:
+    """Writes a Hugging Face model directory that transformers and vLLM load; every rank of a sharded model must call
+    it.
+
+    Weights in `dtype`, in files of at most 5 GB with an index where there are several; tokenizer and generation files
+    are copied from `source`. Written to a directory aside, flushed, and renamed when whole: `directory` never holds
+    half a model. Rank 0 writes, and holds one file's tensors at a time. Raises InputError where `directory` exists.
+    """
+    directory = Path(directory)
+    if directory.exists():
+        raise InputError(f"{directory} exists; a model is saved to a fresh directory")
+    writer = not dist.is_initialized() or dist.get_rank() == 0
+    aside = directory.with_name(f".{directory.name}.partial")
+    files, used = [[]], 0
+    for key, parameter in model.named_parameters():
+        size = parameter.numel() * dtype.itemsize
+        if files[-1] and used + size > SHARD_BYTES:
+            files.append([])
+            used = 0
+        files[-1].append((key, parameter))
+        used += size
+    names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    names = ["model.safetensors"] if len(files) == 1 else names
+    if writer:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    for name, parameters in zip(names, files, strict=True):
+        tensors = {}
+        for key, parameter in parameters:
+            tensor = parameter.detach().to(dtype)
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # a collective: on every rank
+            if writer:
+                tensors[key] = tensor.cpu().contiguous()
+        if writer:
+            save_file(tensors, aside / name, metadata={"format": "pt"})
+    if writer:
+        (aside / "config.json").write_text(json.dumps(model.config.to_dict(dtype), indent=2) + "\n")
+        if len(files) > 1:
+            index = {"metadata": {"total_size": sum(p.numel() * dtype.itemsize for p in model.parameters())},
+                     "weight_map": {key: name for name, part in zip(names, files, strict=True) for key, _ in part}}
+            (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        for name in COMPANIONS:
+            if source is not None and (Path(source) / name).is_file():
+                shutil.copyfile(Path(source) / name, aside / name)
+        for path in [*aside.iterdir(), aside]:
+            flush(path)
+        aside.rename(directory)
+        flush(directory.parent)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def flush(path: Path) -> None:
+    """Makes a written file, or a directory's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path):
+    """A parsed JSON file; InputError where it is missing or is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; wanted a Hugging Face model directory") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+
+
+def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
+    """Weight file -> the keys its index gives it (None: a single file, without index)."""
+    index_path = directory / "model.safetensors.index.json"
+    if not index_path.exists():
+        return {directory / "model.safetensors": None}
+    index = read_json(index_path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()) or not weight_map:
+        raise InputError(f"{index_path}: wanted a weight_map of key to file name")
+    files: dict[Path, set[str] | None] = {}
+    for key, name in weight_map.items():
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise InputError(f"{index_path}: key {key} lies in {name!r}, wanted a file name in the same directory")
+        files.setdefault(directory / name, set()).add(key)
+    return files
+
+
+def _open(path: Path):
+    """safe_open, with errors that a user can act on."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                raise InputError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` or download the file")
+        return safe_open(path, framework="pt")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; wanted a safetensors file") from None
+    except SafetensorError as error:
+        raise InputError(f"{path}: truncated or not a safetensors file ({error})") from None
+
+
+def _local_rows(parameter: Tensor) -> tuple[Tensor, slice]:
+    """What this rank holds of a parameter, and which rows of the whole tensor that is: FSDP2 splits like
+    torch.chunk."""
+    if not isinstance(parameter, DTensor):
+        return parameter, slice(0, len(parameter))
+    rows = slice(0, len(parameter))
+    for axis, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard):
+            chunk = math.ceil(len(parameter) / parameter.device_mesh.size(axis))
+            start = min(chunk * parameter.device_mesh.get_local_rank(axis), len(parameter))
+            rows = slice(start, min(start + chunk, len(parameter)))
+    return parameter.to_local(), rows

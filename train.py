@@ -1,0 +1,643 @@
+"""Fine-tunes a Llama 3 on preference pairs with ASFT, or with one of its baselines.
+
+    python train.py                                        the example: a tiny model, two minutes on a laptop
+    python train.py --model DIR --data FILE                your model (a Hugging Face directory), your pairs
+    torchrun --nproc_per_node 8 train.py --model DIR --data FILE        the same on eight GPUs: same flags, same updates
+    python train.py --help                                 every flag, its default, and what the paper says of it
+
+In reading order
+    Config, parse           one frozen dataclass is the defaults, the flags, --help, the printed header and
+    OUT/config.json
+    learning_rate           warm-up and cosine
+    start_processes, shard, build_model     one code path for one process and for many, on CPU and on GPUs (FSDP2)
+    Data, losses_of         the forward pass: a packed batch -> one loss per pair; reference log-probs where a loss
+    wants them
+    train                   the loop: draw, forward, loss, backward, clip, rate, update, log
+    evaluate, answer        held-out loss, margin and accuracy; greedy answers to a few held-out prompts
+    Log                     the header, the line per step, OUT/metrics.jsonl
+
+Writes OUT/config.json, OUT/metrics.jsonl, OUT/eval.jsonl, and at the end OUT/model/, which transformers and vLLM load.
+ Weights and AdamW's moments are kept in fp32, sharded over the processes; matrix products run in bf16 on CUDA and in
+fp32 on CPU (--precision). A step's pairs do not depend on the number of processes, and each weighs 1/pairs_per_step
+wherever it is computed.
+
+Left out: LoRA, other optimisers, configuration files.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import sys
+import textwrap
+import time
+import typing
+from collections import Counter
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import tokenizers
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+import asft
+from data import (Batch, ChatFormat, Pair, Preference, encode_preferences, pack, plan_step, read_preferences,
+                  resolve_max_tokens, split_pairs)
+from model import InputError, Llama, LlamaConfig, check_weights, load_weights, save_model
+
+# ------------------------------------------------------------------------------------------------------ configuration
+
+HERE = Path(__file__).resolve().parent
+# What `python train.py` runs when it is told neither --model nor --data: a tiny model wants a larger rate than an 8B
+# one.
+EXAMPLE = {"model": str(HERE / "examples/model"), "data": str(HERE / "examples/train.jsonl"),
+           "eval_data": str(HERE / "examples/heldout.jsonl"), "lr": 1e-3, "samples": 4, "eval_every": 20}
+
+
+def flag(default, text: str, choices: tuple | None = None):
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The run. Defaults are the paper's settings (PAPER); where it is silent the help says so (OPEN) and why this was
+    chosen."""
+
+    model: str = flag("", "Hugging Face directory of a Llama: config.json, safetensors, tokenizer.json")
+    data: str = flag("", "preference pairs, JSONL or JSONL.gz (formats: README)")
+    eval_data: str | None = flag(None, "held-out pairs, in the same formats")
+    out: str | None = flag(None, "directory of this run; must be new or empty (default: a fresh one under runs/)")
+
+    loss: str = flag("asft", "which loss (asft.py). PAPER: asft", tuple(asft.LOSSES))
+    beta: float = flag(0.1, "asft, orpo: weight of the align term; dpo, ipo, simpo: reward scale (simpo: 2.0). PAPER: 0.1")
+    sft_weight: float = flag(1.0, "asft: weight of the SFT term; 0 trains on the align term alone. PAPER: 1")
+    temperature: float = flag(1.0, "asft: temperature inside the align term's sigmoids (arXiv 2502.01237). PAPER: 1")
+    eps: float = flag(1e-6, "asft, orpo: mean log-probs above -eps count as -eps in log(1-p). OPEN: fp32 cannot resolve less")
+    gamma: float = flag(1.0, "simpo: target margin of the rewards")
+    ipo_sum: bool = flag(False, "ipo: summed instead of mean log-probs. OPEN: public code has both; mean is TRL's")
+    reference: str = flag("precompute", "dpo, ipo: reference log-probs computed once before training, or by a live frozen copy "
+                          "of the model each step. PAPER: live", ("precompute", "live"))
+    reference_cache: str | None = flag(None, "precomputed reference log-probs: read if there (and made by the same weights from the same "
+                                       "tokens), else written (default: OUT/reference.safetensors)")
+
+    lr: float = flag(1e-5, "peak learning rate. PAPER: 1e-5")
+    warmup_ratio: float = flag(0.1, "share of the steps with linear warm-up. OPEN: the paper says linear; 0.1 is usual")
+    min_lr_ratio: float = flag(0.0, "the last step's rate over the peak's; cosine between. OPEN: 0 is usual")
+    epochs: int = flag(2, "passes over the pairs. PAPER: 2")
+    max_steps: int | None = flag(None, "stop after so many steps; the schedule ends there too")
+    pairs_per_step: int = flag(32, "pairs of one update, over all processes. OPEN: the paper's 'batch size 4' does not say of what; "
+                               "4 on each of 8 GPUs")
+    weight_decay: float = flag(0.0, "AdamW's. OPEN: 0, as usual in preference tuning")
+    adam_beta1: float = flag(0.9, "AdamW's. OPEN: torch's default")
+    adam_beta2: float = flag(0.999, "AdamW's. OPEN: torch's default")
+    adam_eps: float = flag(1e-8, "AdamW's. OPEN: torch's default")
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm. OPEN: 1, the other trainers' default")
+    seed: int = flag(0, "of the order of the pairs. OPEN")
+
+    max_tokens: int | None = flag(None, "of a prompt with one response (default: 2048, or less if the model takes less). PAPER: 2048")
+    overlong: str = flag("truncate", "responses that do not fit after their prompt: cut their end, or drop the pair. "
+                         "PAPER: truncated, does not say how", ("truncate", "drop"))
+    skip_bad_lines: bool = flag(False, "count malformed lines instead of stopping at them")
+    max_tokens_per_gpu: int = flag(8192, "packed tokens of one micro-batch on one process: bounds memory, does not change the update")
+    share_prompt: bool = flag(True, "compute each prompt once for both responses; the numbers are the same without")
+
+    device: str = flag("auto", "cuda where there is one", ("auto", "cpu", "cuda"))
+    precision: str = flag("auto", "of matrix products: bf16 on CUDA, fp32 on CPU. Weights, moments, norms and losses are fp32 either "
+                          "way. OPEN: the paper says FlashAttention-2, which implies half precision", ("auto", "fp32", "bf16"))
+    checkpoint_blocks: str = flag("auto", "recompute each block in backward instead of keeping its activations: on for CUDA",
+                                  ("auto", "on", "off"))
+    replicas: int = flag(1, "hybrid sharding: this many groups of processes, each with a whole sharded model")
+
+    eval_every: int = flag(0, "steps between evaluations on --eval-data; it is always evaluated before the first and after the last")
+    samples: int = flag(0, "held-out prompts to answer (greedily, at most 64 tokens) before and after training")
+    save_dtype: str = flag("bf16", "of OUT/model", ("bf16", "fp32"))
+
+    def __post_init__(self):
+        positive = "lr epochs pairs_per_step max_tokens_per_gpu max_steps max_tokens max_grad_norm adam_eps eps temperature replicas"
+        for name in positive.split():
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise InputError(f"--{name.replace('_', '-')} is {value}, wanted more than 0")
+        for name in "beta sft_weight gamma weight_decay seed eval_every samples".split():
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}, wanted 0 or more")
+        for name in "warmup_ratio min_lr_ratio adam_beta1 adam_beta2".split():
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}, wanted 0 to 1")
+        if self.ipo_sum and self.loss != "ipo":
+            raise InputError(f"--ipo-sum goes with --loss ipo, found --loss {self.loss}")
+        if not self.model or not self.data:
+            raise InputError("--model and --data go together (with neither, the example runs)")
+        if (self.eval_every or self.samples) and not self.eval_data:
+            raise InputError("--eval-every and --samples want --eval-data")
+
+    @property
+    def loss_row(self) -> asft.Loss:
+        row = asft.LOSSES[self.loss]
+        return row._replace(logps="sum") if self.ipo_sum else row
+
+    @property
+    def loss_options(self) -> dict[str, float]:
+        """The keyword arguments of the loss function."""
+        return {name: getattr(self, name) for name in self.loss_row.options}
+
+    def command_line(self) -> str:
+        """The flags that give this configuration."""
+        words = []
+        for name, value in vars(self).items():
+            word = "--" + name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(word if value else word.replace("--", "--no-"))
+            elif value is not None:
+                words.append(f"{word} {value}")
+        return " ".join(words)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+def parse(arguments: list[str] | None = None) -> Config:
+    """Flags -> Config. A loss's own defaults (asft.py) stand where a flag is not given; a flag that it does not take is
+    refused."""
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                     argument_default=argparse.SUPPRESS)
+    hints = typing.get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        kind = next(t for t in (typing.get_args(hints[field.name]) or (hints[field.name],)) if t is not type(None))
+        text = field.metadata["help"] + ("" if field.default in (None, "", False, True) else f" [{field.default}]")
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "choices": field.metadata["choices"]}
+        parser.add_argument("--" + field.name.replace("_", "-"), help=text.replace("%", "%%"), **how)
+    given = vars(parser.parse_args(arguments))
+    if "model" not in given and "data" not in given:
+        given = EXAMPLE | given
+    options = asft.LOSSES[given.get("loss", Config.loss)].options
+    for name in {name for row in asft.LOSSES.values() for name in row.options}:
+        if name in given and name not in options:
+            raise InputError(f"--{name.replace('_', '-')} is not an option of --loss {given.get('loss', Config.loss)}, which takes "
+                             f"{', '.join('--' + option.replace('_', '-') for option in options) or 'none'}")
+    if not asft.LOSSES[given.get("loss", Config.loss)].reference and given.keys() & {"reference", "reference_cache"}:
+        raise InputError(f"--loss {given.get('loss', Config.loss)} uses no reference model: leave out --reference and --reference-cache")
+    if given.get("reference") == "live" and "reference_cache" in given:
+        raise InputError("--reference-cache goes with --reference precompute, found --reference live")
+    return Config(**(options | given))
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float, min_lr_ratio: float) -> float:
+    """The rate of update `step` (from 0) of `steps`: linear warm-up to the peak, then cosine to min_lr_ratio * peak.
+
+    The first update has a rate above 0 (peak / warm-up steps), update number ceil(warmup_ratio * steps) has the peak,
+    and the last one has the minimum.
+    """
+    warmup = max(1, math.ceil(warmup_ratio * steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step + 1 - warmup) / (steps - warmup)
+    return peak * (min_lr_ratio + (1 - min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+# ----------------------------------------------------------------------------------------------- processes and sharding
+
+
+def start_processes(config: Config) -> DeviceMesh:
+    """Joins the process group that torchrun made, or a group of one, and returns the mesh to shard over."""
+    cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise InputError("--device cuda, but torch finds no CUDA device")
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    # Saturated losses give subnormal gradients, on which a CPU is ten times slower.
+    torch.set_flush_denormal(True)
+    here = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **here)
+    world = dist.get_world_size()
+    if world % config.replicas:
+        raise InputError(f"--replicas {config.replicas} does not divide {world} processes")
+    shape = (world,) if config.replicas == 1 else (config.replicas, world // config.replicas)
+    return init_device_mesh("cuda" if cuda else "cpu", shape)
+
+
+def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+    """FSDP2: parameters stay split over the mesh in their own dtype and are gathered, in compute_dtype, a block at a
+    time.
+
+    Gradients are averaged over the mesh in fp32. Inputs are not cast: rotary tables stay fp32.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.model["layers"]:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    if model.lm_head is not None:  # its backward comes first: to gather it again at once would be a waste
+        fully_shard([model.model["norm"], model.lm_head], mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "logits")
+
+
+def reshard(model: Llama) -> None:
+    """Frees what a forward pass without backward left gathered; until then, parameters() are not the ones that are
+    trained."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def build_model(config: Config, mesh: DeviceMesh) -> Llama:
+    """The starting model in fp32, sharded; each process reads its own rows of the files and never holds more."""
+    with torch.device("meta"):
+        model = Llama(LlamaConfig.load(config.model))
+    model.checkpoint_blocks = mesh.device_type == "cuda" if config.checkpoint_blocks == "auto" else config.checkpoint_blocks == "on"
+    shard(model, mesh, compute_dtype(config, mesh))
+    model.to_empty(device=mesh.device_type)
+    load_weights(model, config.model)
+    return model
+
+
+def compute_dtype(config: Config, mesh: DeviceMesh) -> torch.dtype:
+    half = mesh.device_type == "cuda" if config.precision == "auto" else config.precision == "bf16"
+    return torch.bfloat16 if half else torch.float32
+
+
+# --------------------------------------------------------------------------------------------------------- forward pass
+
+
+class Data:
+    """Pairs on the device as a process needs them, and their log-probs under the reference where a loss wants them."""
+
+    def __init__(self, pairs: list[Pair], config: Config, device: str):
+        self.pairs, self.config, self.device = pairs, config, device
+        self.sizes = np.array([pair.packed_tokens(config.share_prompt) for pair in pairs])
+        self.reference: Llama | Tensor | None = None  # a live copy, or (pairs, 2, 2): [pair, chosen or rejected, mean or sum]
+
+    def batch(self, indexes: list[int]) -> tuple[list[int], Batch, Tensor]:
+        """(indexes, their batch, a 1 for each). A process without a pair in this micro-batch must still take part in
+        the collectives of the sharded model: it computes the shortest pair, which counts 0."""
+        rows = indexes or [int(self.sizes.argmin())]
+        batch = pack([self.pairs[i] for i in rows], self.config.share_prompt, self.config.max_tokens).to(self.device)
+        return rows, batch, torch.full((len(rows),), float(bool(indexes)), device=self.device)
+
+    def split(self) -> list[list[int]]:
+        """All pairs once, as this process's micro-batches."""
+        of_ranks = split_pairs(np.arange(len(self.pairs)), self.sizes, dist.get_world_size(), self.config.max_tokens_per_gpu)
+        return of_ranks[dist.get_rank()]
+
+    @torch.no_grad()
+    def reference_logps(self, rows: list[int], batch: Batch) -> tuple[Tensor, Tensor]:
+        """mean_R and sum_R of the pairs in the batch under the reference."""
+        return self.reference(batch) if isinstance(self.reference, Llama) else self.reference[rows].flatten(0, 1).unbind(-1)
+
+
+def attach_reference(config: Config, mesh: DeviceMesh, model: Llama, parts: list[Data], cache: Path) -> None:
+    """Gives each part the log-probs of the frozen starting model: a live copy of it, or numbers computed once and kept
+    in `cache`.
+
+    A cache of other weights, tokens or precision is refused (InputError).
+    """
+    if config.reference == "live":
+        live = build_model(config, mesh).requires_grad_(False)
+        for part in parts:
+            part.reference = live
+        return
+    everything = Data([pair for part in parts for pair in part.pairs], config, mesh.device_type)
+    key = reference_key(config, mesh, everything)
+    if cache.exists():
+        try:
+            with safetensors.safe_open(cache, "pt") as file:
+                found = (file.metadata() or {}).get("key")
+                logps = file.get_tensor("logps").to(mesh.device_type) if found == key else None
+        except (OSError, safetensors.SafetensorError) as error:
+            raise InputError(f"{cache}: not a cache of reference log-probs ({error})") from None
+        if logps is None:
+            raise InputError(f"{cache}: made from other weights, pairs or precision (key {found}, wanted {key}); "
+                             "name another --reference-cache")
+    else:
+        logps = torch.zeros(len(everything.pairs), 2, 2, device=mesh.device_type)
+        with torch.no_grad():
+            for indexes in everything.split():
+                rows, batch, present_B = everything.batch(indexes)
+                logps[rows] += torch.stack(model(batch), -1).unflatten(0, (-1, 2)) * present_B[:, None, None]
+        reshard(model)
+        dist.all_reduce(logps)
+        if dist.get_rank() == 0:
+            aside = cache.with_name(cache.name + ".partial")
+            save_file({"logps": logps.cpu()}, aside, metadata={"key": key})
+            aside.rename(cache)
+    for part, of_part in zip(parts, logps.split([len(part.pairs) for part in parts]), strict=True):
+        part.reference = of_part
+
+
+def reference_key(config: Config, mesh: DeviceMesh, data: Data) -> str:
+    """A hash of all that reference log-probs depend on: weights, configuration, precision, and the very tokens."""
+    digest = hashlib.blake2b(str(compute_dtype(config, mesh)).encode(), digest_size=16)
+    weights = set(check_weights(config.model, LlamaConfig.load(config.model)).values())
+    for path in [Path(config.model) / "config.json", *sorted(weights)]:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    for pair in data.pairs:
+        for ids in (pair.prompt, pair.chosen, pair.rejected):
+            digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
+    return digest.hexdigest()
+
+
+def losses_of(model: Llama, data: Data, rows: list[int], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """One loss per pair, and per-pair metrics under the same names for every loss."""
+    loss, options = data.config.loss_row, data.config.loss_options
+    kind = ("mean", "sum").index(loss.logps)
+    logps = model(batch)  # mean_R, sum_R
+    inputs = [logps[kind][0::2], logps[kind][1::2]]
+    if loss.reference:
+        reference_R = data.reference_logps(rows, batch)[kind]
+        inputs += [reference_R[0::2], reference_R[1::2]]
+    loss_B, metrics = loss.function(*inputs, **options)
+    mean_R, sum_R = (x.detach() for x in logps)
+    always = {"loss": loss_B.detach(), "sft": -mean_R[0::2], "logp_w": mean_R[0::2], "logp_l": mean_R[1::2],
+              "sum_logp_w": sum_R[0::2], "sum_logp_l": sum_R[1::2], **asft.comparison(mean_R[0::2], mean_R[1::2])}
+    return loss_B, always | metrics
+
+
+class Sums(dict):
+    """Per-pair metrics summed over micro-batches, then over processes: every pair counts once and alike."""
+
+    def add(self, metrics: dict[str, Tensor], present_B: Tensor) -> None:
+        for name, value_B in metrics.items():
+            self[name] = self.get(name, 0) + (value_B * present_B).sum()
+
+    def mean(self, pairs: int) -> dict[str, float]:
+        total = torch.stack([value.double() for value in self.values()])
+        dist.all_reduce(total)
+        return dict(zip(self, (total / pairs).tolist(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+
+class NonFinite(RuntimeError):
+    """A loss or gradient that is not a number: the run stops before it reaches a weight."""
+
+
+def train(config: Config, model: Llama, data: Data, held_out: Data | None, log: "Log") -> None:
+    """Runs every step. One step: draw, forward, loss, backward, clip, rate, update, log."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    steps_per_epoch = -(-len(data.pairs) // config.pairs_per_step)
+    steps = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
+                                  weight_decay=config.weight_decay, fused=True)
+    for step in range(steps):
+        started = time.perf_counter()
+        plan = plan_step(data.sizes, config.pairs_per_step, config.seed, step, world, config.max_tokens_per_gpu)
+        drawn = [i for of_rank in plan for indexes in of_rank for i in indexes]
+
+        sums, suspects = Sums(), []
+        for indexes in plan[rank]:
+            rows, batch, present_B = data.batch(indexes)
+            loss_B, metrics = losses_of(model, data, rows, batch)
+            # FSDP averages gradients over processes, hence `world`; the weight of a pair is the same in every step and
+            # place.
+            ((loss_B * present_B).sum() * (world / config.pairs_per_step)).backward()
+            sums.add(metrics, present_B)
+            suspects += [data.pairs[i].place for i, bad in zip(rows, (~loss_B.isfinite()).tolist(), strict=True) if bad]
+
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        means = sums.mean(len(drawn))
+        if not math.isfinite(means["loss"]) or not math.isfinite(norm):
+            stop_non_finite(step + 1, means["loss"], norm, suspects, [data.pairs[i].place for i in drawn])
+
+        rate = learning_rate(step, steps, config.lr, config.warmup_ratio, config.min_lr_ratio)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+
+        seconds = time.perf_counter() - started
+        tokens = int(data.sizes[drawn].sum())
+        row = {"step": step + 1, "epoch": round((step + 1) / steps_per_epoch, 4), **means, "lr": rate, "grad_norm": norm,
+               "pairs": len(drawn), "tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds,
+               "pairs_per_s": len(drawn) / seconds, "peak_memory_gib": peak_memory_gib()}
+        done = step + 1 == steps
+        if held_out is not None and (done or (config.eval_every and (step + 1) % config.eval_every == 0)):
+            log.step(row, steps)
+            row |= evaluate(model, held_out, log, step + 1)
+        else:
+            log.step(row, steps)
+        log.metrics(row)
+
+
+def stop_non_finite(step: int, loss: float, norm: float, suspects: list[str], drawn: list[str]) -> typing.NoReturn:
+    everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, suspects)
+    named = [place for places in everywhere for place in places] or drawn
+    raise NonFinite(f"step {step}: loss {loss}, gradient norm {norm}; stopped before the update. Pairs: {', '.join(named[:20])}"
+                    + (f" and {len(named) - 20} more" if len(named) > 20 else ""))
+
+
+@torch.no_grad()
+def evaluate(model: Llama, data: Data, log: "Log", step: int) -> dict[str, float]:
+    """Held-out metrics, eval_loss and so on: means over all pairs, each counted once whatever the number of
+    processes."""
+    sums = Sums()
+    for indexes in data.split():
+        rows, batch, present_B = data.batch(indexes)
+        _, metrics = losses_of(model, data, rows, batch)
+        sums.add(metrics, present_B)
+    reshard(model)
+    row = {f"eval_{name}": value for name, value in sums.mean(len(data.pairs)).items()}
+    log.evaluation(step, row)
+    return row
+
+
+@torch.no_grad()
+def answer(model: Llama, chat: ChatFormat, prompt: np.ndarray, device: str, max_new_tokens: int = 64) -> str:
+    """A greedy answer, each token from a fresh pass over all before it: for a few samples; eval.py generates in
+    earnest."""
+    ids = prompt.tolist()
+    for _ in range(min(max_new_tokens, model.config.max_position_embeddings - len(ids))):
+        best = model.logits(torch.tensor(ids, device=device))[-1].argmax()
+        dist.broadcast(best, 0)  # so that every process stops at the same token
+        if int(best) in chat.stop_ids:
+            break
+        ids.append(int(best))
+    reshard(model)
+    return chat.decode(ids[len(prompt):])
+
+
+# -------------------------------------------------------------------------------------------------------------- logging
+
+
+def peak_memory_gib() -> float:
+    """Of this process so far: the GPU's memory where there is one, else resident memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class Log:
+    """What rank 0 prints and writes. On a terminal the step line moves in place; elsewhere every step is a line."""
+
+    def __init__(self, out: Path | None):
+        self.out, self.moving, self.started = out, sys.stdout.isatty(), time.monotonic()
+
+    def say(self, text: str = "") -> None:
+        if self.out is not None:
+            print(text, flush=True)
+
+    def step(self, row: dict, steps: int) -> None:
+        if self.out is None:
+            return
+        left = (time.monotonic() - self.started) / row["step"] * (steps - row["step"])
+        text = (f"step {row['step']}/{steps} epoch {row['epoch']:.2f} | loss {row['loss']:.4f} sft {row['sft']:.4f} align {row['align']:.4f} | "
+                f"margin {row['margin']:+.4f} accuracy {row['accuracy']:.1%} logp_w {row['logp_w']:.4f} logp_l {row['logp_l']:.4f} | "
+                f"lr {row['lr']:.2e} norm {row['grad_norm']:.3f} | {row['tokens_per_s']:,.0f} tokens/s {row['pairs_per_s']:.1f} pairs/s "
+                f"{int(left) // 60}:{int(left) % 60:02d} left {row['peak_memory_gib']:.2f} GiB")
+        if self.moving:
+            print("\r\x1b[K" + text[:shutil.get_terminal_size().columns - 1], end="\n" if row["step"] == steps else "", flush=True)
+        else:
+            print(text, flush=True)
+
+    def metrics(self, row: dict) -> None:
+        self._append("metrics.jsonl", row)
+
+    def evaluation(self, step: int, row: dict) -> None:
+        self._append("eval.jsonl", {"step": step, **row})
+        self.say(("\r\x1b[K" if self.moving else "") + f"held-out, {step} steps | loss {row['eval_loss']:.4f} margin {row['eval_margin']:+.4f} "
+                 f"accuracy {row['eval_accuracy']:.1%} logp_w {row['eval_logp_w']:.4f} logp_l {row['eval_logp_l']:.4f}")
+
+    def _append(self, name: str, row: dict) -> None:
+        if self.out is not None:
+            with open(self.out / name, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+# -------------------------------------------------------------------------------------------------------------- the run
+
+
+def claim_out(config: Config) -> Path:
+    """The run's directory, made by rank 0 and known to all. InputError where it holds anything or cannot be made."""
+    found: list = [None]
+    if dist.get_rank() == 0:
+        out = Path(config.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}")
+        if not config.out:
+            fresh = (out.with_name(f"{out.name}-{i}" if i else out.name) for i in range(1000))
+            out = next(path for path in fresh if not path.exists())
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            found = [InputError(f"--out {out} is not empty; a run wants a fresh directory") if any(out.iterdir()) else out]
+        except OSError as error:
+            found = [InputError(f"--out {out}: {error.strerror}")]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], InputError):
+        raise found[0]
+    return found[0]
+
+
+def describe(counts: Counter) -> str:
+    """Counts of a data file in one line."""
+    dropped = ", ".join(f"{counts[name]:,} {name}" for name in ("bad lines", "unequal prompts", "empty", "overlong", "identical"))
+    return f"{counts['read']:,} read, {counts['kept']:,} kept, {counts['truncated']:,} of them truncated; dropped: {dropped}"
+
+
+def run(config: Config) -> None:
+    """A whole run: check everything, then train, then save."""
+    llama = LlamaConfig.load(config.model)
+    check_weights(config.model, llama)
+    config = dataclasses.replace(config, max_tokens=resolve_max_tokens(config.max_tokens, llama))
+    mesh = start_processes(config)
+    main_process = dist.get_rank() == 0
+
+    def say(text: str) -> None:
+        if main_process:
+            print(text, flush=True)
+
+    files = [config.data] + [config.eval_data] * (config.eval_data is not None)
+    counts = [Counter() for _ in files]
+    preferences = [read_preferences(path, count, config.skip_bad_lines) for path, count in zip(files, counts, strict=True)]
+    texts = any(isinstance(p.chosen, str) for part in preferences for p in part)
+    chat = ChatFormat(config.model) if texts else None
+    parts = []
+    for path, part, count in zip(files, preferences, counts, strict=True):
+        pairs = encode_preferences(part, chat, config.max_tokens, config.overlong, count, llama.vocab_size, say)
+        if not pairs:
+            raise InputError(f"{path}: no pair left to use ({describe(count)})")
+        parts.append(Data(pairs, config, mesh.device_type))
+        split_pairs(np.arange(len(pairs)), parts[-1].sizes, dist.get_world_size(), config.max_tokens_per_gpu)  # each fits
+    data, held_out = parts[0], parts[1] if config.eval_data else None
+
+    out = claim_out(config)
+    log = Log(out if main_process else None)
+    model = build_model(config, mesh)
+    parameters = sum(p.numel() for p in model.parameters())
+    steps = min(config.epochs * -(-len(data.pairs) // config.pairs_per_step), config.max_steps or sys.maxsize)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "tokenizers": tokenizers.__version__,
+                "safetensors": safetensors.__version__, "numpy": np.__version__}
+    device = torch.cuda.get_device_name() if mesh.device_type == "cuda" else f"CPU, {torch.get_num_threads()} threads each"
+    half = compute_dtype(config, mesh) == torch.bfloat16
+    named = " ".join(f"{name} {value:g}" for name, value in config.loss_options.items())
+    log.say("ASFT, Aligned Supervised Fine-Tuning (arXiv 2409.10571)")
+    log.say(f"  model      {config.model}: {parameters:,} parameters, {llama.num_hidden_layers} layers, width {llama.hidden_size}, "
+            f"vocabulary {llama.vocab_size:,}")
+    log.say(f"  loss       {config.loss} {named}")
+    log.say(f"  data       {config.data}: {describe(counts[0])}")
+    if held_out is not None:
+        log.say(f"  held out   {config.eval_data}: {describe(counts[1])}")
+    log.say(f"  tokens     {data.sizes.sum():,} an epoch, {data.sizes.mean():,.0f} a pair, at most {data.sizes.max():,}; responses "
+            f"{sum(len(p.chosen) + len(p.rejected) for p in data.pairs):,}")
+    log.say(f"  steps      {steps:,} of {config.pairs_per_step} pairs, {config.epochs} epochs; warm-up to {config.lr:g}, then cosine to "
+            f"{config.min_lr_ratio * config.lr:g}")
+    log.say(f"  precision  fp32 weights and moments, {'bf16' if half else 'fp32'} products, fp32 losses")
+    log.say(f"  devices    {dist.get_world_size()} x {device}")
+    log.say(f"  out        {out}")
+    log.say(textwrap.fill(config.command_line(), 110, initial_indent="  flags      ", subsequent_indent=" " * 13,
+                          break_long_words=False, break_on_hyphens=False))
+    if main_process:
+        facts = {"flags": vars(config), "counts": dict(zip(("data", "eval_data"), map(dict, counts))), "steps": steps,
+                 "parameters": parameters, "processes": dist.get_world_size(), "device": device, "versions": versions}
+        (out / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+    if config.loss_row.reference:
+        attach_reference(config, mesh, model, parts, Path(config.reference_cache or out / "reference.safetensors"))
+    asked = held_out.pairs[:config.samples] if held_out is not None and chat is not None else []
+    before = [answer(model, chat, pair.prompt, mesh.device_type) for pair in asked]
+    if held_out is not None:
+        evaluate(model, held_out, log, 0)
+    train(config, model, data, held_out, log)
+    after = [answer(model, chat, pair.prompt, mesh.device_type) for pair in asked]
+    for pair, *answers in zip(asked, before, after, strict=True):
+        log.say("\n".join(["", "prompt   " + show(chat.last_turn(pair.prompt)), "  before " + show(answers[0]), "  after  " + show(answers[1])]))
+    save_model(model, out / "model", dtype=torch.bfloat16 if config.save_dtype == "bf16" else torch.float32, source=config.model)
+    log.say(f"\nsaved {out / 'model'} ({config.save_dtype}); metrics in {out / 'metrics.jsonl'}")
+
+
+def show(text: str) -> str:
+    """Text on one line."""
+    return text.strip().replace("\n", "\\n")[:200]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0, or 2 for a user's mistake, or 1 for a loss that is not finite; each with one clear message."""
+    try:
+        run(parse(arguments))
+        return 0
+    except (InputError, NonFinite) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # processes check alike: once a machine is enough
+            print(f"train.py: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, InputError) else 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
