@@ -1,8 +1,8 @@
 """ASFT, Aligned Supervised Fine-Tuning through Absolute Likelihood (arXiv 2409.10571), and its baselines.
 
-Pure functions.
- Per-response log-probabilities in; one loss per pair and a dict of detached per-pair metrics out. The caller averages
-over pairs. This file imports torch alone and nothing of ours: copy it, or one function of it, into any trainer.
+Pure functions: per-response log-probabilities in, one loss per pair and a dict of detached per-pair metrics out. The
+caller averages over pairs. This file imports torch alone and nothing of ours: copy it, or one function of it, into any
+trainer.
 
 In reading order
     log1mexp, log_odds      the two numerically delicate functions; everything else is a sum
@@ -26,7 +26,8 @@ Left out: reference log-probs are inputs (train.py makes them), and nothing here
 
 import inspect
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -93,8 +94,9 @@ def asft_loss(logp_w_B: Tensor, logp_l_B: Tensor, *, beta: float = 0.1, sft_weig
         temperature: T of the tempered form of arXiv 2502.01237, in which the align term is
             -logsigmoid(T * odds_w) - logsigmoid(-T * odds_l). The paper has 1.
         eps: log-probs above -eps count as -eps inside the align term's log(1 - p), nats. The gradient is passed
-            through, so a rejected response that the model knows by heart is pushed with weight about beta / eps, neither
-            NaN nor 0. The paper is silent here; in fp32 1 - exp(l) is exactly 0 for |l| < 3e-8. `clamped` counts the uses.
+            through, so a rejected response that the model knows by heart is pushed with weight about beta / eps,
+            neither NaN nor 0. The paper is silent here; in fp32 1 - exp(l) is exactly 0 for |l| < 3e-8. `clamped`
+            counts how often it acts.
 
     Returns:
         loss_B, and per-pair metrics, detached: sft, align (both unweighted), align_w and align_l (its chosen and
@@ -120,8 +122,8 @@ def asft_loss(logp_w_B: Tensor, logp_l_B: Tensor, *, beta: float = 0.1, sft_weig
     with torch.no_grad():
         clamped_B = (logp_l_B > -eps) | ((temperature != 1) & (logp_w_B > -eps))
         push_B = temperature * torch.sigmoid(temperature * log_odds(bounded_l_B)) / -torch.expm1(bounded_l_B)
-    metrics = {"sft": sft_B.detach(), "align": align_B.detach(), "align_w": align_w_B.detach(), "align_l": align_l_B.detach(),
-               "rejected_weight": beta * push_B, "clamped": clamped_B.to(loss_B.dtype)}
+    metrics = {"sft": sft_B.detach(), "align": align_B.detach(), "align_w": align_w_B.detach(),
+               "align_l": align_l_B.detach(), "rejected_weight": beta * push_B, "clamped": clamped_B.to(loss_B.dtype)}
     return loss_B, metrics | comparison(logp_w_B, logp_l_B)
 
 
@@ -206,8 +208,8 @@ def response_logps(logits_RTV: Tensor, tokens_RT: Tensor, scored_RT: Tensor) -> 
     Args:
         logits_RTV: a model's output on tokens_RT, any floating dtype; computed in at least fp32, a row at a time.
         tokens_RT: token ids; what pads a row does not matter.
-        scored_RT: bool, True at the tokens of the response (its closing <|eot_id|> included). Position t is predicted by
-            the logits at t-1: that shift happens here, once, so pass all three unshifted.
+        scored_RT: bool, True at the tokens of the response (its closing <|eot_id|> included). Position t is predicted
+            by the logits at t-1: that shift happens here, once, so pass all three unshifted.
 
     Returns mean_R and sum_R in nats. Raises ValueError for unequal shapes, for a row without a scored token (its mean
     would be 0/0) and for a scored first token (nothing predicts it).

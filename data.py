@@ -79,8 +79,8 @@ def read_preferences(path: str | Path, counts: Counter | None = None, skip_bad_l
     counts["bad lines"] += len(bad)
     if bad and not skip_bad_lines:
         more = f"\n... and {len(bad) - BAD_LINES_SHOWN} more" if len(bad) > BAD_LINES_SHOWN else ""
-        raise InputError("\n".join(bad[:BAD_LINES_SHOWN]) + more + f"\n{len(bad)} bad of {counts['read']} records; mend them, or pass "
-                         "--skip-bad-lines")
+        total = f"\n{len(bad)} bad of {counts['read']} records; mend them, or pass --skip-bad-lines"
+        raise InputError("\n".join(bad[:BAD_LINES_SHOWN]) + more + total)
     return preferences
 
 
@@ -90,7 +90,8 @@ def _records(path: Path) -> Iterator[tuple[int, object]]:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     except (OSError, EOFError) as error:
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}; wanted a JSONL or JSONL.gz file") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: {reason}; wanted a JSONL or JSONL.gz file") from None
     raw = raw.removeprefix(b"\xef\xbb\xbf")
     if raw.lstrip()[:1] == b"[":
         yield from _array_records(path, raw)
@@ -187,9 +188,11 @@ def _turns(value: object, key: str) -> Turns:
         raise ValueError(f"{key} is {_show(value)}, wanted a string or a list of messages")
     turns = []
     for message in value:
-        if not isinstance(message, dict) or not ({"role", "content"} <= message.keys() or {"from", "value"} <= message.keys()):
-            raise ValueError(f"{key} holds {_show(message)}, wanted a message with role and content (or from and value)")
-        role, content = (message["role"], message["content"]) if "role" in message else (message["from"], message["value"])
+        keys = message.keys() if isinstance(message, dict) else set()
+        role_key, content_key = ("role", "content") if "role" in keys else ("from", "value")
+        if not {role_key, content_key} <= keys:
+            raise ValueError(f"{key} holds {_show(message)}, wanted a message with role and content (or from, value)")
+        role, content = message[role_key], message[content_key]
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"{key} holds the role {_show(role)}, wanted one of {', '.join(ROLES)}")
         turns.append((ROLES[role], _text(content, key)))
@@ -285,7 +288,8 @@ class ChatFormat:
         self.stop_ids = frozenset(i for i in ends if i is not None)
         roles = ["system", "user", "assistant"]
         *role_ids, newlines = self.encode([*roles, "\n\n"])
-        self.headers = {role: [self.start_header, *ids, self.end_header, *newlines] for role, ids in zip(roles, role_ids)}
+        self.headers = {role: [self.start_header, *ids, self.end_header, *newlines]
+                        for role, ids in zip(roles, role_ids, strict=True)}
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of plain texts, without BOS."""
@@ -334,8 +338,8 @@ class Pair:
         return len(self.prompt) * (1 if share_prompt else 2) + len(self.chosen) + len(self.rejected)
 
 
-def encode_preferences(preferences: list[Preference], chat: ChatFormat | None, max_tokens: int, overlong: str = "truncate",
-                       counts: Counter | None = None, vocab_size: int | None = None,
+def encode_preferences(preferences: list[Preference], chat: ChatFormat | None, max_tokens: int,
+                       overlong: str = "truncate", counts: Counter | None = None, vocab_size: int | None = None,
                        progress: Callable[[str], None] | None = None) -> list[Pair]:
     """Preferences -> pairs that can be trained on, in file order.
 
@@ -354,10 +358,11 @@ def encode_preferences(preferences: list[Preference], chat: ChatFormat | None, m
         chunk = preferences[start:start + 1000]
         texts = dict.fromkeys(content.strip() for p in chunk if isinstance(p.chosen, str)
                               for content in (*(content for _, content in p.prompt), p.chosen, p.rejected))
-        contents = dict(zip(texts, chat.encode(list(texts)))) if texts else {}
+        contents = dict(zip(texts, chat.encode(list(texts)), strict=True)) if texts else {}
         for p in chunk:
             if isinstance(p.chosen, str):
-                prompt, chosen, rejected = chat.prompt(p.prompt, contents), *(chat.response(x, contents) for x in (p.chosen, p.rejected))
+                prompt = chat.prompt(p.prompt, contents)
+                chosen, rejected = chat.response(p.chosen, contents), chat.response(p.rejected, contents)
             else:
                 prompt, chosen, rejected = p.prompt, p.chosen, p.rejected
             if vocab_size is not None and (top := max([*prompt, *chosen, *rejected], default=0)) >= vocab_size:
@@ -372,7 +377,8 @@ def encode_preferences(preferences: list[Preference], chat: ChatFormat | None, m
                 counts["identical"] += 1
             else:
                 counts["truncated"] += too_long
-                pairs.append(Pair(*(np.array(ids, dtype=np.int32) for ids in (prompt, chosen[:room], rejected[:room])), p.place))
+                kept = (prompt, chosen[:room], rejected[:room])
+                pairs.append(Pair(*(np.array(ids, dtype=np.int32) for ids in kept), p.place))
         if progress is not None and time.monotonic() - last > 2:
             last = time.monotonic()
             progress(f"encoded {start + len(chunk):,} of {len(preferences):,} pairs")

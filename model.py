@@ -90,7 +90,8 @@ class LlamaConfig:
             raise InputError(f"{where}: model_type is {found!r}, wanted 'llama'")
         for key, accepted in ONLY.items():
             if key in raw and raw[key] not in accepted:
-                raise InputError(f"{where}: {key} is {str(raw[key])[:80]!r}, which is not implemented; wanted {accepted[0]!r}")
+                found = str(raw[key])[:80]
+                raise InputError(f"{where}: {key} is {found!r}, which is not implemented; wanted {accepted[0]!r}")
 
         def number(key: str, kind: type, default=None, source: dict = raw):
             value = source.get(key, default)
@@ -113,20 +114,26 @@ class LlamaConfig:
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
         if rope_type not in ("default", "llama3"):
-            raise InputError(f"{where}: rope type is {rope_type!r}, which is not implemented; wanted 'default' or 'llama3'")
+            raise InputError(f"{where}: rope type {rope_type!r} is not implemented; wanted 'default' or 'llama3'")
         scaling = None
         if rope_type == "llama3":
-            scaling = RopeScaling(*(number(key, kind, source=rope) for key, kind in RopeScaling.__annotations__.items()))
+            kinds = RopeScaling.__annotations__.items()
+            scaling = RopeScaling(*(number(key, kind, source=rope) for key, kind in kinds))
         heads = number("num_attention_heads", int)
         config = cls(
-            **{key: number(key, int) for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
+            vocab_size=number("vocab_size", int),
+            hidden_size=number("hidden_size", int),
+            intermediate_size=number("intermediate_size", int),
+            num_hidden_layers=number("num_hidden_layers", int),
             num_attention_heads=heads,
             num_key_value_heads=number("num_key_value_heads", int, heads),
             head_dim=number("head_dim", int, max(1, number("hidden_size", int) // heads)),
             max_position_embeddings=number("max_position_embeddings", int),
             rms_norm_eps=number("rms_norm_eps", float, 1e-6),  # transformers' default where the key is missing
             rope_theta=number("rope_theta", float, 10_000.0, raw if "rope_theta" in raw else rope),  # likewise
-            rope_scaling=scaling, tie_word_embeddings=tie, bos_token_id=next(iter(ids("bos_token_id")), None),
+            rope_scaling=scaling,
+            tie_word_embeddings=tie,
+            bos_token_id=next(iter(ids("bos_token_id")), None),
             eos_token_id=ids("eos_token_id"))
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
             raise InputError(f"{where}: wanted num_attention_heads ({heads}) to be a multiple of num_key_value_heads "
@@ -180,8 +187,8 @@ def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments) -
         # index_select, since its backward is one index-add; indexing with [] would sort.
         k_TGK, v_TGK = k_TGK.index_select(0, segments.key_row_N), v_TGK.index_select(0, segments.key_row_N)
     if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16):
-        return varlen_attn(q_THK, k_TGK, v_TGK, segments.query_starts, segments.key_starts, segments.longest, segments.longest,
-                           window_size=(-1, 0), **VARLEN_GQA)
+        return varlen_attn(q_THK, k_TGK, v_TGK, segments.query_starts, segments.key_starts, segments.longest,
+                           segments.longest, window_size=(-1, 0), **VARLEN_GQA)
     query_lengths, key_lengths = segments.query_starts.diff().tolist(), segments.key_starts.diff().tolist()
     outputs = []
     for q, k, v in zip(q_THK.split(query_lengths), k_TGK.split(key_lengths), v_TGK.split(key_lengths), strict=True):
@@ -250,7 +257,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
-        q_THK, k_TGK, v_TGK = (p(x_TD).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q_THK, k_TGK, v_TGK = (project(x_TD).unflatten(-1, (-1, self.head_dim)) for project in projections)
         out_THK = attention(rotate(q_THK, *rope), rotate(k_TGK, *rope), v_TGK, segments)
         return self.o_proj(out_THK.flatten(-2))
 
@@ -399,8 +407,8 @@ class Llama(nn.Module):
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the dtypes that can be weights
 SHARD_BYTES = 5_000_000_000
-COMPANIONS = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "tokenizer.model",
-              "chat_template.jinja", "chat_template.json"]  # copied beside saved weights
+COMPANIONS = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+              "tokenizer.model", "chat_template.jinja", "chat_template.json"]  # copied beside saved weights
 
 
 def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Llama:
@@ -419,7 +427,8 @@ def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     width, keys = config.hidden_size, config.num_key_value_heads * config.head_dim
     queries, ffn = config.num_attention_heads * config.head_dim, config.intermediate_size
     block = {"input_layernorm": (width,), "self_attn.q_proj": (queries, width), "self_attn.k_proj": (keys, width),
-             "self_attn.v_proj": (keys, width), "self_attn.o_proj": (width, queries), "post_attention_layernorm": (width,),
+             "self_attn.v_proj": (keys, width), "self_attn.o_proj": (width, queries),
+             "post_attention_layernorm": (width,),
              "mlp.gate_proj": (ffn, width), "mlp.up_proj": (ffn, width), "mlp.down_proj": (width, ffn)}
     shapes = {"model.embed_tokens.weight": (config.vocab_size, width)}
     for i in range(config.num_hidden_layers):
@@ -563,7 +572,7 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
         return {directory / "model.safetensors": None}
     index = read_json(index_path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()) or not weight_map:
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
         raise InputError(f"{index_path}: wanted a weight_map of key to file name")
     files: dict[Path, set[str] | None] = {}
     for key, name in weight_map.items():

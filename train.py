@@ -54,8 +54,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import asft
-from data import (Batch, ChatFormat, Pair, Preference, encode_preferences, pack, plan_step, read_preferences,
-                  resolve_max_tokens, split_pairs)
+from data import (Batch, ChatFormat, Pair, encode_preferences, pack, plan_step, read_preferences, resolve_max_tokens,
+                  split_pairs)
 from model import InputError, Llama, LlamaConfig, check_weights, load_weights, save_model
 
 # ------------------------------------------------------------------------------------------------------ configuration
@@ -79,27 +79,27 @@ class Config:
     model: str = flag("", "Hugging Face directory of a Llama: config.json, safetensors, tokenizer.json")
     data: str = flag("", "preference pairs, JSONL or JSONL.gz (formats: README)")
     eval_data: str | None = flag(None, "held-out pairs, in the same formats")
-    out: str | None = flag(None, "directory of this run; must be new or empty (default: a fresh one under runs/)")
+    out: str | None = flag(None, "directory of this run; new or empty (default: a fresh one under runs/)")
 
     loss: str = flag("asft", "which loss (asft.py). PAPER: asft", tuple(asft.LOSSES))
-    beta: float = flag(0.1, "asft, orpo: weight of the align term; dpo, ipo, simpo: reward scale (simpo: 2.0). PAPER: 0.1")
+    beta: float = flag(0.1, "asft, orpo: weight of the align term; others: reward scale (simpo: 2). PAPER: 0.1")
     sft_weight: float = flag(1.0, "asft: weight of the SFT term; 0 trains on the align term alone. PAPER: 1")
-    temperature: float = flag(1.0, "asft: temperature inside the align term's sigmoids (arXiv 2502.01237). PAPER: 1")
-    eps: float = flag(1e-6, "asft, orpo: mean log-probs above -eps count as -eps in log(1-p). OPEN: fp32 cannot resolve less")
+    temperature: float = flag(1.0, "asft: inside the align term's sigmoids (arXiv 2502.01237). PAPER: 1")
+    eps: float = flag(1e-6, "asft, orpo: log-probs above -eps count as -eps in log(1-p). OPEN: near fp32's limit")
     gamma: float = flag(1.0, "simpo: target margin of the rewards")
     ipo_sum: bool = flag(False, "ipo: summed instead of mean log-probs. OPEN: public code has both; mean is TRL's")
-    reference: str = flag("precompute", "dpo, ipo: reference log-probs computed once before training, or by a live frozen copy "
-                          "of the model each step. PAPER: live", ("precompute", "live"))
-    reference_cache: str | None = flag(None, "precomputed reference log-probs: read if there (and made by the same weights from the same "
-                                       "tokens), else written (default: OUT/reference.safetensors)")
+    reference: str = flag("precompute", "dpo, ipo: reference log-probs, computed once before training, or by a live "
+                          "frozen copy of the model. PAPER: live", ("precompute", "live"))
+    reference_cache: str | None = flag(None, "file of precomputed reference log-probs: read if it exists and was made "
+                                       "by the same weights from the same tokens, else written (default: in OUT)")
 
     lr: float = flag(1e-5, "peak learning rate. PAPER: 1e-5")
     warmup_ratio: float = flag(0.1, "share of the steps with linear warm-up. OPEN: the paper says linear; 0.1 is usual")
-    min_lr_ratio: float = flag(0.0, "the last step's rate over the peak's; cosine between. OPEN: 0 is usual")
+    min_lr_ratio: float = flag(0.0, "the last step's rate over the peak's, cosine between. OPEN: 0 is usual")
     epochs: int = flag(2, "passes over the pairs. PAPER: 2")
     max_steps: int | None = flag(None, "stop after so many steps; the schedule ends there too")
-    pairs_per_step: int = flag(32, "pairs of one update, over all processes. OPEN: the paper's 'batch size 4' does not say of what; "
-                               "4 on each of 8 GPUs")
+    pairs_per_step: int = flag(32, "pairs of one update, over all processes. OPEN: the paper's 'batch size 4' does not "
+                               "say of what; this is 4 on each of 8 GPUs")
     weight_decay: float = flag(0.0, "AdamW's. OPEN: 0, as usual in preference tuning")
     adam_beta1: float = flag(0.9, "AdamW's. OPEN: torch's default")
     adam_beta2: float = flag(0.999, "AdamW's. OPEN: torch's default")
@@ -107,35 +107,38 @@ class Config:
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm. OPEN: 1, the other trainers' default")
     seed: int = flag(0, "of the order of the pairs. OPEN")
 
-    max_tokens: int | None = flag(None, "of a prompt with one response (default: 2048, or less if the model takes less). PAPER: 2048")
+    max_tokens: int | None = flag(None, "of a prompt with one response (default: 2048, or what the model takes if "
+                                  "that is less). PAPER: 2048")
     overlong: str = flag("truncate", "responses that do not fit after their prompt: cut their end, or drop the pair. "
-                         "PAPER: truncated, does not say how", ("truncate", "drop"))
+                         "PAPER: truncated, not said how", ("truncate", "drop"))
     skip_bad_lines: bool = flag(False, "count malformed lines instead of stopping at them")
-    max_tokens_per_gpu: int = flag(8192, "packed tokens of one micro-batch on one process: bounds memory, does not change the update")
+    max_tokens_per_gpu: int = flag(8192, "packed tokens of a micro-batch on one process: bounds memory, the update "
+                                   "stays the same")
     share_prompt: bool = flag(True, "compute each prompt once for both responses; the numbers are the same without")
 
     device: str = flag("auto", "cuda where there is one", ("auto", "cpu", "cuda"))
-    precision: str = flag("auto", "of matrix products: bf16 on CUDA, fp32 on CPU. Weights, moments, norms and losses are fp32 either "
-                          "way. OPEN: the paper says FlashAttention-2, which implies half precision", ("auto", "fp32", "bf16"))
-    checkpoint_blocks: str = flag("auto", "recompute each block in backward instead of keeping its activations: on for CUDA",
-                                  ("auto", "on", "off"))
+    precision: str = flag("auto", "of matrix products: bf16 on CUDA, fp32 on CPU; weights, moments, norms, losses are "
+                          "fp32. OPEN: the paper's FlashAttention-2 implies half precision", ("auto", "fp32", "bf16"))
+    checkpoint_blocks: str = flag("auto", "recompute each block in backward instead of keeping its activations: on for "
+                                  "CUDA", ("auto", "on", "off"))
     replicas: int = flag(1, "hybrid sharding: this many groups of processes, each with a whole sharded model")
 
-    eval_every: int = flag(0, "steps between evaluations on --eval-data; it is always evaluated before the first and after the last")
+    eval_every: int = flag(0, "steps between evaluations on --eval-data, beside those at the start and the end")
     samples: int = flag(0, "held-out prompts to answer (greedily, at most 64 tokens) before and after training")
     save_dtype: str = flag("bf16", "of OUT/model", ("bf16", "fp32"))
 
     def __post_init__(self):
-        positive = "lr epochs pairs_per_step max_tokens_per_gpu max_steps max_tokens max_grad_norm adam_eps eps temperature replicas"
+        positive = ("lr epochs pairs_per_step max_tokens_per_gpu max_steps max_tokens max_grad_norm adam_eps eps "
+                    "temperature replicas")
         for name in positive.split():
             if (value := getattr(self, name)) is not None and not value > 0:
-                raise InputError(f"--{name.replace('_', '-')} is {value}, wanted more than 0")
+                raise InputError(f"{spell(name)} is {value}, wanted more than 0")
         for name in "beta sft_weight gamma weight_decay seed eval_every samples".split():
             if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}, wanted 0 or more")
+                raise InputError(f"{spell(name)} is {getattr(self, name)}, wanted 0 or more")
         for name in "warmup_ratio min_lr_ratio adam_beta1 adam_beta2".split():
             if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}, wanted 0 to 1")
+                raise InputError(f"{spell(name)} is {getattr(self, name)}, wanted 0 to 1")
         if self.ipo_sum and self.loss != "ipo":
             raise InputError(f"--ipo-sum goes with --loss ipo, found --loss {self.loss}")
         if not self.model or not self.data:
@@ -154,15 +157,23 @@ class Config:
         return {name: getattr(self, name) for name in self.loss_row.options}
 
     def command_line(self) -> str:
-        """The flags that give this configuration."""
-        words = []
+        """The flags that give this configuration, without those that its loss does not take."""
+        words, unused = [], {option for row in asft.LOSSES.values() for option in row.options} - self.loss_options.keys()
+        unused |= set() if self.loss_row.reference else {"reference", "reference_cache"}
         for name, value in vars(self).items():
-            word = "--" + name.replace("_", "-")
+            if name in unused or (name == "ipo_sum" and self.loss != "ipo"):
+                continue
+            word = spell(name)
             if isinstance(value, bool):
                 words.append(word if value else word.replace("--", "--no-"))
             elif value is not None:
                 words.append(f"{word} {value}")
         return " ".join(words)
+
+
+def spell(name: str) -> str:
+    """A field's name as a flag."""
+    return "--" + name.replace("_", "-")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -179,18 +190,20 @@ def parse(arguments: list[str] | None = None) -> Config:
     for field in dataclasses.fields(Config):
         kind = next(t for t in (typing.get_args(hints[field.name]) or (hints[field.name],)) if t is not type(None))
         text = field.metadata["help"] + ("" if field.default in (None, "", False, True) else f" [{field.default}]")
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "choices": field.metadata["choices"]}
-        parser.add_argument("--" + field.name.replace("_", "-"), help=text.replace("%", "%%"), **how)
+        how: dict = {"type": kind, "choices": field.metadata["choices"]}
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
+        parser.add_argument(spell(field.name), help=text.replace("%", "%%"), **how)
     given = vars(parser.parse_args(arguments))
     if "model" not in given and "data" not in given:
         given = EXAMPLE | given
-    options = asft.LOSSES[given.get("loss", Config.loss)].options
-    for name in {name for row in asft.LOSSES.values() for name in row.options}:
-        if name in given and name not in options:
-            raise InputError(f"--{name.replace('_', '-')} is not an option of --loss {given.get('loss', Config.loss)}, which takes "
-                             f"{', '.join('--' + option.replace('_', '-') for option in options) or 'none'}")
-    if not asft.LOSSES[given.get("loss", Config.loss)].reference and given.keys() & {"reference", "reference_cache"}:
-        raise InputError(f"--loss {given.get('loss', Config.loss)} uses no reference model: leave out --reference and --reference-cache")
+    name = given.get("loss", Config.loss)
+    options = asft.LOSSES[name].options
+    of_losses = {option for row in asft.LOSSES.values() for option in row.options}
+    if strange := sorted(given.keys() & of_losses - options.keys()):
+        takes = ", ".join(map(spell, options)) or "none"
+        raise InputError(f"{spell(strange[0])} is not an option of --loss {name}, which takes {takes}")
+    if not asft.LOSSES[name].reference and (strange := sorted(given.keys() & {"reference", "reference_cache"})):
+        raise InputError(f"{spell(strange[0])} is not an option of --loss {name}, which uses no reference model")
     if given.get("reference") == "live" and "reference_cache" in given:
         raise InputError("--reference-cache goes with --reference precompute, found --reference live")
     return Config(**(options | given))
@@ -257,7 +270,7 @@ def build_model(config: Config, mesh: DeviceMesh) -> Llama:
     """The starting model in fp32, sharded; each process reads its own rows of the files and never holds more."""
     with torch.device("meta"):
         model = Llama(LlamaConfig.load(config.model))
-    model.checkpoint_blocks = mesh.device_type == "cuda" if config.checkpoint_blocks == "auto" else config.checkpoint_blocks == "on"
+    model.checkpoint_blocks = {"auto": mesh.device_type == "cuda", "on": True, "off": False}[config.checkpoint_blocks]
     shard(model, mesh, compute_dtype(config, mesh))
     model.to_empty(device=mesh.device_type)
     load_weights(model, config.model)
@@ -278,7 +291,8 @@ class Data:
     def __init__(self, pairs: list[Pair], config: Config, device: str):
         self.pairs, self.config, self.device = pairs, config, device
         self.sizes = np.array([pair.packed_tokens(config.share_prompt) for pair in pairs])
-        self.reference: Llama | Tensor | None = None  # a live copy, or (pairs, 2, 2): [pair, chosen or rejected, mean or sum]
+        # A live copy, or numbers of shape (pairs, 2, 2): [pair, chosen or rejected, mean or sum].
+        self.reference: Llama | Tensor | None = None
 
     def batch(self, indexes: list[int]) -> tuple[list[int], Batch, Tensor]:
         """(indexes, their batch, a 1 for each). A process without a pair in this micro-batch must still take part in
@@ -289,13 +303,14 @@ class Data:
 
     def split(self) -> list[list[int]]:
         """All pairs once, as this process's micro-batches."""
-        of_ranks = split_pairs(np.arange(len(self.pairs)), self.sizes, dist.get_world_size(), self.config.max_tokens_per_gpu)
-        return of_ranks[dist.get_rank()]
+        everything, limit = np.arange(len(self.pairs)), self.config.max_tokens_per_gpu
+        return split_pairs(everything, self.sizes, dist.get_world_size(), limit)[dist.get_rank()]
 
     @torch.no_grad()
     def reference_logps(self, rows: list[int], batch: Batch) -> tuple[Tensor, Tensor]:
         """mean_R and sum_R of the pairs in the batch under the reference."""
-        return self.reference(batch) if isinstance(self.reference, Llama) else self.reference[rows].flatten(0, 1).unbind(-1)
+        live = isinstance(self.reference, Llama)
+        return self.reference(batch) if live else self.reference[rows].flatten(0, 1).unbind(-1)
 
 
 def attach_reference(config: Config, mesh: DeviceMesh, model: Llama, parts: list[Data], cache: Path) -> None:
@@ -383,17 +398,17 @@ class Sums(dict):
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 
-class NonFinite(RuntimeError):
+class NonFiniteError(RuntimeError):
     """A loss or gradient that is not a number: the run stops before it reaches a weight."""
 
 
-def train(config: Config, model: Llama, data: Data, held_out: Data | None, log: "Log") -> None:
+def train(config: Config, model: Llama, data: Data, held_out: Data | None, log: "Log", steps: int) -> None:
     """Runs every step. One step: draw, forward, loss, backward, clip, rate, update, log."""
     rank, world = dist.get_rank(), dist.get_world_size()
     steps_per_epoch = -(-len(data.pairs) // config.pairs_per_step)
-    steps = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
-                                  weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(config.adam_beta1, config.adam_beta2),
+                                  eps=config.adam_eps, weight_decay=config.weight_decay, fused=True)
+    left = 0.0
     for step in range(steps):
         started = time.perf_counter()
         plan = plan_step(data.sizes, config.pairs_per_step, config.seed, step, world, config.max_tokens_per_gpu)
@@ -407,7 +422,7 @@ def train(config: Config, model: Llama, data: Data, held_out: Data | None, log: 
             # place.
             ((loss_B * present_B).sum() * (world / config.pairs_per_step)).backward()
             sums.add(metrics, present_B)
-            suspects += [data.pairs[i].place for i, bad in zip(rows, (~loss_B.isfinite()).tolist(), strict=True) if bad]
+            suspects += [data.pairs[rows[i]].place for i in (~loss_B.isfinite()).nonzero()[:, 0].tolist()]
 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
@@ -423,15 +438,14 @@ def train(config: Config, model: Llama, data: Data, held_out: Data | None, log: 
 
         seconds = time.perf_counter() - started
         tokens = int(data.sizes[drawn].sum())
-        row = {"step": step + 1, "epoch": round((step + 1) / steps_per_epoch, 4), **means, "lr": rate, "grad_norm": norm,
-               "pairs": len(drawn), "tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds,
+        left += (seconds - left) / min(step + 1, 20)  # of one step, averaged over the last ones
+        row = {"step": step + 1, "epoch": round((step + 1) / steps_per_epoch, 4), **means, "lr": rate,
+               "grad_norm": norm, "pairs": len(drawn), "tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds,
                "pairs_per_s": len(drawn) / seconds, "peak_memory_gib": peak_memory_gib()}
-        done = step + 1 == steps
-        if held_out is not None and (done or (config.eval_every and (step + 1) % config.eval_every == 0)):
-            log.step(row, steps)
+        log.step(row, steps, left * (steps - step - 1))
+        wanted = step + 1 == steps or (config.eval_every and (step + 1) % config.eval_every == 0)
+        if held_out is not None and wanted:
             row |= evaluate(model, held_out, log, step + 1)
-        else:
-            log.step(row, steps)
         log.metrics(row)
 
 
@@ -439,8 +453,9 @@ def stop_non_finite(step: int, loss: float, norm: float, suspects: list[str], dr
     everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, suspects)
     named = [place for places in everywhere for place in places] or drawn
-    raise NonFinite(f"step {step}: loss {loss}, gradient norm {norm}; stopped before the update. Pairs: {', '.join(named[:20])}"
-                    + (f" and {len(named) - 20} more" if len(named) > 20 else ""))
+    more = f" and {len(named) - 20} more" if len(named) > 20 else ""
+    raise NonFiniteError(f"step {step}: loss {loss}, gradient norm {norm}; stopped before the update. Pairs: "
+                    f"{', '.join(named[:20])}{more}")
 
 
 @torch.no_grad()
@@ -487,36 +502,68 @@ def peak_memory_gib() -> float:
 class Log:
     """What rank 0 prints and writes. On a terminal the step line moves in place; elsewhere every step is a line."""
 
-    def __init__(self, out: Path | None):
-        self.out, self.moving, self.started = out, sys.stdout.isatty(), time.monotonic()
+    def __init__(self, out: Path, active: bool):
+        self.out, self.active, self.moving = out, active, sys.stdout.isatty()
 
     def say(self, text: str = "") -> None:
-        if self.out is not None:
+        if self.active:
             print(text, flush=True)
 
-    def step(self, row: dict, steps: int) -> None:
-        if self.out is None:
+    def header(self, config: Config, mesh: DeviceMesh, model: Llama, parts: list[Data], counts: list[Counter],
+               steps: int) -> None:
+        """Prints what will run, and writes it to OUT/config.json."""
+        llama, data, processes = model.config, parts[0], dist.get_world_size()
+        parameters = sum(p.numel() for p in model.parameters())
+        cuda, half = mesh.device_type == "cuda", compute_dtype(config, mesh) == torch.bfloat16
+        device = torch.cuda.get_device_name() if cuda else f"CPU ({torch.get_num_threads()} threads)"
+        responses = sum(len(p.chosen) + len(p.rejected) for p in data.pairs)
+        lines = {
+            "model": f"{config.model}: {parameters:,} parameters, {llama.num_hidden_layers} layers, width "
+                     f"{llama.hidden_size}, vocabulary {llama.vocab_size:,}",
+            "loss": " ".join([config.loss, *(f"{name} {value:g}" for name, value in config.loss_options.items())]),
+            "data": f"{config.data}: {describe(counts[0])}",
+            "held out": f"{config.eval_data}: {describe(counts[-1])}" if config.eval_data else "none (--eval-data)",
+            "tokens": f"{data.sizes.sum():,} an epoch, {responses:,} of them in responses; {data.sizes.mean():,.0f} a "
+                      f"pair, at most {data.sizes.max():,}",
+            "steps": f"{steps:,} of {config.pairs_per_step} pairs; warm-up to {config.lr:g}, then cosine to "
+                     f"{config.min_lr_ratio * config.lr:g}",
+            "precision": f"fp32 weights and moments, {'bf16' if half else 'fp32'} products, fp32 losses",
+            "devices": f"{processes} x {device}",
+            "out": str(self.out),
+            "flags": config.command_line()}
+        self.say("ASFT, Aligned Supervised Fine-Tuning (arXiv 2409.10571)")
+        for name, text in lines.items():
+            self.say(textwrap.fill(text, 118, initial_indent=f"  {name:<11}", subsequent_indent=" " * 13,
+                                   break_long_words=False, break_on_hyphens=False))
+        modules = (torch, tokenizers, safetensors, np)
+        facts = {"flags": vars(config), "data": counts[0], "eval_data": counts[1] if config.eval_data else None,
+                 "steps": steps, "parameters": parameters, "processes": processes, "device": device,
+                 "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in modules}}
+        if self.active:
+            (self.out / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+    def step(self, row: dict, steps: int, seconds_left: float) -> None:
+        if not self.active:
             return
-        left = (time.monotonic() - self.started) / row["step"] * (steps - row["step"])
-        text = (f"step {row['step']}/{steps} epoch {row['epoch']:.2f} | loss {row['loss']:.4f} sft {row['sft']:.4f} align {row['align']:.4f} | "
-                f"margin {row['margin']:+.4f} accuracy {row['accuracy']:.1%} logp_w {row['logp_w']:.4f} logp_l {row['logp_l']:.4f} | "
-                f"lr {row['lr']:.2e} norm {row['grad_norm']:.3f} | {row['tokens_per_s']:,.0f} tokens/s {row['pairs_per_s']:.1f} pairs/s "
-                f"{int(left) // 60}:{int(left) % 60:02d} left {row['peak_memory_gib']:.2f} GiB")
+        text = ("step {step}/" + str(steps) + " epoch {epoch:.2f} | loss {loss:.4f} sft {sft:.4f} align {align:.4f} | "
+                "margin {margin:+.4f} accuracy {accuracy:.1%} logp_w {logp_w:.4f} logp_l {logp_l:.4f} | lr {lr:.2e} "
+                "norm {grad_norm:.3f} | {tokens_per_s:,.0f} tokens/s {pairs_per_s:.1f} pairs/s ").format(**row)
+        text += f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d} left {row['peak_memory_gib']:.2f} GiB"
         if self.moving:
-            print("\r\x1b[K" + text[:shutil.get_terminal_size().columns - 1], end="\n" if row["step"] == steps else "", flush=True)
-        else:
-            print(text, flush=True)
+            text = "\r\x1b[K" + text[:shutil.get_terminal_size().columns - 1]
+        print(text, end="" if self.moving and row["step"] < steps else "\n", flush=True)
 
     def metrics(self, row: dict) -> None:
         self._append("metrics.jsonl", row)
 
     def evaluation(self, step: int, row: dict) -> None:
         self._append("eval.jsonl", {"step": step, **row})
-        self.say(("\r\x1b[K" if self.moving else "") + f"held-out, {step} steps | loss {row['eval_loss']:.4f} margin {row['eval_margin']:+.4f} "
-                 f"accuracy {row['eval_accuracy']:.1%} logp_w {row['eval_logp_w']:.4f} logp_l {row['eval_logp_l']:.4f}")
+        text = ("held-out after {step} | loss {eval_loss:.4f} sft {eval_sft:.4f} align {eval_align:.4f} | margin "
+                "{eval_margin:+.4f} accuracy {eval_accuracy:.1%} logp_w {eval_logp_w:.4f} logp_l {eval_logp_l:.4f}")
+        self.say(("\r\x1b[K" if self.moving else "") + text.format(step=step, **row))
 
     def _append(self, name: str, row: dict) -> None:
-        if self.out is not None:
+        if self.active:
             with open(self.out / name, "a") as file:
                 file.write(json.dumps(row) + "\n")
 
@@ -534,7 +581,9 @@ def claim_out(config: Config) -> Path:
             out = next(path for path in fresh if not path.exists())
         try:
             out.mkdir(parents=True, exist_ok=True)
-            found = [InputError(f"--out {out} is not empty; a run wants a fresh directory") if any(out.iterdir()) else out]
+            found = [out]
+            if any(out.iterdir()):
+                found = [InputError(f"--out {out} is not empty; a run wants a fresh directory")]
         except OSError as error:
             found = [InputError(f"--out {out}: {error.strerror}")]
     dist.broadcast_object_list(found)
@@ -545,8 +594,9 @@ def claim_out(config: Config) -> Path:
 
 def describe(counts: Counter) -> str:
     """Counts of a data file in one line."""
-    dropped = ", ".join(f"{counts[name]:,} {name}" for name in ("bad lines", "unequal prompts", "empty", "overlong", "identical"))
-    return f"{counts['read']:,} read, {counts['kept']:,} kept, {counts['truncated']:,} of them truncated; dropped: {dropped}"
+    reasons = ("bad lines", "unequal prompts", "empty", "overlong", "identical")
+    return (f"{counts['read']:,} read, {counts['kept']:,} kept, {counts['truncated']:,} of them truncated; dropped: "
+            + ", ".join(f"{counts[reason]:,} {reason}" for reason in reasons))
 
 
 def run(config: Config) -> None:
@@ -555,69 +605,44 @@ def run(config: Config) -> None:
     check_weights(config.model, llama)
     config = dataclasses.replace(config, max_tokens=resolve_max_tokens(config.max_tokens, llama))
     mesh = start_processes(config)
-    main_process = dist.get_rank() == 0
-
-    def say(text: str) -> None:
-        if main_process:
-            print(text, flush=True)
-
-    files = [config.data] + [config.eval_data] * (config.eval_data is not None)
-    counts = [Counter() for _ in files]
-    preferences = [read_preferences(path, count, config.skip_bad_lines) for path, count in zip(files, counts, strict=True)]
-    texts = any(isinstance(p.chosen, str) for part in preferences for p in part)
-    chat = ChatFormat(config.model) if texts else None
-    parts = []
-    for path, part, count in zip(files, preferences, counts, strict=True):
-        pairs = encode_preferences(part, chat, config.max_tokens, config.overlong, count, llama.vocab_size, say)
-        if not pairs:
-            raise InputError(f"{path}: no pair left to use ({describe(count)})")
-        parts.append(Data(pairs, config, mesh.device_type))
-        split_pairs(np.arange(len(pairs)), parts[-1].sizes, dist.get_world_size(), config.max_tokens_per_gpu)  # each fits
+    parts, counts, chat = read_data(config, llama, mesh.device_type)
     data, held_out = parts[0], parts[1] if config.eval_data else None
-
-    out = claim_out(config)
-    log = Log(out if main_process else None)
+    log = Log(claim_out(config), dist.get_rank() == 0)
     model = build_model(config, mesh)
-    parameters = sum(p.numel() for p in model.parameters())
     steps = min(config.epochs * -(-len(data.pairs) // config.pairs_per_step), config.max_steps or sys.maxsize)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "tokenizers": tokenizers.__version__,
-                "safetensors": safetensors.__version__, "numpy": np.__version__}
-    device = torch.cuda.get_device_name() if mesh.device_type == "cuda" else f"CPU, {torch.get_num_threads()} threads each"
-    half = compute_dtype(config, mesh) == torch.bfloat16
-    named = " ".join(f"{name} {value:g}" for name, value in config.loss_options.items())
-    log.say("ASFT, Aligned Supervised Fine-Tuning (arXiv 2409.10571)")
-    log.say(f"  model      {config.model}: {parameters:,} parameters, {llama.num_hidden_layers} layers, width {llama.hidden_size}, "
-            f"vocabulary {llama.vocab_size:,}")
-    log.say(f"  loss       {config.loss} {named}")
-    log.say(f"  data       {config.data}: {describe(counts[0])}")
-    if held_out is not None:
-        log.say(f"  held out   {config.eval_data}: {describe(counts[1])}")
-    log.say(f"  tokens     {data.sizes.sum():,} an epoch, {data.sizes.mean():,.0f} a pair, at most {data.sizes.max():,}; responses "
-            f"{sum(len(p.chosen) + len(p.rejected) for p in data.pairs):,}")
-    log.say(f"  steps      {steps:,} of {config.pairs_per_step} pairs, {config.epochs} epochs; warm-up to {config.lr:g}, then cosine to "
-            f"{config.min_lr_ratio * config.lr:g}")
-    log.say(f"  precision  fp32 weights and moments, {'bf16' if half else 'fp32'} products, fp32 losses")
-    log.say(f"  devices    {dist.get_world_size()} x {device}")
-    log.say(f"  out        {out}")
-    log.say(textwrap.fill(config.command_line(), 110, initial_indent="  flags      ", subsequent_indent=" " * 13,
-                          break_long_words=False, break_on_hyphens=False))
-    if main_process:
-        facts = {"flags": vars(config), "counts": dict(zip(("data", "eval_data"), map(dict, counts))), "steps": steps,
-                 "parameters": parameters, "processes": dist.get_world_size(), "device": device, "versions": versions}
-        (out / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
+    log.header(config, mesh, model, parts, counts, steps)
 
     if config.loss_row.reference:
-        attach_reference(config, mesh, model, parts, Path(config.reference_cache or out / "reference.safetensors"))
+        attach_reference(config, mesh, model, parts, Path(config.reference_cache or log.out / "reference.safetensors"))
     asked = held_out.pairs[:config.samples] if held_out is not None and chat is not None else []
     before = [answer(model, chat, pair.prompt, mesh.device_type) for pair in asked]
     if held_out is not None:
         evaluate(model, held_out, log, 0)
-    train(config, model, data, held_out, log)
+    train(config, model, data, held_out, log, steps)
     after = [answer(model, chat, pair.prompt, mesh.device_type) for pair in asked]
-    for pair, *answers in zip(asked, before, after, strict=True):
-        log.say("\n".join(["", "prompt   " + show(chat.last_turn(pair.prompt)), "  before " + show(answers[0]), "  after  " + show(answers[1])]))
-    save_model(model, out / "model", dtype=torch.bfloat16 if config.save_dtype == "bf16" else torch.float32, source=config.model)
-    log.say(f"\nsaved {out / 'model'} ({config.save_dtype}); metrics in {out / 'metrics.jsonl'}")
+    for pair, old, new in zip(asked, before, after, strict=True):
+        log.say(f"\n  prompt  {show(chat.last_turn(pair.prompt))}\n  before  {show(old)}\n  after   {show(new)}")
+    dtype = torch.bfloat16 if config.save_dtype == "bf16" else torch.float32
+    save_model(model, log.out / "model", dtype=dtype, source=config.model)
+    log.say(f"\nsaved {log.out / 'model'} ({config.save_dtype}); metrics in {log.out / 'metrics.jsonl'}")
+
+
+def read_data(config: Config, llama: LlamaConfig, device: str) -> tuple[list[Data], list[Counter], ChatFormat | None]:
+    """The training pairs and, where asked for, the held-out ones, read and checked; the chat format, unless all are ids."""
+    files = [config.data] + [config.eval_data] * (config.eval_data is not None)
+    counts = [Counter() for _ in files]
+    preferences = [read_preferences(path, count, config.skip_bad_lines)
+                   for path, count in zip(files, counts, strict=True)]
+    chat = ChatFormat(config.model) if any(isinstance(p.chosen, str) for part in preferences for p in part) else None
+    parts = []
+    for path, part, count in zip(files, preferences, counts, strict=True):
+        pairs = encode_preferences(part, chat, config.max_tokens, config.overlong, count, llama.vocab_size,
+                                   lambda text: print(text, flush=True) if dist.get_rank() == 0 else None)
+        if not pairs:
+            raise InputError(f"{path}: no pair left to use ({describe(count)})")
+        parts.append(Data(pairs, config, device))
+        parts[-1].split()  # raises where a pair alone is over --max-tokens-per-gpu
+    return parts, counts, chat
 
 
 def show(text: str) -> str:
@@ -630,7 +655,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run(parse(arguments))
         return 0
-    except (InputError, NonFinite) as error:
+    except (InputError, NonFiniteError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # processes check alike: once a machine is enough
             print(f"train.py: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, InputError) else 1
