@@ -11,7 +11,8 @@ In reading order
     dpo_loss, ipo_loss      baselines with one
     LOSSES                  name -> (function, mean or sum, reference or not): all that train.py knows about losses
     response_logps          padded logits -> log-probs of each response: the portable form, and the oracle of model.py
- Notation, here and in the other files. x is a prompt, y_w the chosen and y_l the rejected response (w: winner, l:
+
+Notation, here and in the other files. x is a prompt, y_w the chosen and y_l the rejected response (w: winner, l:
 loser), |y| a response's tokens, its closing <|eot_id|> included. Log is natural, log-probs are in nats.
     l(y) = 1/|y| sum_t log pi(y_t | x, y_<t)     mean log-prob     logp_w_B, logp_l_B
     s(y) = |y| l(y)                              summed log-prob   sum_logp_w_B, sum_logp_l_B
@@ -107,7 +108,8 @@ def asft_loss(logp_w_B: Tensor, logp_l_B: Tensor, *, beta: float = 0.1, sft_weig
     """
     if beta < 0 or sft_weight < 0 or temperature <= 0 or eps <= 0:
         raise ValueError("asft_loss wants beta >= 0, sft_weight >= 0, temperature > 0, eps > 0; "
-                         f"found {beta=}, {sft_weight=}, {temperature=}, {eps=}")
+
+                        f"found {beta=}, {sft_weight=}, {temperature=}, {eps=}")
     logp_w_B, logp_l_B = _pair(logp_w_B, logp_l_B)
     bounded_l_B = _bounded(logp_l_B, eps)
     sft_B = -logp_w_B
@@ -155,7 +157,8 @@ def simpo_loss(logp_w_B: Tensor, logp_l_B: Tensor, *, beta: float = 2.0, gamma: 
 
 
 def dpo_loss(sum_logp_w_B: Tensor, sum_logp_l_B: Tensor, ref_w_B: Tensor, ref_l_B: Tensor, *,
-             beta: float = 0.1) -> tuple[Tensor, Metrics]:
+
+            beta: float = 0.1) -> tuple[Tensor, Metrics]:
     """DPO (arXiv 2305.18290; equations 1 to 3): -logsigmoid(beta * ((s_w - s_w_ref) - (s_l - s_l_ref))).
 
     Takes *summed* log-probs of the model and of the reference. Equal to TRL's loss_type "sigmoid". `beta` here is the
@@ -167,7 +170,8 @@ def dpo_loss(sum_logp_w_B: Tensor, sum_logp_l_B: Tensor, ref_w_B: Tensor, ref_l_
 
 
 def ipo_loss(logp_w_B: Tensor, logp_l_B: Tensor, ref_w_B: Tensor, ref_l_B: Tensor, *,
-             beta: float = 0.1) -> tuple[Tensor, Metrics]:
+
+            beta: float = 0.1) -> tuple[Tensor, Metrics]:
     """IPO (arXiv 2310.12036): (h - 1/(2 beta))^2 with h = (w - w_ref) - (l - l_ref), in nats squared.
 
     Takes mean log-probs (TRL, LLaMA-Factory; the default of train.py) or sums (OpenRLHF, the DPO reference code): as
@@ -216,7 +220,8 @@ def response_logps(logits_RTV: Tensor, tokens_RT: Tensor, scored_RT: Tensor) -> 
     """
     if logits_RTV.shape[:2] != tokens_RT.shape or tokens_RT.shape != scored_RT.shape:
         raise ValueError("response_logps wants logits (R, T, V), tokens (R, T) and scored (R, T); "
-                         f"found {tuple(logits_RTV.shape)}, {tuple(tokens_RT.shape)}, {tuple(scored_RT.shape)}")
+
+                        f"found {tuple(logits_RTV.shape)}, {tuple(tokens_RT.shape)}, {tuple(scored_RT.shape)}")
     scored_RT = scored_RT.bool()
     if bool(scored_RT[:, 0].any()) or not bool(scored_RT.any(dim=1).all()):
         raise ValueError("each row wants at least one scored token, and not its first")

@@ -6,7 +6,8 @@ In reading order
     Pair, encode_preferences        what is trained on: ids of prompt, chosen and rejected; what is dropped is counted
     Batch, pack                     several pairs as one row of tokens, without padding, each prompt once
     plan_step                       a step's pairs over ranks and micro-batches: a pure function
- Rules. Only the last assistant turn is scored; all turns before it are prompt. The prompt is the same for both
+
+Rules. Only the last assistant turn is scored; all turns before it are prompt. The prompt is the same for both
 responses, or the pair is dropped. Text never becomes a control token. What is scored is built together with the ids,
 never inferred later.
 
@@ -450,7 +451,8 @@ def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = Non
                         max(key_lengths) if longest is None else longest)
     length_R = torch.tensor(lengths)
     return Batch(int64(tokens), int64(positions), segments, int64(scored), int64(targets),
-                 torch.repeat_interleave(torch.arange(len(lengths)), length_R), length_R)
+
+                torch.repeat_interleave(torch.arange(len(lengths)), length_R), length_R)
 
 
 MicroBatch = list[int]  # indexes of pairs

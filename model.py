@@ -9,10 +9,12 @@ In reading order
     target_logps        the head: log-probs of the scored tokens without fp32 logits
     Llama               module names are the checkpoint's keys, so there is no name map
     load_model, load_weights, save_model    Hugging Face directories, whole or one rank's rows of them
- The model has no padding, no attention mask and no batch axis: everything is a row of T packed tokens, and `Segments`
+
+The model has no padding, no attention mask and no batch axis: everything is a row of T packed tokens, and `Segments`
 says where the sequences are. Norms, rotary tables and log-probs are computed in fp32 whatever the weights are (float64
 stays).
- Left out: dropout (Llama 3 has none), attention and MLP biases, rope types other than Llama 3's, quantised weights,
+
+Left out: dropout (Llama 3 has none), attention and MLP biases, rope types other than Llama 3's, quantised weights,
 Meta's own consolidated.*.pth layout (its q and k rows are in another order), and a KV cache (eval.py generates).
 """
 
@@ -137,7 +139,8 @@ class LlamaConfig:
             eos_token_id=ids("eos_token_id"))
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
             raise InputError(f"{where}: wanted num_attention_heads ({heads}) to be a multiple of num_key_value_heads "
-                             f"({config.num_key_value_heads}), and head_dim ({config.head_dim}) to be even")
+
+                            f"({config.num_key_value_heads}), and head_dim ({config.head_dim}) to be even")
         return config
 
     def to_dict(self, dtype: torch.dtype) -> dict:
@@ -454,7 +457,8 @@ def check_weights(directory: str | Path, config: LlamaConfig) -> dict[str, Path]
     layers = len({key.split(".")[2] for key in found if key.startswith("model.layers.")})
     if layers != config.num_hidden_layers:
         raise InputError(f"{directory}: config.json says num_hidden_layers {config.num_hidden_layers}, "
-                         f"the weights have model.layers of {layers}")
+
+                        f"the weights have model.layers of {layers}")
     expected = expected_shapes(config)
     for key, shape in expected.items():
         if key not in found:

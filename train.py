@@ -6,18 +6,18 @@
     python train.py --help                                 every flag, its default, and what the paper says of it
 
 In reading order
-    Config, parse           one frozen dataclass is the defaults, the flags, --help, the printed header and
-    OUT/config.json
-    learning_rate           warm-up and cosine
-    start_processes, shard, build_model     one code path for one process and for many, on CPU and on GPUs (FSDP2)
-    Data, losses_of         the forward pass: a packed batch -> one loss per pair; reference log-probs where a loss
-    wants them
-    train                   the loop: draw, forward, loss, backward, clip, rate, update, log
-    evaluate, answer        held-out loss, margin and accuracy; greedy answers to a few held-out prompts
-    Log                     the header, the line per step, OUT/metrics.jsonl
+    Config, parse       one frozen dataclass: the defaults, the flags, --help, the printed header, OUT/config.json
+    learning_rate       warm-up and cosine
+    start_processes, shard, build_model    one code path for one process and many, on CPU and on GPUs (FSDP2)
+    Data, losses_of     the forward pass: a packed batch -> one loss per pair; and a reference, where a loss wants one
+    train               the loop: draw, forward, loss, backward, clip, rate, update, log
+    evaluate, answer    held-out loss, margin and accuracy; greedy answers to a few held-out prompts
+    Log                 the header, the line per step, OUT/metrics.jsonl
+    run, main           a whole run, and its exit code
 
 Writes OUT/config.json, OUT/metrics.jsonl, OUT/eval.jsonl, and at the end OUT/model/, which transformers and vLLM load.
- Weights and AdamW's moments are kept in fp32, sharded over the processes; matrix products run in bf16 on CUDA and in
+
+Weights and AdamW's moments are kept in fp32, sharded over the processes; matrix products run in bf16 on CUDA and in
 fp32 on CPU (--precision). A step's pairs do not depend on the number of processes, and each weighs 1/pairs_per_step
 wherever it is computed.
 
@@ -65,6 +65,7 @@ HERE = Path(__file__).resolve().parent
 # one.
 EXAMPLE = {"model": str(HERE / "examples/model"), "data": str(HERE / "examples/train.jsonl"),
            "eval_data": str(HERE / "examples/heldout.jsonl"), "lr": 1e-3, "samples": 4, "eval_every": 20}
+LOSS_OPTIONS = {option for row in asft.LOSSES.values() for option in row.options}
 
 
 def flag(default, text: str, choices: tuple | None = None):
@@ -131,8 +132,9 @@ class Config:
         positive = ("lr epochs pairs_per_step max_tokens_per_gpu max_steps max_tokens max_grad_norm adam_eps eps "
                     "temperature replicas")
         for name in positive.split():
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise InputError(f"{spell(name)} is {value}, wanted more than 0")
+            value, limit = getattr(self, name), math.inf if name != "max_grad_norm" else math.nan
+            if value is not None and (not value > 0 or value == limit):
+                raise InputError(f"{spell(name)} is {value}, wanted a number above 0")
         for name in "beta sft_weight gamma weight_decay seed eval_every samples".split():
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{spell(name)} is {getattr(self, name)}, wanted 0 or more")
@@ -158,7 +160,7 @@ class Config:
 
     def command_line(self) -> str:
         """The flags that give this configuration, without those that its loss does not take."""
-        words, unused = [], {option for row in asft.LOSSES.values() for option in row.options} - self.loss_options.keys()
+        words, unused = [], LOSS_OPTIONS - self.loss_options.keys()
         unused |= set() if self.loss_row.reference else {"reference", "reference_cache"}
         for name, value in vars(self).items():
             if name in unused or (name == "ipo_sum" and self.loss != "ipo"):
@@ -184,8 +186,9 @@ class _Parser(argparse.ArgumentParser):
 def parse(arguments: list[str] | None = None) -> Config:
     """Flags -> Config. A loss's own defaults (asft.py) stand where a flag is not given; a flag that it does not take is
     refused."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                     argument_default=argparse.SUPPRESS)
+    parser = _Parser(usage="python train.py [FLAGS]", description=__doc__, allow_abbrev=False,
+
+                    formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     hints = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
         kind = next(t for t in (typing.get_args(hints[field.name]) or (hints[field.name],)) if t is not type(None))
@@ -198,8 +201,7 @@ def parse(arguments: list[str] | None = None) -> Config:
         given = EXAMPLE | given
     name = given.get("loss", Config.loss)
     options = asft.LOSSES[name].options
-    of_losses = {option for row in asft.LOSSES.values() for option in row.options}
-    if strange := sorted(given.keys() & of_losses - options.keys()):
+    if strange := sorted(given.keys() & LOSS_OPTIONS - options.keys()):
         takes = ", ".join(map(spell, options)) or "none"
         raise InputError(f"{spell(strange[0])} is not an option of --loss {name}, which takes {takes}")
     if not asft.LOSSES[name].reference and (strange := sorted(given.keys() & {"reference", "reference_cache"})):
@@ -440,8 +442,9 @@ def train(config: Config, model: Llama, data: Data, held_out: Data | None, log: 
         tokens = int(data.sizes[drawn].sum())
         left += (seconds - left) / min(step + 1, 20)  # of one step, averaged over the last ones
         row = {"step": step + 1, "epoch": round((step + 1) / steps_per_epoch, 4), **means, "lr": rate,
-               "grad_norm": norm, "pairs": len(drawn), "tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds,
-               "pairs_per_s": len(drawn) / seconds, "peak_memory_gib": peak_memory_gib()}
+               "grad_norm": norm, "pairs": len(drawn), "tokens": tokens, "seconds": seconds,
+               "tokens_per_s": tokens / seconds, "pairs_per_s": len(drawn) / seconds,
+               "peak_memory_gib": peak_memory_gib()}
         log.step(row, steps, left * (steps - step - 1))
         wanted = step + 1 == steps or (config.eval_every and (step + 1) % config.eval_every == 0)
         if held_out is not None and wanted:
@@ -519,14 +522,16 @@ class Log:
         responses = sum(len(p.chosen) + len(p.rejected) for p in data.pairs)
         lines = {
             "model": f"{config.model}: {parameters:,} parameters, {llama.num_hidden_layers} layers, width "
-                     f"{llama.hidden_size}, vocabulary {llama.vocab_size:,}",
+
+                    f"{llama.hidden_size}, vocabulary {llama.vocab_size:,}",
             "loss": " ".join([config.loss, *(f"{name} {value:g}" for name, value in config.loss_options.items())]),
             "data": f"{config.data}: {describe(counts[0])}",
             "held out": f"{config.eval_data}: {describe(counts[-1])}" if config.eval_data else "none (--eval-data)",
             "tokens": f"{data.sizes.sum():,} an epoch, {responses:,} of them in responses; {data.sizes.mean():,.0f} a "
                       f"pair, at most {data.sizes.max():,}",
             "steps": f"{steps:,} of {config.pairs_per_step} pairs; warm-up to {config.lr:g}, then cosine to "
-                     f"{config.min_lr_ratio * config.lr:g}",
+
+                    f"{config.min_lr_ratio * config.lr:g}",
             "precision": f"fp32 weights and moments, {'bf16' if half else 'fp32'} products, fp32 losses",
             "devices": f"{processes} x {device}",
             "out": str(self.out),
@@ -628,7 +633,7 @@ def run(config: Config) -> None:
 
 
 def read_data(config: Config, llama: LlamaConfig, device: str) -> tuple[list[Data], list[Counter], ChatFormat | None]:
-    """The training pairs and, where asked for, the held-out ones, read and checked; the chat format, unless all are ids."""
+    """The training and, where asked for, the held-out pairs, read and checked; the chat format, unless all are ids."""
     files = [config.data] + [config.eval_data] * (config.eval_data is not None)
     counts = [Counter() for _ in files]
     preferences = [read_preferences(path, count, config.skip_bad_lines)
