@@ -52,8 +52,7 @@ def read_preferences(path: str | Path, counts: Counter | None = None, skip_bad_l
         prompt_ids, chosen_ids, rejected_ids     token ids, used as they are
         conversations, chosen, rejected          LLaMA-Factory (sharegpt); `system` may stand beside
         instruction [, input], chosen, rejected  LLaMA-Factory (alpaca); `system` and `history` may stand beside
-        prompt, chosen, rejected                 strings; or lists of messages, the responses with or without the
-        prompt's
+        prompt, chosen, rejected                 strings, or lists of messages (responses with or without the prompt's)
         chosen, rejected                         two whole conversations: lists of messages, or HH transcripts
 
     A message is {"role", "content"} or {"from", "value"}. `counts` gains "read", "bad lines" and "unequal prompts"

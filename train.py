@@ -241,8 +241,9 @@ def start_processes(config: Config) -> DeviceMesh:
     world = dist.get_world_size()
     if world % config.replicas:
         raise InputError(f"--replicas {config.replicas} does not divide {world} processes")
-    shape = (world,) if config.replicas == 1 else (config.replicas, world // config.replicas)
-    return init_device_mesh("cuda" if cuda else "cpu", shape)
+    shape, names = (config.replicas, world // config.replicas), ("replicate", "shard")
+    first = 1 if config.replicas == 1 else 0
+    return init_device_mesh("cuda" if cuda else "cpu", shape[first:], mesh_dim_names=names[first:])
 
 
 def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
