@@ -457,21 +457,24 @@ def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = Non
 MicroBatch = list[int]  # indexes of pairs
 
 
-def plan_step(sizes: np.ndarray, pairs_per_step: int, seed: int, step: int, ranks: int,
+def plan_step(sizes: np.ndarray, pairs_per_step: int, seed: int | None, step: int, ranks: int,
               max_tokens: int) -> list[list[MicroBatch]]:
     """Which pairs each rank computes in which micro-batch of step `step` (from 0): a pure function of its arguments.
 
     The step's pairs depend on (number of pairs, pairs_per_step, seed, step) alone, not on the machine: each epoch is a
-    fresh permutation cut into steps, the last one short where the division leaves a rest. They are put, longest first,
-    into the emptiest of ranks x m micro-batches, m being the smallest number that keeps each at most `max_tokens`
-    packed tokens. Every rank gets m of them, sharded models being collective; a micro-batch is empty where there are
-    more of them than pairs. The fullest come first, so that what does not fit in memory fails at once.
+    fresh permutation (the given order where seed is None) cut into steps, the last one short where the division leaves
+    a rest. They are put, longest first, into the emptiest of ranks x m micro-batches, m being the smallest number that
+    keeps each at most `max_tokens` packed tokens. Every rank gets m of them, sharded models being collective; a
+    micro-batch is empty where there are more of them than pairs. The fullest come first, so that what does not fit in
+    memory fails at once.
 
     sizes: packed tokens of every pair. Raises InputError where one pair alone exceeds max_tokens.
     """
     steps_per_epoch = -(-len(sizes) // pairs_per_step)
     epoch, within = divmod(step, steps_per_epoch)
-    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(sizes))
+    order = np.arange(len(sizes))
+    if seed is not None:
+        order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(order)
     chosen = order[within * pairs_per_step:(within + 1) * pairs_per_step]
     return split_pairs(chosen, sizes, ranks, max_tokens)
 

@@ -107,6 +107,7 @@ class Config:
     adam_eps: float = flag(1e-8, "AdamW's. OPEN: torch's default")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm. OPEN: 1, the other trainers' default")
     seed: int = flag(0, "of the order of the pairs. OPEN")
+    shuffle: bool = flag(True, "a new order of the pairs each epoch; without, the file's")
 
     max_tokens: int | None = flag(None, "of a prompt with one response (default: 2048, or what the model takes if "
                                   "that is less). PAPER: 2048")
@@ -414,7 +415,8 @@ def train(config: Config, model: Llama, data: Data, held_out: Data | None, log: 
     left = 0.0
     for step in range(steps):
         started = time.perf_counter()
-        plan = plan_step(data.sizes, config.pairs_per_step, config.seed, step, world, config.max_tokens_per_gpu)
+        seed = config.seed if config.shuffle else None
+        plan = plan_step(data.sizes, config.pairs_per_step, seed, step, world, config.max_tokens_per_gpu)
         drawn = [i for of_rank in plan for indexes in of_rank for i in indexes]
 
         sums, suspects = Sums(), []
