@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
@@ -189,7 +190,8 @@ def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments) -
     if segments.key_row_N is not None:
         # index_select, since its backward is one index-add; indexing with [] would sort.
         k_TGK, v_TGK = k_TGK.index_select(0, segments.key_row_N), v_TGK.index_select(0, segments.key_row_N)
-    if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16):
+    # Fake tensors stand for CUDA's: train.py --plan simulates it.
+    if (q_THK.is_cuda or isinstance(q_THK, FakeTensor)) and q_THK.dtype in (torch.bfloat16, torch.float16):
         return varlen_attn(q_THK, k_TGK, v_TGK, segments.query_starts, segments.key_starts, segments.longest,
                            segments.longest, window_size=(-1, 0), **VARLEN_GQA)
     query_lengths, key_lengths = segments.query_starts.diff().tolist(), segments.key_starts.diff().tolist()
@@ -296,41 +298,47 @@ class Block(nn.Module):
 
 # -------------------------------------------------------------------------------------------------------------- head
 
-CHUNK_ELEMENTS = 2**24  # logits that exist in fp32 at one time (64 MiB)
+# Logits that exist in fp32 at one time: on a CPU what stays in its cache, on a GPU what keeps it busy (1 GiB).
+CHUNK_ELEMENTS, CHUNK_ELEMENTS_CUDA = 2**20, 2**28
 
 
 class _TargetLogps(torch.autograd.Function):
-    """log softmax(hidden @ weight.T)[target], whose backward turns the kept logits into their own gradient, in
-    place."""
+    """log softmax(hidden @ weight.T)[target]. What is kept for backward is the logits' gradient, up to a factor a row.
+
+    With m the largest logit of a row and Z = sum exp(logits - m), d logp / d logits = onehot - exp(logits - m) / Z. So
+    the logits are overwritten, in place and in their own dtype, by exp(logits - m), less Z at the target; -grad / Z,
+    one number a row, is multiplied in on the small side of backward's two matrix products.
+    """
 
     @staticmethod
     def forward(ctx, hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor) -> Tensor:
-        chunk = max(1, CHUNK_ELEMENTS // len(weight_VD))
         keep = any(ctx.needs_input_grad)
+        chunk = max(1, (CHUNK_ELEMENTS_CUDA if hidden_SD.is_cuda else CHUNK_ELEMENTS) // len(weight_VD))
         logits_SV = hidden_SD @ weight_VD.T if keep else None
-        logp_S, lse_S = [], []
+        logp_S, scale_S = [], []
         for i in range(0, len(target_S), chunk):
-            logits_CV = at_least_fp32(logits_SV[i:i + chunk] if keep else hidden_SD[i:i + chunk] @ weight_VD.T)
-            lse_S.append(logits_CV.logsumexp(-1))
-            logp_S.append(logits_CV.gather(-1, target_S[i:i + chunk, None])[:, 0] - lse_S[-1])
+            target_C1 = target_S[i:i + chunk, None]
+            kept_CV = logits_SV[i:i + chunk] if keep else hidden_SD[i:i + chunk] @ weight_VD.T
+            exp_CV = at_least_fp32(kept_CV)  # a copy where the weights are of a half type, else the logits themselves
+            top_C1 = exp_CV.amax(-1, keepdim=True)
+            logit_C1 = exp_CV.gather(-1, target_C1)
+            total_C1 = exp_CV.sub_(top_C1).exp_().sum(-1, keepdim=True)
+            logp_S.append((logit_C1 - top_C1 - total_C1.log())[:, 0])
+            if keep:
+                scale_S.append(-1 / total_C1[:, 0])
+                exp_CV.scatter_add_(-1, target_C1, -total_C1)
+                if exp_CV.dtype != kept_CV.dtype:
+                    kept_CV.copy_(exp_CV)
         if keep:
-            ctx.save_for_backward(hidden_SD, weight_VD, target_S, torch.cat(lse_S))
-            ctx.logits_SV, ctx.chunk = logits_SV, chunk
+            ctx.save_for_backward(hidden_SD, weight_VD, logits_SV, torch.cat(scale_S))
         return torch.cat(logp_S)
 
     @staticmethod
     def backward(ctx, grad_S: Tensor):
-        hidden_SD, weight_VD, target_S, lse_S = ctx.saved_tensors
-        if ctx.logits_SV is None:
-            raise RuntimeError("the head's backward pass consumes its logits: it can run once")
-        grad_SV, ctx.logits_SV = ctx.logits_SV, None
-        for i in range(0, len(target_S), ctx.chunk):
-            rows = slice(i, i + ctx.chunk)
-            # d logp / d logits = onehot(target) - softmax
-            grad_CV = at_least_fp32(grad_SV[rows]).sub_(lse_S[rows, None]).exp_().mul_(-grad_S[rows, None])
-            grad_CV.scatter_add_(1, target_S[rows, None], grad_S[rows, None])
-            grad_SV[rows] = grad_CV
-        return grad_SV @ weight_VD, grad_SV.T @ hidden_SD, None
+        hidden_SD, weight_VD, scaled_SV, scale_S = ctx.saved_tensors
+        factor_S1 = (grad_S * scale_S)[:, None]
+        grad_SD = ((scaled_SV @ weight_VD) * factor_S1).to(hidden_SD.dtype)
+        return grad_SD, scaled_SV.T @ (hidden_SD * factor_S1).to(hidden_SD.dtype), None
 
 
 def target_logps(hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ In reading order
     train               the loop: draw, forward, loss, backward, clip, rate, update, log
     evaluate, answer    held-out loss, margin and accuracy; greedy answers to a few held-out prompts
     Log                 the header, the line per step, OUT/metrics.jsonl
-    run, main           a whole run, and its exit code
+    run, plan, main     a whole run; what it would take; the exit code
 
 Writes OUT/config.json, OUT/metrics.jsonl, OUT/eval.jsonl, and at the end OUT/model/, which transformers and vLLM load.
 
@@ -56,7 +56,7 @@ from torch.distributed.tensor import DTensor
 import asft
 from data import (Batch, ChatFormat, Pair, encode_preferences, pack, plan_step, read_preferences, resolve_max_tokens,
                   split_pairs)
-from model import InputError, Llama, LlamaConfig, check_weights, load_weights, save_model
+from model import InputError, Llama, LlamaConfig, check_weights, expected_shapes, load_weights, save_model
 
 # ------------------------------------------------------------------------------------------------------ configuration
 
@@ -128,10 +128,12 @@ class Config:
     eval_every: int = flag(0, "steps between evaluations on --eval-data, beside those at the start and the end")
     samples: int = flag(0, "held-out prompts to answer (greedily, at most 64 tokens) before and after training")
     save_dtype: str = flag("bf16", "of OUT/model", ("bf16", "fp32"))
+    plan: int | None = flag(None, "print what the run would take on so many GPUs (steps, tokens, FLOPs, memory by kind), "
+                            "and stop; loads no weights")
 
     def __post_init__(self):
         positive = ("lr epochs pairs_per_step max_tokens_per_gpu max_steps max_tokens max_grad_norm adam_eps eps "
-                    "temperature replicas")
+                    "temperature replicas plan")
         for name in positive.split():
             value, limit = getattr(self, name), math.inf if name != "max_grad_norm" else math.nan
             if value is not None and (not value > 0 or value == limit):
@@ -610,14 +612,16 @@ def describe(counts: Counter) -> str:
 def run(config: Config) -> None:
     """A whole run: check everything, then train, then save."""
     llama = LlamaConfig.load(config.model)
-    check_weights(config.model, llama)
     config = dataclasses.replace(config, max_tokens=resolve_max_tokens(config.max_tokens, llama))
+    if config.plan:
+        return plan(config, llama, config.plan)
+    check_weights(config.model, llama)
     mesh = start_processes(config)
     parts, counts, chat = read_data(config, llama, mesh.device_type)
     data, held_out = parts[0], parts[1] if config.eval_data else None
     log = Log(claim_out(config), dist.get_rank() == 0)
     model = build_model(config, mesh)
-    steps = min(config.epochs * -(-len(data.pairs) // config.pairs_per_step), config.max_steps or sys.maxsize)
+    steps = count_steps(config, data)
     log.header(config, mesh, model, parts, counts, steps)
 
     if config.loss_row.reference:
@@ -633,6 +637,10 @@ def run(config: Config) -> None:
     dtype = torch.bfloat16 if config.save_dtype == "bf16" else torch.float32
     save_model(model, log.out / "model", dtype=dtype, source=config.model)
     log.say(f"\nsaved {log.out / 'model'} ({config.save_dtype}); metrics in {log.out / 'metrics.jsonl'}")
+
+
+def count_steps(config: Config, data: Data) -> int:
+    return min(config.epochs * -(-len(data.pairs) // config.pairs_per_step), config.max_steps or sys.maxsize)
 
 
 def read_data(config: Config, llama: LlamaConfig, device: str) -> tuple[list[Data], list[Counter], ChatFormat | None]:
@@ -651,6 +659,62 @@ def read_data(config: Config, llama: LlamaConfig, device: str) -> tuple[list[Dat
         parts.append(Data(pairs, config, device))
         parts[-1].split()  # raises where a pair alone is over --max-tokens-per-gpu
     return parts, counts, chat
+
+
+def plan(config: Config, llama: LlamaConfig, gpus: int) -> None:
+    """Prints what the run would take on `gpus` CUDA devices: a step on its largest micro-batch is simulated, with fake
+    tensors on one of a fake group of processes, under torch's own memory trackers. What the allocator wastes and CUDA
+    itself takes come on top.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
+    data = read_data(config, llama, "cpu")[0][0]
+    steps = count_steps(config, data)
+    seed = config.seed if config.shuffle else None
+    plans = [plan_step(data.sizes, config.pairs_per_step, seed, step, gpus, config.max_tokens_per_gpu)
+             for step in range(min(steps, -(-len(data.pairs) // config.pairs_per_step)))]
+    largest = max((indexes for of_step in plans for of_rank in of_step for indexes in of_rank),
+                  key=lambda indexes: data.sizes[indexes].sum())
+    batch = data.batch(largest)[1]
+
+    mesh = init_device_mesh("cpu", (gpus,))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("meta"):
+            model = Llama(llama)
+        model.checkpoint_blocks = config.checkpoint_blocks != "off"
+        shard(model, mesh, torch.float32 if config.precision == "fp32" else torch.bfloat16)
+        model.to_empty(device="cpu")
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # outside the tracker: what DTensor works out once, with whole tensors, is no memory of a step
+        optimizer.zero_grad()
+        tracker = FSDPMemTracker(model, optimizer)
+        with tracker:
+            model(batch)[0].sum().backward()
+            optimizer.step()
+        (peak,) = tracker.get_tracker_snapshot("peak").values()
+
+    shapes = {key: math.prod(shape) for key, shape in expected_shapes(llama).items()}
+    in_blocks = sum(size for key, size in shapes.items() if "_proj" in key)
+    seen = sum(len(p.prompt) * (len(p.prompt) + 1) / 2 + sum(len(r) * (len(p.prompt) + (len(r) + 1) / 2)
+               for r in (p.chosen, p.rejected)) for p in data.pairs)  # (query, key) pairs of the attention
+    responses = sum(len(p.chosen) + len(p.rejected) for p in data.pairs)
+    forward = 2 * in_blocks * data.sizes.sum() + 2 * llama.vocab_size * llama.hidden_size * responses
+    forward += 4 * llama.num_hidden_layers * llama.num_attention_heads * llama.head_dim * seen
+    a_step = config.pairs_per_step / len(data.pairs)
+    kinds = {str(kind).split(".")[-1].lower().replace("_", " "): size / 2**30 for kind, size in peak.items() if size}
+    total = kinds.pop("total")
+    print(f"{config.model} on {gpus} GPU{'s' * (gpus > 1)}, {config.data}\n"
+          f"  parameters  {sum(shapes.values()):,}\n"
+          f"  steps       {steps:,} of {config.pairs_per_step} pairs, {data.sizes.sum() * a_step:,.0f} tokens a step, "
+          f"at most {data.sizes[largest].sum():,} a micro-batch\n"
+          f"  FLOPs       {3 * forward * a_step:.3g} a step (forward and backward; recomputation not counted)\n"
+          f"  memory      {total:.1f} GiB at the peak, on each GPU: "
+          + ", ".join(f"{name} {size:.1f}" for name, size in kinds.items() if size >= 0.05))
 
 
 def show(text: str) -> str:
