@@ -65,6 +65,10 @@ HERE = Path(__file__).resolve().parent
 # one.
 EXAMPLE = {"model": str(HERE / "examples/model"), "data": str(HERE / "examples/train.jsonl"),
            "eval_data": str(HERE / "examples/heldout.jsonl"), "lr": 1e-3, "samples": 4, "eval_every": 20}
+# Recipes. What one fixes of the loss cannot be given otherwise beside it; its rate can.
+PRESETS = {"paper": {"loss": "asft", "sft_weight": 1.0, "beta": 0.1, "temperature": 1.0, "lr": 1e-5},
+           "align-only": {"loss": "asft", "sft_weight": 0.0, "beta": 1.0, "temperature": 1.0, "lr": 1e-6},
+           "tempered": {"loss": "asft", "sft_weight": 0.0, "beta": 1.0, "lr": 1e-6}}
 LOSS_OPTIONS = {option for row in asft.LOSSES.values() for option in row.options}
 
 
@@ -82,6 +86,8 @@ class Config:
     eval_data: str | None = flag(None, "held-out pairs, in the same formats")
     out: str | None = flag(None, "directory of this run; new or empty (default: a fresh one under runs/)")
 
+    preset: str | None = flag(None, "paper: equation 14; align-only: its align term alone; tempered: that with "
+                              "--temperature (arXiv 2502.01237; both at 1e-6, after a run of sft)", tuple(PRESETS))
     loss: str = flag("asft", "which loss (asft.py). PAPER: asft", tuple(asft.LOSSES))
     beta: float = flag(0.1, "asft, orpo: weight of the align term; others: reward scale (simpo: 2). PAPER: 0.1")
     sft_weight: float = flag(1.0, "asft: weight of the SFT term; 0 trains on the align term alone. PAPER: 1")
@@ -123,13 +129,14 @@ class Config:
                           "fp32. OPEN: the paper's FlashAttention-2 implies half precision", ("auto", "fp32", "bf16"))
     checkpoint_blocks: str = flag("auto", "recompute each block in backward instead of keeping its activations: on for "
                                   "CUDA", ("auto", "on", "off"))
+    compile: str = flag("auto", "compile each block, once for all lengths: on for CUDA", ("auto", "on", "off"))
     replicas: int = flag(1, "hybrid sharding: this many groups of processes, each with a whole sharded model")
 
     eval_every: int = flag(0, "steps between evaluations on --eval-data, beside those at the start and the end")
     samples: int = flag(0, "held-out prompts to answer (greedily, at most 64 tokens) before and after training")
     save_dtype: str = flag("bf16", "of OUT/model", ("bf16", "fp32"))
-    plan: int | None = flag(None, "print what the run would take on so many GPUs (steps, tokens, FLOPs, memory by kind), "
-                            "and stop; loads no weights")
+    plan: int | None = flag(None, "print what the run would take on so many GPUs (steps, tokens, FLOPs, memory by "
+                            "kind), and stop; loads no weights")
 
     def __post_init__(self):
         positive = ("lr epochs pairs_per_step max_tokens_per_gpu max_steps max_tokens max_grad_norm adam_eps eps "
@@ -202,6 +209,14 @@ def parse(arguments: list[str] | None = None) -> Config:
     given = vars(parser.parse_args(arguments))
     if "model" not in given and "data" not in given:
         given = EXAMPLE | given
+    preset = PRESETS.get(given.get("preset"), {})
+    for option in sorted(given.keys() & preset.keys() - {"lr"}):
+        if given[option] != preset[option]:
+            raise InputError(f"{spell(option)} {given[option]} contradicts --preset {given['preset']}, which has "
+                             f"{preset[option]}; leave one of the two out")
+    given = preset | given
+    if given.get("preset") == "tempered" and "temperature" not in given:
+        raise InputError("--preset tempered wants --temperature: arXiv 2502.01237 tunes it for each model and data set")
     name = given.get("loss", Config.loss)
     options = asft.LOSSES[name].options
     if strange := sorted(given.keys() & LOSS_OPTIONS - options.keys()):
@@ -276,7 +291,11 @@ def build_model(config: Config, mesh: DeviceMesh) -> Llama:
     """The starting model in fp32, sharded; each process reads its own rows of the files and never holds more."""
     with torch.device("meta"):
         model = Llama(LlamaConfig.load(config.model))
-    model.checkpoint_blocks = {"auto": mesh.device_type == "cuda", "on": True, "off": False}[config.checkpoint_blocks]
+    on = {"auto": mesh.device_type == "cuda", "on": True, "off": False}
+    model.checkpoint_blocks = on[config.checkpoint_blocks]
+    if on[config.compile]:
+        for block in model.model["layers"]:
+            block.compile(dynamic=True)
     shard(model, mesh, compute_dtype(config, mesh))
     model.to_empty(device=mesh.device_type)
     load_weights(model, config.model)
