@@ -115,7 +115,8 @@ class LlamaConfig:
         if not isinstance(tie, bool):
             raise InputError(f"{where}: tie_word_embeddings is {tie!r}, wanted true or false")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+        rope = rope if isinstance(rope, dict) else {"rope_type": f"{rope}, not an object"}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "llama3"):
             raise InputError(f"{where}: rope type {rope_type!r} is not implemented; wanted 'default' or 'llama3'")
         scaling = None
@@ -148,8 +149,8 @@ class LlamaConfig:
         """What config.json holds for weights of `dtype`, in the form that transformers 4 and 5 and vLLM read."""
         fields = {key: value for key, value in vars(self).items() if key != "rope_scaling"}
         scaling = None if self.rope_scaling is None else {"rope_type": "llama3", **vars(self.rope_scaling)}
-        eos = list(self.eos_token_id) if len(self.eos_token_id) != 1 else self.eos_token_id[0]
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **fields, "eos_token_id": eos or None,
+        eos = self.eos_token_id[0] if len(self.eos_token_id) == 1 else list(self.eos_token_id) or None
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **fields, "eos_token_id": eos,
                 "rope_scaling": scaling, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
                 "torch_dtype": str(dtype).removeprefix("torch.")}
 
@@ -311,8 +312,7 @@ class _TargetLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor) -> Tensor:
-        keep = any(ctx.needs_input_grad)
+    def forward(ctx, hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor, keep: bool) -> Tensor:
         chunk = max(1, (CHUNK_ELEMENTS_CUDA if hidden_SD.is_cuda else CHUNK_ELEMENTS) // len(weight_VD))
         logits_SV = hidden_SD @ weight_VD.T if keep else None
         logp_S, scale_S = [], []
@@ -338,7 +338,7 @@ class _TargetLogps(torch.autograd.Function):
         hidden_SD, weight_VD, scaled_SV, scale_S = ctx.saved_tensors
         factor_S1 = (grad_S * scale_S)[:, None]
         grad_SD = ((scaled_SV @ weight_VD) * factor_S1).to(hidden_SD.dtype)
-        return grad_SD, scaled_SV.T @ (hidden_SD * factor_S1).to(hidden_SD.dtype), None
+        return grad_SD, scaled_SV.T @ (hidden_SD * factor_S1).to(hidden_SD.dtype), None, None
 
 
 def target_logps(hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor) -> Tensor:
@@ -348,7 +348,8 @@ def target_logps(hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor) -> Tens
     products, nothing recomputed. Where no gradient is wanted it holds one chunk alone. `backward` runs once: it
     overwrites the logits.
     """
-    return _TargetLogps.apply(hidden_SD, weight_VD, target_S)
+    keep = torch.is_grad_enabled() and (hidden_SD.requires_grad or weight_VD.requires_grad)
+    return _TargetLogps.apply(hidden_SD, weight_VD, target_S, keep)
 
 
 class Head(nn.Linear):
