@@ -16,7 +16,9 @@ Left out: tools and images; sequences packed across pairs for attention (each pa
 
 import gzip
 import json
+import re
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ from model import InputError, LlamaConfig, Segments
 
 Turns = list[tuple[str, str]]  # (role, content)
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+WHITE = re.compile(r"\s*")
 BAD_LINES_SHOWN = 20
 
 
@@ -89,7 +92,7 @@ def _records(path: Path) -> Iterator[tuple[int, object]]:
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: {reason}; wanted a JSONL or JSONL.gz file") from None
     raw = raw.removeprefix(b"\xef\xbb\xbf")
@@ -109,74 +112,76 @@ def _records(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def _array_records(path: Path, raw: bytes) -> Iterator[tuple[int, object]]:
-    """The elements of a JSON array, each with the line it starts on. An array has no lines to skip: any fault ends
-    it."""
-    number, at = 1, 0
+    """The elements of a JSON array, each with the line it starts on. There are no lines to skip: any fault ends it."""
+    line, counted, at = 1, 0, 0
+
+    def skip_space(start: int) -> int:
+        nonlocal line, counted
+        end = WHITE.match(text, start).end()
+        line, counted = line + text.count("\n", counted, end), end
+        return end
+
     try:
         text, decoder = raw.decode(), json.JSONDecoder()
-        at = text.index("[") + 1
-        while True:
-            start = at
-            while text[at:at + 1].isspace() or text[at:at + 1] == ",":
-                at += 1
-            number += text.count("\n", start, at)
-            if text[at:at + 1] == "]":
-                return
+        at = skip_space(text.index("[") + 1)
+        while text[at:at + 1] != "]":
             record, end = decoder.raw_decode(text, at)
-            yield number, record
-            number += text.count("\n", at, end)
-            at = end
+            yield line, record
+            at = skip_space(end)
+            if text[at:at + 1] == ",":
+                at = skip_space(at + 1)
+            elif text[at:at + 1] != "]":
+                raise ValueError("wanted a comma or the closing bracket")
+        if text[at + 1:].strip():
+            raise ValueError("text after the closing bracket")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 (byte {error.start})") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}:{number}: not a JSON array of records ({error})") from None
+        raise InputError(f"{path}:{line}: not a JSON array of records ({error})") from None
 
 
 def _sides(record: object) -> tuple[Turns | list[int], str | list[int], str | list[int]] | None:
-    """(prompt, chosen, rejected) of one record, None where the two sides have different prompts; ValueError where it is
-    none."""
+    """(prompt, chosen, rejected) of a record, None where its sides have different prompts; ValueError if it is none."""
     if not isinstance(record, dict):
         raise ValueError(f"a record is a JSON object, found {_show(record)}")
     if record.keys() & {"prompt_ids", "chosen_ids", "rejected_ids"}:
         return tuple(_ids(record, key) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
     for key in ("chosen", "rejected"):
         if key not in record:
-            raise ValueError(f"key {key} is missing, found {', '.join(sorted(record)) or 'none'}")
+            raise ValueError(f"key {key} is missing, found {_show(', '.join(sorted(record)))}")
     if "conversations" in record:
-        prompt = _system(record) + _turns(record["conversations"], "conversations")
+        prompt = _turns(record["conversations"], "conversations")
     elif "instruction" in record:
-        prompt = _system(record) + _instruction(record)
-    elif isinstance(record.get("prompt"), str) and isinstance(record["chosen"], list):
-        prompt = record["prompt"]  # the last user turn of conversations that hold it
+        prompt = _instruction(record)
     elif isinstance(record.get("prompt"), str):
-        prompt = _system(record) + _transcript_or_user(record["prompt"])
+        prompt = _transcript_or_user(_text(record["prompt"], "prompt"))
     elif "prompt" in record:
         prompt = _turns(record["prompt"], "prompt")
     else:
-        prompt = None
-    prompt_w, chosen = _side(prompt, record, "chosen")
-    prompt_l, rejected = _side(prompt, record, "rejected")
+        prompt = []
+    (prompt_w, chosen), (prompt_l, rejected) = (_side(prompt, record, key) for key in ("chosen", "rejected"))
     return (prompt_w, chosen, rejected) if prompt_w == prompt_l else None
 
 
-def _side(prompt: Turns | str | None, record: dict, key: str) -> tuple[Turns, str]:
-    """The prompt and the response of one side. A side is the reply alone or a conversation that ends in it."""
+def _side(prompt: Turns, record: dict, key: str) -> tuple[Turns, str]:
+    """The prompt and the response of one side. Its value is the reply alone, what follows the prompt, or all of it."""
     value = record[key]
-    if isinstance(value, str) and prompt is None:
+    if isinstance(value, str) and prompt:
+        turns = [*prompt, ("assistant", _text(value, key))]
+    elif isinstance(value, str):
         if not value.lstrip().startswith(("Human:", "Assistant:")):
             raise ValueError(f"key prompt is missing, and {key} is not a transcript that starts with 'Human:'")
-        turns = _transcript(value)
-    elif isinstance(value, str):
-        return prompt, _text(value, key)
+        turns = _transcript(_text(value, key))
     else:
         turns = _turns(value if isinstance(value, list) else [value], key)
-        if isinstance(prompt, str):
-            if len(turns) == 1:
-                turns = [("user", prompt), *turns]
-            elif not any(role == "user" and content.strip() == prompt.strip() for role, content in turns):
-                raise ValueError(f"prompt is not among the user turns of {key}")
-        elif prompt is not None and turns[:len(prompt)] != prompt:
+        bare = [[(role, text.strip()) for role, text in part] for part in (prompt, turns)]
+        if prompt and turns[0][0] == "assistant":
             turns = [*prompt, *turns]
+        elif prompt and not any(bare[1][i:i + len(prompt)] == bare[0] for i in range(len(turns))):
+            raise ValueError(f"prompt is not among the turns of {key}, which do not start with the assistant's either")
+    system = record.get("system")
+    if system not in (None, "") and turns[0] != ("system", _text(system, "system")):
+        turns = [("system", system), *turns]
     if turns[-1][0] != "assistant":
         turns.append(("assistant", ""))  # no reply: encode_preferences drops the pair as empty
     return turns[:-1], turns[-1][1]
@@ -200,29 +205,26 @@ def _turns(value: object, key: str) -> Turns:
 
 
 def _instruction(record: dict) -> Turns:
-    turns = []
-    for exchange in record.get("history") or []:
+    turns, history = [], record.get("history") or []
+    for exchange in history if isinstance(history, list) else [history]:
         if not isinstance(exchange, list) or len(exchange) != 2:
             raise ValueError(f"history holds {_show(exchange)}, wanted [question, answer]")
         turns += [("user", _text(exchange[0], "history")), ("assistant", _text(exchange[1], "history"))]
-    parts = [_text(record["instruction"], "instruction"), _text(record.get("input") or "", "input")]
+    more = record.get("input")
+    parts = [_text(record["instruction"], "instruction"), "" if more is None else _text(more, "input")]
     return [*turns, ("user", "\n".join(part for part in parts if part))]
-
-
-def _system(record: dict) -> Turns:
-    return [("system", _text(record["system"], "system"))] if record.get("system") else []
 
 
 def _transcript_or_user(prompt: str) -> Turns:
     if prompt.startswith("\n\nHuman:") and prompt.rstrip().endswith("\n\nAssistant:"):
         return _transcript(prompt)[:-1]
-    return [("user", _text(prompt, "prompt"))]
+    return [("user", prompt)]
 
 
 def _transcript(text: str) -> Turns:
     """An HH transcript: turns start at "\\n\\nHuman:" and "\\n\\nAssistant:", and nowhere else."""
     turns = []
-    for i, part in enumerate(("\n\n" + _text(text, "transcript").lstrip()).split("\n\nHuman:")):
+    for i, part in enumerate(("\n\n" + text.lstrip()).split("\n\nHuman:")):
         first, *replies = part.split("\n\nAssistant:")
         turns += [("user", first)] * (i > 0) + [("assistant", reply) for reply in replies]
     return turns
@@ -277,9 +279,9 @@ class ChatFormat:
         self.tokenizer.no_truncation()
         self.tokenizer.encode_special_tokens = True  # control tokens in text are text. Not saved in tokenizer.json
         names = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-        for name in [*names, "<|end_of_text|>"]:
+        for name in [*names, "<|end_of_text|>", "<|eom_id|>"]:
             number = self.tokenizer.token_to_id(name)
-            if number is None:
+            if number is None and name != "<|eom_id|>":  # only 3.1 and later have it
                 raise InputError(f"{path}: has no token {name}, wanted Llama 3's control tokens")
             if number in self.encode([name])[0]:
                 raise InputError(f"{path}: makes the control token {name} from text (it is not marked special)")

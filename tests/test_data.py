@@ -248,6 +248,7 @@ def test_the_chat_format_is_llama_3s_to_the_letter(tmp_path, chat, raw):
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
         "Hello<|eot_id|>", "Go<|eot_id|>")]
+    assert chat.decode(pairs[0].prompt.tolist()) == texts_of(pairs, raw)[0][0]
 
 
 def test_formats_may_be_mixed_within_a_file(tmp_path, chat, raw):
@@ -634,7 +635,7 @@ BAD_LINES = {
     '{"prompt": "a", "system": 5, "chosen": "b", "rejected": "c"}': "system is 5",
     '{"prompt": "a", "system": false, "chosen": "b", "rejected": "c"}': "system is False",
     '{"prompt": "a", "rejected": [], "chosen": [{"role": "user", "content": "b"}, {"role": "user", "content": "c"}]}':
-        "prompt is not among the user turns of chosen",
+        "prompt is not among the turns of chosen",
     # half a surrogate pair
     '{"prompt": "\\ud83d", "chosen": "b", "rejected": "c"}': "prompt holds half a surrogate pair",
     '{"prompt": "a", "chosen": "b", "rejected": "\\ude00c"}': "rejected holds half a surrogate pair",
