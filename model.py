@@ -342,11 +342,11 @@ class _TargetLogps(torch.autograd.Function):
 
 
 def target_logps(hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor) -> Tensor:
-    """log softmax(hidden @ weight.T)[target]: (S,), fp32 (float64 for float64).
+    """log softmax(hidden @ weight.T)[target]: (S,), fp32 for fp32 and bf16 weights, float64 for float64.
 
-    Holds S x V logits once, in the dtype of the weights, and no fp32 copy of them beyond a chunk; three matrix
-    products, nothing recomputed. Where no gradient is wanted it holds one chunk alone. `backward` runs once: it
-    overwrites the logits.
+    Holds S x V numbers once, in the dtype of the weights, and no fp32 copy of them beyond a chunk; three matrix
+    products, nothing recomputed. Where no gradient is wanted it holds one chunk alone. Not for training in fp16, whose
+    range ends at 65,504: Z may be as large as V.
     """
     keep = torch.is_grad_enabled() and (hidden_SD.requires_grad or weight_VD.requires_grad)
     return _TargetLogps.apply(hidden_SD, weight_VD, target_S, keep)

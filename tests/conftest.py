@@ -17,6 +17,7 @@ from data import Pair  # noqa: E402
 from model import Llama, LlamaConfig, RopeScaling  # noqa: E402
 
 needs_real = pytest.mark.skipif(not REAL.exists(), reason="real weights and data are not beside this checkout")
+torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it does
 LLAMA31 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 
 
