@@ -1,4 +1,4 @@
-"""train.py: configuration, schedule, the update against an oracle, processes, metrics, faults. Everything runs on the CPU."""
+"""train.py: configuration, schedule, the update against an oracle, processes, metrics, faults; all on the CPU."""
 
 import dataclasses
 import json
@@ -16,7 +16,8 @@ import train
 from data import plan_step
 from model import Llama, load_model, save_model
 
-LENGTHS = [(5, 7, 4), (9, 3, 8), (2, 12, 6), (7, 5, 5), (14, 2, 3), (3, 9, 1), (6, 6, 10), (4, 1, 2), (8, 11, 7), (1, 4, 9)]
+LENGTHS = [(5, 7, 4), (9, 3, 8), (2, 12, 6), (7, 5, 5), (14, 2, 3), (3, 9, 1), (6, 6, 10), (4, 1, 2), (8, 11, 7),
+           (1, 4, 9)]
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,8 @@ def write_pairs(path, pairs):
 
 
 def flags(start, out, *more):
-    return ["--model", start / "model", "--data", start / "pairs.jsonl", "--out", out, "--device", "cpu", "--lr", "1e-2",
-            "--pairs-per-step", 4, "--save-dtype", "fp32", *more]
+    return ["--model", start / "model", "--data", start / "pairs.jsonl", "--out", out, "--device", "cpu",
+            "--lr", "1e-2", "--pairs-per-step", 4, "--save-dtype", "fp32", *more]
 
 
 def trained(start, out, *more):
@@ -151,8 +152,8 @@ def test_an_out_that_holds_anything_or_cannot_be_made_is_refused(start, tmp_path
 
 def test_without_out_each_run_gets_a_fresh_directory_under_runs(start, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for _ in range(2):
-        assert train.main(["--model", str(start / "model"), "--data", str(start / "pairs.jsonl"), "--max-steps", "1"]) == 0
+    arguments = ["--model", str(start / "model"), "--data", str(start / "pairs.jsonl"), "--max-steps", "1"]
+    assert train.main(arguments) == train.main(arguments) == 0
     assert len([path for path in (tmp_path / "runs").iterdir() if (path / "model/config.json").exists()]) == 2
 
 
@@ -237,8 +238,9 @@ def test_one_process_equals_two(start, tmp_path, more):
     two = rows(tmp_path / "two")
     assert len(one) == len(two) == 10
     for a, b in zip(one, two, strict=True):
-        for name in ("loss", "margin", "accuracy", "logp_w", "logp_l", "grad_norm"):
+        for name in ("loss", "margin", "accuracy", "logp_w", "logp_l"):
             assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), name
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
         assert a["tokens"] == b["tokens"] and a["pairs"] == b["pairs"]
     # Seven held-out pairs on two processes: each counts once.
     for a, b in zip(rows(tmp_path / "one", "eval.jsonl"), rows(tmp_path / "two", "eval.jsonl"), strict=True):
@@ -357,7 +359,8 @@ def test_the_saved_model_loads_in_transformers_with_equal_logits(start, tmp_path
     trained(start, tmp_path / "out", "--max-steps", 2)
     tokens_T = torch.arange(20)
     with torch.no_grad():
-        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model", dtype=torch.float32)(tokens_T[None]).logits[0]
+        other = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model", dtype=torch.float32)
+        theirs = other(tokens_T[None]).logits[0]
         ours = load_model(tmp_path / "out/model").logits(tokens_T)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
@@ -419,7 +422,7 @@ def test_presets_are_the_three_recipes(arguments, expected):
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["--preset", "align-only", "--sft-weight", "1"], "--sft-weight 1.0 contradicts --preset align-only, which has 0.0"),
+    (["--preset", "align-only", "--sft-weight", "1"], "--sft-weight 1.0 contradicts --preset align-only"),
     (["--preset", "paper", "--loss", "dpo"], "--loss dpo contradicts --preset paper"),
     (["--preset", "tempered"], "--preset tempered wants --temperature"),
 ])
@@ -433,7 +436,7 @@ def test_a_preset_with_a_flag_that_contradicts_it_is_refused(capsys, arguments, 
 
 @pytest.mark.parametrize("gpus, goal", [(8, 24), (1, 130)])
 def test_the_simulated_peak_of_llama_3_8b_is_below_the_goal(tmp_path, gpus, goal):
-    """Llama-3-8B's own shapes, 8,192 tokens a micro-batch, UltraFeedback's mean lengths; fp32 masters, bf16 products."""
+    """Llama-3-8B's shapes, up to 8,192 tokens a micro-batch, UltraFeedback's mean lengths, fp32 masters."""
     config = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
               "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0,
               "max_position_embeddings": 8192, "rms_norm_eps": 1e-5}

@@ -124,7 +124,8 @@ def test_trls_orpo_trainer_with_our_loss_gives_the_loss_and_gradients_of_our_pac
     # Each token is a word, so that TRL's own tokenisation gives these very ids; 0 begins a prompt, 1 ends a response.
     pairs = random_pairs([(5, 7, 4), (9, 3, 8), (2, 12, 6), (7, 5, 5)], vocab_size=95)
     for pair in pairs:
-        pair.prompt[:], pair.chosen[:], pair.rejected[:] = (ids % 90 + 3 for ids in (pair.prompt, pair.chosen, pair.rejected))
+        for ids in (pair.prompt, pair.chosen, pair.rejected):
+            ids[:] = ids % 90 + 3
         pair.prompt[0], pair.chosen[-1], pair.rejected[-1] = 0, 1, 1
     words = [f"<{i}>" if i < 3 else f"t{i}" for i in range(97)]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="none"))
@@ -134,8 +135,8 @@ def test_trls_orpo_trainer_with_our_loss_gives_the_loss_and_gradients_of_our_pac
     rows = [{name: " " * (name != "prompt") + " ".join(words[i] for i in getattr(pair, name)) for name in names}
             for pair in pairs]
     arguments = ORPOConfig(
-        output_dir=str(tmp_path / "out"), per_device_train_batch_size=4, beta=0.3, max_length=64, use_cpu=True, bf16=False,
-        report_to="none", gradient_checkpointing=False, train_sampling_strategy="sequential")
+        output_dir=str(tmp_path / "out"), per_device_train_batch_size=4, beta=0.3, max_length=64, use_cpu=True,
+        bf16=False, report_to="none", gradient_checkpointing=False, train_sampling_strategy="sequential")
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     trainer = readme_subclass()(model=theirs, args=arguments, train_dataset=Dataset.from_list(rows),
                                 processing_class=tokenizer)
