@@ -352,8 +352,8 @@ def run(a: argparse.Namespace) -> int:
                     break
             with open(a.out, "a") as file:
                 file.write(json.dumps(done[-1] | {"machine": machine(), "date": str(date.today())}) + "\n")
-            print(f"round {round_}", *setting, "{job}: {pairs_per_s:.3f} pairs/s, {peak_memory_gib:.2f} GiB, first loss "
-                  "{losses[0]:.5f}, other load {other_load:.2f}".format(**done[-1]), flush=True)
+            print(f"round {round_}", *setting, "{job}: {pairs_per_s:.3f} pairs/s, {peak_memory_gib:.2f} GiB, "
+                  "first loss {losses[0]:.5f}, other load {other_load:.2f}".format(**done[-1]), flush=True)
     return min(failures, 1)
 
 

@@ -230,8 +230,8 @@ def test_micro_batches_prompt_sharing_and_recomputation_do_not_change_the_update
 
 @pytest.mark.parametrize("more", [[], ["--replicas", "2"], ["--loss", "dpo"]], ids=["asft", "hybrid", "dpo"])
 def test_one_process_equals_two(start, tmp_path, more):
-    more = ["--epochs", 4, "--max-steps", 10, "--pairs-per-step", 3, "--eval-data", start / "heldout.jsonl",
-            "--eval-every", 4, *more]
+    more = ["--lr", "1e-3", "--epochs", 4, "--max-steps", 10, "--pairs-per-step", 3, "--eval-every", 4,
+            "--eval-data", start / "heldout.jsonl", *more]
     one = trained(start, tmp_path / "one", *(more if "--replicas" not in more else more[:-2]))
     done = run_train(*flags(start, tmp_path / "two", *more), processes=2)
     assert done.returncode == 0, done.stderr
