@@ -542,6 +542,7 @@ def save_model(model: Llama, directory: str | Path, *, dtype: torch.dtype = torc
                 tensors[key] = tensor.cpu().contiguous()
         if writer:
             save_file(tensors, aside / name, metadata={"format": "pt"})
+            (aside / name).chmod(0o644)  # like the files beside it; safetensors makes it readable to the owner alone
     if writer:
         (aside / "config.json").write_text(json.dumps(model.config.to_dict(dtype), indent=2) + "\n")
         if len(files) > 1:

@@ -273,7 +273,10 @@ def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.model["layers"]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    if model.lm_head is not None:  # its backward comes first: to gather it again at once would be a waste
+    if model.lm_head is not None:  # else the embedding is the head too, and stays with the root from first to last
+        fully_shard(model.model["embed_tokens"], mesh=mesh, mp_policy=policy)
+        model.model["embed_tokens"].set_unshard_in_backward(False)  # the gradient of a look-up needs no weights
+        # The head's backward comes first: to give it up after forward would be to gather it twice in a row.
         fully_shard([model.model["norm"], model.lm_head], mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "logits")
