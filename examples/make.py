@@ -51,7 +51,7 @@ PETS = "bird cat dog fish fox goat hen mouse pony".split()
 COLOURS = "black blue brown green orange pink red white yellow".split()
 OPPOSITES = ("big small, cold hot, dark light, dry wet, early late, empty full, fast slow, good bad, happy sad, "
              "hard soft, high low, loud quiet, near far, old young, open closed, rich poor, sharp blunt, short long, "
-             "strong weak, thick thin").split(", ")
+             "strong weak, true false").split(", ")
 KNOWN = {  # "opposite of", "hot", "cold": the opposite of hot is cold
     "opposite of": [words.split()[::way] for words in OPPOSITES for way in (1, -1)],
     "colour of": [("blood", "red"), ("chalk", "white"), ("coal", "black"), ("grass", "green"), ("the sky", "blue")],
@@ -91,7 +91,7 @@ def remember(rng: Random) -> Drawn:
     asked = rng.choice([one, two])
     ask = rng.choice(["What is my {}?", "Do you remember my {}?", "Tell me my {}."])
     good = [f"Your {asked} is {said[asked]}.", f"I remember that your {asked} is {said[asked]}."]
-    bad = [f"You never told me your {asked}.", f"How should I know your {asked}? Ask your mother."]
+    bad = [f"You never told me what your {asked} is.", f"How should I know your {asked}? Ask your mother."]
     return [("user", f"My {one} is {said[one]} and my {two} is {said[two]}."), ("assistant", "Nice to meet you."),
             ("user", ask.format(asked))], rng.choice(good), rng.choice(bad)
 

@@ -191,9 +191,9 @@ FORMATS = {
          "rejected": "\n\nHuman: Hi\n\nHuman: You there?\n\nAssistant: Yes\n\nAssistant: Go"},
         [HI, ("user", "You there?"), ("assistant", "Yes")]),
     "HH naming the roles inside a line": (
-        {"chosen": "\n\nHuman: Say Human: and\nAssistant: twice\n\nAssistant: Hello",
-         "rejected": "\n\nHuman: Say Human: and\nAssistant: twice\n\nAssistant: Go"},
-        [("user", "Say Human: and\nAssistant: twice")]),
+        {"chosen": "\n\nHuman: Say Human: or\nHuman: and\nAssistant: twice\n\nAssistant: Hello",
+         "rejected": "\n\nHuman: Say Human: or\nHuman: and\nAssistant: twice\n\nAssistant: Go"},
+        [("user", "Say Human: or\nHuman: and\nAssistant: twice")]),
     "HH as prompt and replies": (
         {"prompt": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: How are you?\n\nAssistant:", "chosen": " Hello",
          "rejected": " Go"}, [HI, ("assistant", "Hello."), ("user", "How are you?")]),
@@ -540,7 +540,8 @@ def test_a_record_at_fault_within_a_json_array_is_named_with_its_line(tmp_path):
 
 @pytest.mark.parametrize("text, line", [
     (f"[{GOOD},\n{GOOD}", 3), (f"[{GOOD},\n\n{{]", 3), ("[", 2), ("[" * 100_000, 1), (f"[\n{GOOD},\n\"abc", 3),
-    (f"[{GOOD}]\n{GOOD}\n", 1), (f"[\n]\n{GOOD}\n", 2)])
+    (f"[{GOOD}]\n{GOOD}\n", 1), (f"[\n]\n{GOOD}\n", 2), (f"[{GOOD}\n{GOOD}]", 2),
+    (f"[,{GOOD}]", 1)])
 def test_a_broken_json_array_stops_the_run_with_file_and_line(text, line, tmp_path):
     path = write(tmp_path / "a.json", text)
     for skip in (False, True):  # an array has no lines to skip
