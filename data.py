@@ -33,7 +33,7 @@ from model import InputError, LlamaConfig, Segments
 
 # ---------------------------------------------------------------------------------------------------------- reading
 
-Turns = list[tuple[str, str]]  # (role, content)
+Turns = list[tuple[str, str]]  # (role, content), content without outer whitespace: the chat format has none
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 WHITE = re.compile(r"\s*")
 BAD_LINES_SHOWN = 20
@@ -130,6 +130,8 @@ def _array_records(path: Path, raw: bytes) -> Iterator[tuple[int, object]]:
             at = skip_space(end)
             if text[at:at + 1] == ",":
                 at = skip_space(at + 1)
+                if text[at:at + 1] == "]":
+                    raise ValueError("no record after the last comma")
             elif text[at:at + 1] != "]":
                 raise ValueError("wanted a comma or the closing bracket")
         if text[at + 1:].strip():
@@ -167,21 +169,20 @@ def _side(prompt: Turns, record: dict, key: str) -> tuple[Turns, str]:
     """The prompt and the response of one side. Its value is the reply alone, what follows the prompt, or all of it."""
     value = record[key]
     if isinstance(value, str) and prompt:
-        turns = [*prompt, ("assistant", _text(value, key))]
+        turns = [*prompt, ("assistant", _text(value, key).strip())]
     elif isinstance(value, str):
         if not value.lstrip().startswith(("Human:", "Assistant:")):
             raise ValueError(f"key prompt is missing, and {key} is not a transcript that starts with 'Human:'")
         turns = _transcript(_text(value, key))
     else:
         turns = _turns(value if isinstance(value, list) else [value], key)
-        bare = [[(role, text.strip()) for role, text in part] for part in (prompt, turns)]
-        if prompt and turns[0][0] == "assistant":
+        if not any(turns[i:i + len(prompt)] == prompt for i in range(len(turns))):
+            if turns[0][0] != "assistant":
+                raise ValueError(f"prompt is not among the turns of {key}, nor do they start with the assistant's")
             turns = [*prompt, *turns]
-        elif prompt and not any(bare[1][i:i + len(prompt)] == bare[0] for i in range(len(turns))):
-            raise ValueError(f"prompt is not among the turns of {key}, which do not start with the assistant's either")
     system = record.get("system")
     if system not in (None, "") and turns[0] != ("system", _text(system, "system")):
-        turns = [("system", system), *turns]
+        turns = [("system", system.strip()), *turns]
     if turns[-1][0] != "assistant":
         turns.append(("assistant", ""))  # no reply: encode_preferences drops the pair as empty
     return turns[:-1], turns[-1][1]
@@ -200,25 +201,25 @@ def _turns(value: object, key: str) -> Turns:
         role, content = message[role_key], message[content_key]
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"{key} holds the role {_show(role)}, wanted one of {', '.join(ROLES)}")
-        turns.append((ROLES[role], _text(content, key)))
+        turns.append((ROLES[role], _text(content, key).strip()))
     return turns
 
 
 def _instruction(record: dict) -> Turns:
-    turns, history = [], record.get("history") or []
-    for exchange in history if isinstance(history, list) else [history]:
+    turns, history = [], record.get("history")
+    for exchange in [] if history is None else history if isinstance(history, list) else [history]:
         if not isinstance(exchange, list) or len(exchange) != 2:
             raise ValueError(f"history holds {_show(exchange)}, wanted [question, answer]")
-        turns += [("user", _text(exchange[0], "history")), ("assistant", _text(exchange[1], "history"))]
+        turns += [("user", _text(exchange[0], "history").strip()), ("assistant", _text(exchange[1], "history").strip())]
     more = record.get("input")
     parts = [_text(record["instruction"], "instruction"), "" if more is None else _text(more, "input")]
-    return [*turns, ("user", "\n".join(part for part in parts if part))]
+    return [*turns, ("user", "\n".join(part for part in parts if part).strip())]
 
 
 def _transcript_or_user(prompt: str) -> Turns:
     if prompt.startswith("\n\nHuman:") and prompt.rstrip().endswith("\n\nAssistant:"):
         return _transcript(prompt)[:-1]
-    return [("user", prompt)]
+    return [("user", prompt.strip())]
 
 
 def _transcript(text: str) -> Turns:
@@ -226,7 +227,7 @@ def _transcript(text: str) -> Turns:
     turns = []
     for i, part in enumerate(("\n\n" + text.lstrip()).split("\n\nHuman:")):
         first, *replies = part.split("\n\nAssistant:")
-        turns += [("user", first)] * (i > 0) + [("assistant", reply) for reply in replies]
+        turns += [("user", first.strip())] * (i > 0) + [("assistant", reply.strip()) for reply in replies]
     return turns
 
 
@@ -305,7 +306,7 @@ class ChatFormat:
         """The content of the last message in a prompt's ids, for showing."""
         ids = prompt.tolist()
         ends = [i for i, token in enumerate(ids) if token in (self.end_header, self.end_of_turn)]
-        return self.decode(ids[ends[-3] + 1:ends[-2]]) if len(ends) > 2 else ""
+        return self.decode(ids[ends[-3] + 1:ends[-2]]).strip() if len(ends) > 2 else ""
 
     def prompt(self, turns: Turns, contents: dict[str, list[int]] | None = None) -> list[int]:
         """Ids of a conversation up to and with the header of the assistant's next turn. `contents` may hold encoded
