@@ -184,7 +184,7 @@ def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments) -
     """Softmax attention within each segment; returns (T, H, K). Query head h reads key head h // (H / G).
 
     The loop over `scaled_dot_product_attention` defines the result; CUDA's variable-length flash kernel, which takes
-    half types only, must equal it up to rounding (tests/gpu.py). Causal means bottom-right aligned: SDPA's own
+    half types only, must equal it up to rounding (tests/test_cuda.py). Causal means bottom-right aligned: SDPA's own
     `is_causal` is aligned at the top left where the lengths differ, which would show a rejected token its first prompt
     tokens alone.
     """

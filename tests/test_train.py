@@ -201,7 +201,7 @@ def oracle_run(start, steps, pairs_per_step=4, lr=1e-2):
         optimizer.param_groups[0]["lr"] = lr * (step + 1) / warmup if step < warmup else lr * (1 + math.cos(angle)) / 2
         optimizer.step()
         optimizer.zero_grad()
-        history.append({"loss": float(total) / len(drawn), "grad_norm": norm, "margin": float(np.mean(margins)),
+        history.append({"loss": total.item() / len(drawn), "grad_norm": norm, "margin": float(np.mean(margins)),
                         "accuracy": float(np.mean([m > 0 for m in margins])), "pairs": len(drawn)})
     return model, history
 
