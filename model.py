@@ -15,7 +15,7 @@ says where the sequences are. Norms, rotary tables and log-probs are computed in
 stays).
 
 Left out: dropout (Llama 3 has none), attention and MLP biases, rope types other than Llama 3's, quantised weights,
-Meta's own consolidated.*.pth layout (its q and k rows are in another order), and a KV cache (eval.py generates).
+Meta's own consolidated.*.pth layout (its q and k rows are in another order), and a KV cache for generation.
 """
 
 import inspect

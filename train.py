@@ -21,7 +21,7 @@ Weights and AdamW's moments are kept in fp32, sharded over the processes; matrix
 fp32 on CPU (--precision). A step's pairs do not depend on the number of processes, and each weighs 1/pairs_per_step
 wherever it is computed.
 
-Left out: LoRA, other optimisers, configuration files.
+Left out: resuming (a run starts at its first step), LoRA, other optimisers, configuration files.
 """
 
 import argparse
@@ -32,6 +32,7 @@ import math
 import os
 import platform
 import resource
+import shlex
 import shutil
 import sys
 import textwrap
@@ -116,19 +117,19 @@ class Config:
     adam_beta2: float = flag(0.999, "AdamW's. OPEN: torch's default")
     adam_eps: float = flag(1e-8, "AdamW's. OPEN: torch's default")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm. OPEN: 1, the other trainers' default")
-    seed: int = flag(0, "of the order of the pairs. OPEN")
-    shuffle: bool = flag(True, "a new order of the pairs each epoch; without, the file's")
+    seed: int = flag(0, "of the order of the pairs. OPEN: any; report several")
+    shuffle: bool = flag(True, "a new order of the pairs each epoch; without, the file's. OPEN: usual")
 
     max_tokens: int | None = flag(None, "of a prompt with one response (default: 2048, or what the model takes if "
                                   "that is less). PAPER: 2048")
     overlong: str = flag("truncate", "responses that do not fit after their prompt: cut their end, or drop the pair. "
-                         "PAPER: truncated, not said how", ("truncate", "drop"))
+                         "OPEN: truncated, but how the paper does not say", ("truncate", "drop"))
     skip_bad_lines: bool = flag(False, "count malformed lines instead of stopping at them")
     max_tokens_per_gpu: int = flag(8192, "packed tokens of a micro-batch on one process: bounds memory, the update "
                                    "stays the same")
     share_prompt: bool = flag(True, "compute each prompt once for both responses; the numbers are the same without")
 
-    device: str = flag("auto", "cuda where there is one", ("auto", "cpu", "cuda"))
+    device: str = flag("auto", "cuda where there is a device for each process", ("auto", "cpu", "cuda"))
     precision: str = flag("auto", "of matrix products: bf16 on CUDA, fp32 on CPU; weights, moments, norms, losses are "
                           "fp32. OPEN: the paper's FlashAttention-2 implies half precision", ("auto", "fp32", "bf16"))
     checkpoint_blocks: str = flag("auto", "recompute each block in backward instead of keeping its activations: on for "
@@ -153,8 +154,13 @@ class Config:
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{spell(name)} is {getattr(self, name)}, wanted 0 or more")
         for name in "warmup_ratio min_lr_ratio adam_beta1 adam_beta2".split():
-            if not 0 <= getattr(self, name) <= 1:
+            if not 0 <= getattr(self, name) <= 1 or (name.startswith("adam") and getattr(self, name) == 1):
                 raise InputError(f"{spell(name)} is {getattr(self, name)}, wanted 0 to 1")
+        if self.beta == 0 and self.loss in ("dpo", "ipo", "simpo"):
+            raise InputError(f"--beta is 0.0, wanted more for --loss {self.loss}: nothing would be left of it")
+        if self.plan and (self.precision == "fp32" or self.replicas > 1 or (self.loss_row.reference and
+                                                                           self.reference == "live")):
+            raise InputError("--plan simulates neither --precision fp32 nor --replicas nor --reference live")
         if self.ipo_sum and self.loss != "ipo":
             raise InputError(f"--ipo-sum goes with --loss ipo, found --loss {self.loss}")
         if not self.model or not self.data:
@@ -183,7 +189,7 @@ class Config:
             if isinstance(value, bool):
                 words.append(word if value else word.replace("--", "--no-"))
             elif value is not None:
-                words.append(f"{word} {value}")
+                words.append(f"{word} {shlex.quote(str(value))}")
         return " ".join(words)
 
 
@@ -237,7 +243,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float, min_l
     """The rate of update `step` (from 0) of `steps`: linear warm-up to the peak, then cosine to min_lr_ratio * peak.
 
     The first update has a rate above 0 (peak / warm-up steps), update number ceil(warmup_ratio * steps) has the peak,
-    and the last one has the minimum.
+    and the last one has the minimum (if any is left after the warm-up).
     """
     warmup = max(1, math.ceil(warmup_ratio * steps))
     if step < warmup:
@@ -251,9 +257,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float, min_l
 
 def start_processes(config: Config) -> DeviceMesh:
     """Joins the process group that torchrun made, or a group of one, and returns the mesh to shard over."""
-    cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
-    if cuda and not torch.cuda.is_available():
-        raise InputError("--device cuda, but torch finds no CUDA device")
+    devices, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda = devices >= wanted if config.device == "auto" else config.device == "cuda"
+    if cuda and devices < wanted:
+        raise InputError(f"--device cuda for {wanted} processes, but torch finds {devices} CUDA devices")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     # Saturated losses give subnormal gradients, on which a CPU is ten times slower.
@@ -345,30 +352,46 @@ class Data:
         return self.reference(batch) if live else self.reference[rows].flatten(0, 1).unbind(-1)
 
 
-def attach_reference(config: Config, mesh: DeviceMesh, model: Llama, parts: list[Data], cache: Path) -> None:
-    """Gives each part the log-probs of the frozen starting model: a live copy of it, or numbers computed once and kept
-    in `cache`.
+def open_cache(config: Config, mesh: DeviceMesh, parts: list[Data]) -> tuple[str, Tensor | None]:
+    """For process 0: the key of the reference log-probs that this run wants, and what --reference-cache has of them.
 
-    A cache of other weights, tokens or precision is refused (InputError).
+    The key is a hash of all that they depend on: weights, configuration, precision, and the very tokens. Raises
+    InputError for a cache of another key, a file that is none, and a directory that cannot be written.
     """
+    digest = hashlib.blake2b(str(compute_dtype(config, mesh)).encode(), digest_size=16)
+    weights = set(check_weights(config.model, LlamaConfig.load(config.model)).values())
+    for path in [Path(config.model) / "config.json", *sorted(weights)]:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    for pair in (pair for part in parts for pair in part.pairs):
+        for ids in (pair.prompt, pair.chosen, pair.rejected):
+            digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
+    key, cache = digest.hexdigest(), Path(config.reference_cache or "")
+    if config.reference_cache is None or not cache.exists():
+        if not os.access(cache.parent, os.W_OK):
+            raise InputError(f"--reference-cache {cache}: {cache.parent} is not a directory that can be written")
+        return key, None
+    try:
+        with safetensors.safe_open(cache, "pt") as file:
+            if (found := (file.metadata() or {}).get("key")) == key:
+                return key, file.get_tensor("logps")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{cache}: not a cache of reference log-probs ({error})") from None
+    raise InputError(f"{cache}: made from other weights, pairs or precision (key {found}, wanted {key}); name another "
+                     "--reference-cache")
+
+
+def attach_reference(config: Config, mesh: DeviceMesh, model: Llama, parts: list[Data], key: str, logps: Tensor | None,
+                     cache: Path) -> None:
+    """Gives each part the log-probs of the frozen starting model: of a live copy, or numbers computed once and kept."""
     if config.reference == "live":
         live = build_model(config, mesh).requires_grad_(False)
         for part in parts:
             part.reference = live
         return
-    everything = Data([pair for part in parts for pair in part.pairs], config, mesh.device_type)
-    key = reference_key(config, mesh, everything)
-    if cache.exists():
-        try:
-            with safetensors.safe_open(cache, "pt") as file:
-                found = (file.metadata() or {}).get("key")
-                logps = file.get_tensor("logps").to(mesh.device_type) if found == key else None
-        except (OSError, safetensors.SafetensorError) as error:
-            raise InputError(f"{cache}: not a cache of reference log-probs ({error})") from None
-        if logps is None:
-            raise InputError(f"{cache}: made from other weights, pairs or precision (key {found}, wanted {key}); "
-                             "name another --reference-cache")
-    else:
+    if logps is None:
+        everything = Data([pair for part in parts for pair in part.pairs], config, mesh.device_type)
         logps = torch.zeros(len(everything.pairs), 2, 2, device=mesh.device_type)
         with torch.no_grad():
             for indexes in everything.split():
@@ -380,22 +403,9 @@ def attach_reference(config: Config, mesh: DeviceMesh, model: Llama, parts: list
             aside = cache.with_name(cache.name + ".partial")
             save_file({"logps": logps.cpu()}, aside, metadata={"key": key})
             aside.rename(cache)
-    for part, of_part in zip(parts, logps.split([len(part.pairs) for part in parts]), strict=True):
+    of_parts = logps.to(mesh.device_type).split([len(part.pairs) for part in parts])
+    for part, of_part in zip(parts, of_parts, strict=True):
         part.reference = of_part
-
-
-def reference_key(config: Config, mesh: DeviceMesh, data: Data) -> str:
-    """A hash of all that reference log-probs depend on: weights, configuration, precision, and the very tokens."""
-    digest = hashlib.blake2b(str(compute_dtype(config, mesh)).encode(), digest_size=16)
-    weights = set(check_weights(config.model, LlamaConfig.load(config.model)).values())
-    for path in [Path(config.model) / "config.json", *sorted(weights)]:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    for pair in data.pairs:
-        for ids in (pair.prompt, pair.chosen, pair.rejected):
-            digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
-    return digest.hexdigest()
 
 
 def losses_of(model: Llama, data: Data, rows: list[int], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -472,10 +482,12 @@ def train(config: Config, model: Llama, data: Data, held_out: Data | None, log: 
         seconds = time.perf_counter() - started
         tokens = int(data.sizes[drawn].sum())
         left += (seconds - left) / min(step + 1, 20)  # of one step, averaged over the last ones
+        peak = torch.tensor(peak_memory_gib(), device=data.device)
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
         row = {"step": step + 1, "epoch": round((step + 1) / steps_per_epoch, 4), **means, "lr": rate,
                "grad_norm": norm, "pairs": len(drawn), "tokens": tokens, "seconds": seconds,
                "tokens_per_s": tokens / seconds, "pairs_per_s": len(drawn) / seconds,
-               "peak_memory_gib": peak_memory_gib()}
+               "peak_memory_gib": float(peak)}
         log.step(row, steps, left * (steps - step - 1))
         wanted = step + 1 == steps or (config.eval_every and (step + 1) % config.eval_every == 0)
         if held_out is not None and wanted:
@@ -526,7 +538,7 @@ def answer(model: Llama, chat: ChatFormat, prompt: np.ndarray, device: str, max_
 
 
 def peak_memory_gib() -> float:
-    """Of this process so far: the GPU's memory where there is one, else resident memory."""
+    """Of this process so far (the log has the largest of all): the GPU's memory, or what is resident without one."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -607,25 +619,36 @@ class Log:
 # -------------------------------------------------------------------------------------------------------------- the run
 
 
-def claim_out(config: Config) -> Path:
-    """The run's directory, made by rank 0 and known to all. InputError where it holds anything or cannot be made."""
+def on_first_process(action: typing.Callable[[], typing.Any]) -> typing.Any:
+    """What action() returns, run by process 0 alone and told to all; so is the InputError that it raises."""
     found: list = [None]
     if dist.get_rank() == 0:
-        out = Path(config.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}")
-        if not config.out:
-            fresh = (out.with_name(f"{out.name}-{i}" if i else out.name) for i in range(1000))
-            out = next(path for path in fresh if not path.exists())
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            found = [out]
-            if any(out.iterdir()):
-                found = [InputError(f"--out {out} is not empty; a run wants a fresh directory")]
-        except OSError as error:
-            found = [InputError(f"--out {out}: {error.strerror}")]
+            found = [action()]
+        except InputError as error:
+            found = [error]
     dist.broadcast_object_list(found)
     if isinstance(found[0], InputError):
         raise found[0]
     return found[0]
+
+
+def claim_out(config: Config) -> Path:
+    """For process 0: makes the run's directory. InputError where it holds anything or cannot be made."""
+    try:
+        if config.out is not None:
+            out = Path(config.out)
+            out.mkdir(parents=True, exist_ok=True)
+            if any(out.iterdir()):
+                raise InputError(f"--out {out} is not empty; a run wants a fresh directory")
+            return out
+        while True:
+            out = Path(f"runs/{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3])
+            if not out.exists():
+                out.mkdir(parents=True)
+                return out
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}") from None
 
 
 def describe(counts: Counter) -> str:
@@ -645,13 +668,17 @@ def run(config: Config) -> None:
     mesh = start_processes(config)
     parts, counts, chat = read_data(config, llama, mesh.device_type)
     data, held_out = parts[0], parts[1] if config.eval_data else None
-    log = Log(claim_out(config), dist.get_rank() == 0)
+    key = logps = None
+    if config.loss_row.reference and config.reference == "precompute":
+        key, logps = on_first_process(lambda: open_cache(config, mesh, parts))
+    log = Log(on_first_process(lambda: claim_out(config)), dist.get_rank() == 0)
     model = build_model(config, mesh)
     steps = count_steps(config, data)
     log.header(config, mesh, model, parts, counts, steps)
 
     if config.loss_row.reference:
-        attach_reference(config, mesh, model, parts, Path(config.reference_cache or log.out / "reference.safetensors"))
+        cache = Path(config.reference_cache or log.out / "reference.safetensors")
+        attach_reference(config, mesh, model, parts, key, logps, cache)
     asked = held_out.pairs[:config.samples] if held_out is not None and chat is not None else []
     before = [answer(model, chat, pair.prompt, mesh.device_type) for pair in asked]
     if held_out is not None:
@@ -676,6 +703,8 @@ def read_data(config: Config, llama: LlamaConfig, device: str) -> tuple[list[Dat
     preferences = [read_preferences(path, count, config.skip_bad_lines)
                    for path, count in zip(files, counts, strict=True)]
     chat = ChatFormat(config.model) if any(isinstance(p.chosen, str) for part in preferences for p in part) else None
+    if config.samples and chat is None:
+        raise InputError("--samples wants text: these pairs are token ids")
     parts = []
     for path, part, count in zip(files, preferences, counts, strict=True):
         pairs = encode_preferences(part, chat, config.max_tokens, config.overlong, count, llama.vocab_size,
@@ -754,8 +783,9 @@ def main(arguments: list[str] | None = None) -> int:
         run(parse(arguments))
         return 0
     except (InputError, NonFiniteError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # processes check alike: once a machine is enough
-            print(f"train.py: {error}", file=sys.stderr, flush=True)
+        if (rank := int(os.environ.get("RANK", 0))) > 0:
+            time.sleep(10)  # most mistakes are found by all: when process 0 has said so, torchrun ends the others
+        print(f"train.py{f', process {rank}' * (rank > 0)}: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, InputError) else 1
     finally:
         if dist.is_initialized():

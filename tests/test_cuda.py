@@ -35,7 +35,6 @@ def test_variable_length_attention_is_the_loop_on_the_cpu(heads, groups, size):
 
 @needs_cuda
 def test_a_packed_batch_in_bf16_on_cuda_is_the_cpus_in_fp32_up_to_rounding():
-    """Heads of 64, since the kernel has no smaller ones."""
     sizes = dict(hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=384,
                  std=0.05)
     exact, half = tiny_model(**sizes), tiny_model(**sizes).cuda().bfloat16()

@@ -24,7 +24,8 @@ def test_ci_runs_the_two_commands_of_the_readme_to_the_letter():
     commands = re.findall(r"^ {4}(pip install -r .*)$", README, re.M)
     assert len(commands) == 2
     script = (ROOT / ".ci/run").read_text().splitlines()
-    assert all(command in script for command in commands)
+    # `|| exit 1`, since bash's -e does not stop at a failure on the left of &&.
+    assert all(f"{command} || exit 1" in script for command in commands)
 
 
 def test_every_data_format_shown_is_read_as_the_same_question_and_answers(tmp_path):
