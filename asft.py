@@ -248,6 +248,7 @@ def _rewards(reward_w_B: Tensor, reward_l_B: Tensor) -> Metrics:
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
+    """x in fp32 if it is of a half type, as it is otherwise."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -78,6 +78,7 @@ LOSS_OPTIONS = {option for row in asft.LOSSES.values() for option in row.options
 
 
 def flag(default, text: str, choices: tuple | None = None):
+    """A field of Config with its line of --help."""
     return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
 
 
@@ -317,6 +318,7 @@ def build_model(config: Config, mesh: DeviceMesh) -> Llama:
 
 
 def compute_dtype(config: Config, mesh: DeviceMesh) -> torch.dtype:
+    """The dtype of matrix products; everything else is fp32."""
     half = mesh.device_type == "cuda" if config.precision == "auto" else config.precision == "bf16"
     return torch.bfloat16 if half else torch.float32
 
@@ -496,6 +498,7 @@ def train(config: Config, model: Llama, data: Data, held_out: Data | None, log: 
 
 
 def stop_non_finite(step: int, loss: float, norm: float, suspects: list[str], drawn: list[str]) -> typing.NoReturn:
+    """Raises NonFiniteError on every process, naming the pairs whose loss is not finite, or all of the step's if none is."""
     everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, suspects)
     named = [place for places in everywhere for place in places] or drawn
@@ -693,6 +696,7 @@ def run(config: Config) -> None:
 
 
 def count_steps(config: Config, data: Data) -> int:
+    """Updates of the whole run; the last one of an epoch may have fewer pairs."""
     return min(config.epochs * -(-len(data.pairs) // config.pairs_per_step), config.max_steps or sys.maxsize)
 
 
