@@ -498,7 +498,7 @@ def train(config: Config, model: Llama, data: Data, held_out: Data | None, log: 
 
 
 def stop_non_finite(step: int, loss: float, norm: float, suspects: list[str], drawn: list[str]) -> typing.NoReturn:
-    """Raises NonFiniteError on every process, naming the pairs whose loss is not finite, or all of the step's if none is."""
+    """Raises NonFiniteError everywhere, naming the pairs whose loss is not finite, or all of the step if none is."""
     everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, suspects)
     named = [place for places in everywhere for place in places] or drawn

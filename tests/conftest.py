@@ -55,3 +55,9 @@ def run_train(*flags, processes: int = 1, cwd: Path = ROOT, **environment) -> su
     return subprocess.run(
         [*program, str(ROOT / "train.py"), *map(str, flags)], cwd=cwd, capture_output=True, text=True, timeout=600,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment)
+
+
+@pytest.fixture(autouse=True)
+def subnormal_numbers():
+    """train.py, run in this process, flushes them to zero for good; each test starts with them."""
+    torch.set_flush_denormal(False)
