@@ -453,7 +453,6 @@ def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = Non
                         max(key_lengths) if longest is None else longest)
     length_R = torch.tensor(lengths)
     return Batch(int64(tokens), int64(positions), segments, int64(scored), int64(targets),
-
                 torch.repeat_interleave(torch.arange(len(lengths)), length_R), length_R)
 
 

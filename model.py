@@ -141,7 +141,6 @@ class LlamaConfig:
             eos_token_id=ids("eos_token_id"))
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
             raise InputError(f"{where}: wanted num_attention_heads ({heads}) to be a multiple of num_key_value_heads "
-
                             f"({config.num_key_value_heads}), and head_dim ({config.head_dim}) to be even")
         return config
 
@@ -269,6 +268,20 @@ class Attention(nn.Module):
         return self.o_proj(out_THK.flatten(-2))
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, keeping its two inputs alone for backward: autograd would keep silu(gate) as well."""
+
+    @staticmethod
+    def forward(ctx, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_TF, up_TF)
+        return F.silu(gate_TF) * up_TF
+
+    @staticmethod
+    def backward(ctx, grad_TF: Tensor):
+        gate_TF, up_TF = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad_TF * up_TF, gate_TF), grad_TF * F.silu(gate_TF)
+
+
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
@@ -279,7 +292,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return self.down_proj(_SwiGLU.apply(self.gate_proj(x_TD), self.up_proj(x_TD)))
 
 
 class Block(nn.Module):
@@ -466,7 +479,6 @@ def check_weights(directory: str | Path, config: LlamaConfig) -> dict[str, Path]
     layers = len({key.split(".")[2] for key in found if key.startswith("model.layers.")})
     if layers != config.num_hidden_layers:
         raise InputError(f"{directory}: config.json says num_hidden_layers {config.num_hidden_layers}, "
-
                         f"the weights have model.layers of {layers}")
     expected = expected_shapes(config)
     for key, shape in expected.items():
@@ -496,10 +508,10 @@ def load_weights(model: Llama, directory: str | Path) -> None:
     for path in dict.fromkeys(places.values()):
         with _open(path) as file:
             for key in (key for key, place in places.items() if place == path and key in parameters):
-                local, rows = _local_rows(parameters[key])
+                local, rows = local_rows(parameters[key])
                 local.copy_(file.get_slice(key)[rows])
     if model.lm_head is None and "lm_head.weight" in places:
-        local, rows = _local_rows(parameters["model.embed_tokens.weight"])
+        local, rows = local_rows(parameters["model.embed_tokens.weight"])
         with _open(places["lm_head.weight"]) as file:
             if not torch.equal(file.get_slice("lm_head.weight")[rows].to(local), local):
                 raise InputError(f"{places['lm_head.weight']}: lm_head.weight differs from model.embed_tokens.weight, "
@@ -560,6 +572,23 @@ def save_model(model: Llama, directory: str | Path, *, dtype: torch.dtype = torc
         dist.barrier()
 
 
+def local_rows(tensor: Tensor) -> tuple[Tensor, slice]:
+    """What this rank holds of a tensor, and which rows of the whole that is."""
+    if not isinstance(tensor, DTensor):
+        return tensor, slice(0, len(tensor))
+    mesh, rows = tensor.device_mesh, slice(0, len(tensor))
+    for axis, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard):
+            rows = rows_of_rank(len(tensor), mesh.size(axis), mesh.get_local_rank(axis))
+    return tensor.to_local(), rows
+
+
+def rows_of_rank(rows: int, ranks: int, rank: int) -> slice:
+    """Which of a tensor's rows a rank holds: FSDP2 splits like torch.chunk."""
+    chunk = -(-rows // ranks)
+    return slice(min(chunk * rank, rows), min(chunk * (rank + 1), rows))
+
+
 def flush(path: Path) -> None:
     """Makes a written file, or a directory's entries, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -607,17 +636,3 @@ def _open(path: Path):
         raise InputError(f"{path}: {error.strerror or error}; wanted a safetensors file") from None
     except SafetensorError as error:
         raise InputError(f"{path}: truncated or not a safetensors file ({error})") from None
-
-
-def _local_rows(parameter: Tensor) -> tuple[Tensor, slice]:
-    """What this rank holds of a parameter, and which rows of the whole tensor that is: FSDP2 splits like
-    torch.chunk."""
-    if not isinstance(parameter, DTensor):
-        return parameter, slice(0, len(parameter))
-    rows = slice(0, len(parameter))
-    for axis, placement in enumerate(parameter.placements):
-        if isinstance(placement, Shard):
-            chunk = math.ceil(len(parameter) / parameter.device_mesh.size(axis))
-            start = min(chunk * parameter.device_mesh.get_local_rank(axis), len(parameter))
-            rows = slice(start, min(start + chunk, len(parameter)))
-    return parameter.to_local(), rows

@@ -3,29 +3,37 @@
     python train.py                                        the example: a tiny model, two minutes on a laptop
     python train.py --model DIR --data FILE                your model (a Hugging Face directory), your pairs
     torchrun --nproc_per_node 8 train.py --model DIR --data FILE        the same on eight GPUs: same flags, same updates
+    python train.py --resume OUT                           go on with a run that was stopped or killed
     python train.py --help                                 every flag, its default, and what the paper says of it
 
 In reading order
     Config, parse       one frozen dataclass: the defaults, the flags, --help, the printed header, OUT/config.json
     learning_rate       warm-up and cosine
-    start_processes, shard, build_model    one code path for one process and many, on CPU and on GPUs (FSDP2)
+    start_processes, together, shard, build_model    one process and many, on CPU and on GPUs (FSDP2)
     Data, losses_of     the forward pass: a packed batch -> one loss per pair; and a reference, where a loss wants one
     train               the loop: draw, forward, loss, backward, clip, rate, update, log
+    save_checkpoint, newest_checkpoint, load_checkpoint    what a run that is killed goes on from
     evaluate, answer    held-out loss, margin and accuracy; greedy answers to a few held-out prompts
     Log                 the header, the line per step, OUT/metrics.jsonl
-    run, plan, main     a whole run; what it would take; the exit code
+    claim_out, run, plan, main    a run's directory; a whole run; what it would take; the exit code
 
-Writes OUT/config.json, OUT/metrics.jsonl, OUT/eval.jsonl, and at the end OUT/model/, which transformers and vLLM load.
+Writes OUT/config.json, OUT/metrics.jsonl, OUT/eval.jsonl, OUT/checkpoints/, and at the end OUT/model/, which
+transformers and vLLM load.
 
 Weights and AdamW's moments are kept in fp32, sharded over the processes; matrix products run in bf16 on CUDA and in
 fp32 on CPU (--precision). A step's pairs do not depend on the number of processes, and each weighs 1/pairs_per_step
 wherever it is computed.
 
-Left out: resuming (a run starts at its first step), LoRA, other optimisers, configuration files.
+A run's state is its step, its weights and AdamW's moments: nothing in it is drawn at random but the order of the
+pairs, which is a function of seed and epoch. So a run that goes on from a checkpoint ends with the same bits.
+
+Left out: LoRA, other optimisers, configuration files.
 """
 
 import argparse
 import dataclasses
+import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -34,11 +42,13 @@ import platform
 import resource
 import shlex
 import shutil
+import signal
 import sys
 import textwrap
 import time
 import typing
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -61,7 +71,8 @@ from torch.distributed.tensor import DTensor
 import asft
 from data import (Batch, ChatFormat, Pair, encode_preferences, pack, plan_step, read_preferences, resolve_max_tokens,
                   split_pairs)
-from model import InputError, Llama, LlamaConfig, check_weights, expected_shapes, load_weights, save_model
+from model import (InputError, Llama, LlamaConfig, check_weights, expected_shapes, flush, load_weights, local_rows,
+                   read_json, rows_of_rank, save_model)
 
 # ------------------------------------------------------------------------------------------------------ configuration
 
@@ -75,6 +86,9 @@ PRESETS = {"paper": {"loss": "asft", "sft_weight": 1.0, "beta": 0.1, "temperatur
            "align-only": {"loss": "asft", "sft_weight": 0.0, "beta": 1.0, "temperature": 1.0, "lr": 1e-6},
            "tempered": {"loss": "asft", "sft_weight": 0.0, "beta": 1.0, "lr": 1e-6}}
 LOSS_OPTIONS = {option for row in asft.LOSSES.values() for option in row.options}
+# What --resume may change. Weights and pairs may move, but their content is compared (fingerprint).
+MAY_CHANGE = {"model", "data", "eval_data", "reference_cache", "out", "resume", "save_every", "keep", "eval_every",
+              "max_tokens_per_gpu", "share_prompt", "device", "checkpoint_blocks", "compile", "replicas", "save_dtype"}
 
 
 def flag(default, text: str, choices: tuple | None = None):
@@ -141,17 +155,22 @@ class Config:
     eval_every: int = flag(0, "steps between evaluations on --eval-data, beside those at the start and the end")
     samples: int = flag(0, "held-out prompts to answer (greedily, at most 64 tokens) before and after training")
     save_dtype: str = flag("bf16", "of OUT/model", ("bf16", "fp32"))
+    save_every: int = flag(200, "steps between checkpoints (12 bytes a parameter each), beside the one that a run "
+                           "makes when it is told to stop; 0: no others")
+    keep: int = flag(2, "checkpoints to keep, the newest")
+    resume: str | None = flag(None, "go on with the run in this directory, with its flags, from its newest whole "
+                              "checkpoint. Without a directory: with the run in --out, or begin it there")
     plan: int | None = flag(None, "print what the run would take on so many GPUs (steps, tokens, FLOPs, memory by "
                             "kind), and stop; loads no weights")
 
     def __post_init__(self):
         positive = ("lr epochs pairs_per_step max_tokens_per_gpu max_steps max_tokens max_grad_norm adam_eps eps "
-                    "temperature replicas plan")
+                    "temperature replicas keep plan")
         for name in positive.split():
             value, limit = getattr(self, name), math.inf if name != "max_grad_norm" else math.nan
             if value is not None and (not value > 0 or value == limit):
                 raise InputError(f"{spell(name)} is {value}, wanted a number above 0")
-        for name in "beta sft_weight gamma weight_decay seed eval_every samples".split():
+        for name in "beta sft_weight gamma weight_decay seed eval_every samples save_every".split():
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{spell(name)} is {getattr(self, name)}, wanted 0 or more")
         for name in "warmup_ratio min_lr_ratio adam_beta1 adam_beta2".split():
@@ -183,6 +202,7 @@ class Config:
         """The flags that give this configuration, without those that its loss does not take."""
         words, unused = [], LOSS_OPTIONS - self.loss_options.keys()
         unused |= set() if self.loss_row.reference else {"reference", "reference_cache"}
+        unused |= {"resume"}  # the flags of the run itself
         for name, value in vars(self).items():
             if name in unused or (name == "ipo_sum" and self.loss != "ipo"):
                 continue
@@ -208,16 +228,22 @@ def parse(arguments: list[str] | None = None) -> Config:
     """Flags -> Config. A loss's own defaults (asft.py) stand where a flag is not given; a flag that it does not take is
     refused."""
     parser = _Parser(usage="python train.py [FLAGS]", description=__doc__, allow_abbrev=False,
-
-                    formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+                     formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     hints = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
         kind = next(t for t in (typing.get_args(hints[field.name]) or (hints[field.name],)) if t is not type(None))
         text = field.metadata["help"] + ("" if field.default in (None, "", False, True) else f" [{field.default}]")
         how: dict = {"type": kind, "choices": field.metadata["choices"]}
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
+        how |= {"nargs": "?", "const": ""} if field.name == "resume" else {}
         parser.add_argument(spell(field.name), help=text.replace("%", "%%"), **how)
     given = vars(parser.parse_args(arguments))
+    if "resume" in given and (recorded := recorded_flags(given)):
+        for name in sorted(given.keys() - MAY_CHANGE):
+            if given[name] != recorded[name]:
+                raise InputError(f"{spell(name)} is {given[name]}, but the run in {given['out']} has {recorded[name]}; "
+                                 f"it cannot change on the way")
+        return Config(**(recorded | given))
     if "model" not in given and "data" not in given:
         given = EXAMPLE | given
     preset = PRESETS.get(given.get("preset"), {})
@@ -238,6 +264,24 @@ def parse(arguments: list[str] | None = None) -> Config:
     if given.get("reference") == "live" and "reference_cache" in given:
         raise InputError("--reference-cache goes with --reference precompute, found --reference live")
     return Config(**(options | given))
+
+
+def recorded_flags(given: dict) -> dict | None:
+    """The flags of the run that --resume names, or None where it is yet to begin; sets given["out"]."""
+    if given["resume"] and given.setdefault("out", given["resume"]) != given["resume"]:
+        raise InputError(f"--resume {given['resume']} and --out {given['out']} are two directories; leave one out")
+    if "out" not in given:
+        raise InputError("--resume wants the directory of a run, its own or --out's")
+    path = Path(given["out"]) / "config.json"
+    if not path.exists() and given["resume"]:
+        raise InputError(f"{path}: No such file; --resume DIR wants the directory of a run")
+    if not path.exists():
+        return None
+    facts = read_json(path)
+    flags = facts.get("flags") if isinstance(facts, dict) else None
+    if not isinstance(flags, dict) or flags.keys() != Config.__dataclass_fields__.keys():
+        raise InputError(f"{path}: wanted the config.json of a run of this version of train.py")
+    return flags
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float, min_lr_ratio: float) -> float:
@@ -276,12 +320,36 @@ def start_processes(config: Config) -> DeviceMesh:
     return init_device_mesh("cuda" if cuda else "cpu", shape[first:], mesh_dim_names=names[first:])
 
 
+def together(action: typing.Callable[[], typing.Any]) -> list:
+    """What action() returns on each process, told to all; so is the first InputError (or failure to write)."""
+    everywhere: list = [None] * dist.get_world_size()
+    try:
+        found = action()
+    except InputError as error:
+        found = error
+    except OSError as error:
+        found = InputError(f"{error.filename or 'writing'}: {error.strerror}")
+    dist.all_gather_object(everywhere, found)
+    for found in everywhere:
+        if isinstance(found, InputError):
+            raise found
+    return everywhere
+
+
+def on_first_process(action: typing.Callable[[], typing.Any]) -> typing.Any:
+    """What action() returns, run by process 0 alone."""
+    return together(lambda: action() if dist.get_rank() == 0 else None)[0]
+
+
 def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
     """FSDP2: parameters stay split over the mesh in their own dtype and are gathered, in compute_dtype, a block at a
     time.
 
-    Gradients are averaged over the mesh in fp32. Inputs are not cast: rotary tables stay fp32.
+    Gradients are averaged over the mesh in fp32. Inputs are not cast: rotary tables stay fp32. One process that
+    computes in the weights' own dtype has nothing to gather, and would only copy.
     """
+    if mesh.size() == 1 and compute_dtype == torch.float32:
+        return
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.model["layers"]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -354,30 +422,40 @@ class Data:
         return self.reference(batch) if live else self.reference[rows].flatten(0, 1).unbind(-1)
 
 
-def open_cache(config: Config, mesh: DeviceMesh, parts: list[Data]) -> tuple[str, Tensor | None]:
-    """For process 0: the key of the reference log-probs that this run wants, and what --reference-cache has of them.
-
-    The key is a hash of all that they depend on: weights, configuration, precision, and the very tokens. Raises
-    InputError for a cache of another key, a file that is none, and a directory that cannot be written.
-    """
-    digest = hashlib.blake2b(str(compute_dtype(config, mesh)).encode(), digest_size=16)
-    weights = set(check_weights(config.model, LlamaConfig.load(config.model)).values())
-    for path in [Path(config.model) / "config.json", *sorted(weights)]:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    for pair in (pair for part in parts for pair in part.pairs):
-        for ids in (pair.prompt, pair.chosen, pair.rejected):
+def fingerprint(config: Config, mesh: DeviceMesh, parts: list[Data]) -> dict[str, str]:
+    """What a run's numbers depend on, its flags aside: hashes of the weights that it starts from and of the very
+    tokens, and the precision."""
+    files = sorted(set(check_weights(config.model, LlamaConfig.load(config.model)).values()))
+    with ThreadPoolExecutor() as threads:
+        digests = threads.map(file_checksum, [Path(config.model) / "config.json", *files])
+    found = {"weights": hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()}
+    for name, part in zip(("pairs", "held-out pairs"), parts, strict=False):
+        digest = hashlib.blake2b(digest_size=16)
+        for ids in (ids for pair in part.pairs for ids in (pair.prompt, pair.chosen, pair.rejected)):
             digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
-    key, cache = digest.hexdigest(), Path(config.reference_cache or "")
-    if config.reference_cache is None or not cache.exists():
+        found[name] = digest.hexdigest()
+    return found | {"precision": str(compute_dtype(config, mesh)).removeprefix("torch.")}
+
+
+def file_checksum(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_cache(cache: Path, key: str) -> Tensor | None:
+    """The reference log-probs in a --reference-cache; None where there is none yet. Raises InputError for a cache of
+    another key, a file that is none, and a directory that cannot be written."""
+    if not cache.exists():
         if not os.access(cache.parent, os.W_OK):
             raise InputError(f"--reference-cache {cache}: {cache.parent} is not a directory that can be written")
-        return key, None
+        return None
     try:
         with safetensors.safe_open(cache, "pt") as file:
             if (found := (file.metadata() or {}).get("key")) == key:
-                return key, file.get_tensor("logps")
+                return file.get_tensor("logps")
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{cache}: not a cache of reference log-probs ({error})") from None
     raise InputError(f"{cache}: made from other weights, pairs or precision (key {found}, wanted {key}); name another "
@@ -442,21 +520,85 @@ class Sums(dict):
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or gradient that is not a number: the run stops before it reaches a weight."""
+class StoppedError(RuntimeError):
+    """The run ends before its last step; the message says why. `code` is the exit code."""
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.code = code
 
 
-def train(config: Config, model: Llama, data: Data, held_out: Data | None, log: "Log", steps: int) -> None:
-    """Runs every step. One step: draw, forward, loss, backward, clip, rate, update, log."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    steps_per_epoch = -(-len(data.pairs) // config.pairs_per_step)
+def make_optimizer(config: Config, model: Llama) -> torch.optim.AdamW:
+    """AdamW with its moments, zero as its first step would make them: what does not fit fails before the first step,
+    and a checkpoint has what to fill."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(config.adam_beta1, config.adam_beta2),
                                   eps=config.adam_eps, weight_decay=config.weight_decay, fused=True)
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device),
+                                      "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                                      "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False)}
+    return optimizer
+
+
+def rehearse(config: Config, model: Llama, data: Data, steps: int) -> None:
+    """Forward and backward of the run's largest micro-batch, for nothing but its memory. Raises StoppedError with
+    advice where that is not there: in the first minute, and not in the hour in which that batch is drawn."""
+    largest = largest_micro_batch(config, data, steps, dist.get_world_size())
+    tokens, longest = int(data.sizes[largest].sum()), int(data.sizes.max())
+    try:
+        rows, batch, _ = data.batch(largest)
+        (losses_of(model, data, rows, batch)[0].sum() * 0).backward()
+    except (RuntimeError, MemoryError) as error:  # a GPU's allocator raises OutOfMemoryError, a CPU's only says so
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        less = (f"lower --max-tokens-per-gpu from {config.max_tokens_per_gpu} to {max(tokens // 2, longest)}"
+                if tokens > longest else f"that is one pair: lower --max-tokens from {config.max_tokens} to "
+                f"{config.max_tokens // 2}, or use more processes")
+        more = "" if model.checkpoint_blocks else ", or pass --checkpoint-blocks on"
+        raise StoppedError(f"out of memory in the run's largest micro-batch, {tokens} tokens; {less}{more}") from None
+    model.zero_grad()
+
+
+def plan_of(config: Config, data: Data, step: int, processes: int) -> list[list[list[int]]]:
+    """[process][micro-batch] -> indexes of pairs."""
+    seed = config.seed if config.shuffle else None
+    return plan_step(data.sizes, config.pairs_per_step, seed, step, processes, config.max_tokens_per_gpu)
+
+
+def largest_micro_batch(config: Config, data: Data, steps: int, processes: int) -> list[int]:
+    """Of the whole run."""
+    every = (indexes for step in range(steps) for of_process in plan_of(config, data, step, processes)
+             for indexes in of_process)
+    return max(every, key=lambda indexes: data.sizes[indexes].sum())
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C, while it lasts, ask to stop after the step; a second one stops at once."""
+
+    def __enter__(self) -> "StopRequest":
+        self.number = 0
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def ask(self, number: int, _frame) -> None:
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def train(config: Config, model: Llama, optimizer: torch.optim.AdamW, data: Data, held_out: Data | None, log: "Log",
+          mesh: DeviceMesh, steps: int, done: int, stop: StopRequest) -> None:
+    """Runs the steps after the first `done`. One step: draw, forward, loss, backward, clip, rate, update, log."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    steps_per_epoch = -(-len(data.pairs) // config.pairs_per_step)
     left = 0.0
-    for step in range(steps):
+    for step in range(done, steps):
         started = time.perf_counter()
-        seed = config.seed if config.shuffle else None
-        plan = plan_step(data.sizes, config.pairs_per_step, seed, step, world, config.max_tokens_per_gpu)
+        plan = plan_of(config, data, step, world)
         drawn = [i for of_rank in plan for indexes in of_rank for i in indexes]
 
         sums, suspects = Sums(), []
@@ -483,34 +625,41 @@ def train(config: Config, model: Llama, data: Data, held_out: Data | None, log: 
 
         seconds = time.perf_counter() - started
         tokens = int(data.sizes[drawn].sum())
-        left += (seconds - left) / min(step + 1, 20)  # of one step, averaged over the last ones
-        peak = torch.tensor(peak_memory_gib(), device=data.device)
-        dist.all_reduce(peak, dist.ReduceOp.MAX)
+        left += (seconds - left) / min(step + 1 - done, 20)  # of one step, averaged over the last ones
+        peak_and_signal = torch.tensor([peak_memory_gib(), stop.number], device=data.device)
+        dist.all_reduce(peak_and_signal, dist.ReduceOp.MAX)
+        peak, asked_by = peak_and_signal.tolist()
         row = {"step": step + 1, "epoch": round((step + 1) / steps_per_epoch, 4), **means, "lr": rate,
                "grad_norm": norm, "pairs": len(drawn), "tokens": tokens, "seconds": seconds,
                "tokens_per_s": tokens / seconds, "pairs_per_s": len(drawn) / seconds,
-               "peak_memory_gib": float(peak)}
+               "peak_memory_gib": peak}
         log.step(row, steps, left * (steps - step - 1))
         wanted = step + 1 == steps or (config.eval_every and (step + 1) % config.eval_every == 0)
         if held_out is not None and wanted:
             row |= evaluate(model, held_out, log, step + 1)
         log.metrics(row)
+        if step + 1 < steps and (asked_by or (config.save_every and (step + 1) % config.save_every == 0)):
+            save_checkpoint(log.out, step + 1, model, optimizer, mesh, config.keep)
+            if asked_by:
+                name = signal.Signals(int(asked_by)).name
+                log.say(f"\nstopped by {name} after step {step + 1} of {steps}; go on with --resume {log.out}")
+                raise StoppedError(name, 128 + int(asked_by))
 
 
 def stop_non_finite(step: int, loss: float, norm: float, suspects: list[str], drawn: list[str]) -> typing.NoReturn:
-    """Raises NonFiniteError everywhere, naming the pairs whose loss is not finite, or all of the step if none is."""
+    """Raises StoppedError everywhere, naming the pairs whose loss is not finite, or all of the step if none is."""
     everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, suspects)
     named = [place for places in everywhere for place in places] or drawn
     more = f" and {len(named) - 20} more" if len(named) > 20 else ""
-    raise NonFiniteError(f"step {step}: loss {loss}, gradient norm {norm}; stopped before the update. Pairs: "
-                    f"{', '.join(named[:20])}{more}")
+    raise StoppedError(f"step {step}: loss {loss}, gradient norm {norm}; stopped before the update. Pairs: "
+                  f"{', '.join(named[:20])}{more}")
 
 
 @torch.no_grad()
-def evaluate(model: Llama, data: Data, log: "Log", step: int) -> dict[str, float]:
-    """Held-out metrics, eval_loss and so on: means over all pairs, each counted once whatever the number of
-    processes."""
+def evaluate(model: Llama, data: Data, log: "Log", step: int, answers: list[str] | None = None) -> dict[str, float]:
+    """Held-out metrics, eval_loss and so on: means over all pairs, each counted once whatever the number of processes.
+    Logged, with `answers` beside them."""
     sums = Sums()
     for indexes in data.split():
         rows, batch, present_B = data.batch(indexes)
@@ -518,7 +667,7 @@ def evaluate(model: Llama, data: Data, log: "Log", step: int) -> dict[str, float
         sums.add(metrics, present_B)
     reshard(model)
     row = {f"eval_{name}": value for name, value in sums.mean(len(data.pairs)).items()}
-    log.evaluation(step, row)
+    log.evaluation(step, row, answers or [])
     return row
 
 
@@ -535,6 +684,140 @@ def answer(model: Llama, chat: ChatFormat, prompt: np.ndarray, device: str, max_
         ids.append(int(best))
     reshard(model)
     return chat.decode(ids[len(prompt):])
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+# OUT/checkpoints/step-000200/ has a file per process, of its rows of every weight and moment, and checkpoint.json, with
+# their checksums. It is written under a hidden name and renamed when all of it is on the disk. safetensors and JSON:
+# nothing in it can execute.
+
+
+def trained_tensors(model: Llama, optimizer: torch.optim.AdamW) -> list[tuple[str, Tensor]]:
+    """All that training changes, the step aside: fp32, sharded."""
+    return [(f"{kind}.{name}", parameter if kind == "weight" else optimizer.state[parameter][kind])
+            for name, parameter in model.named_parameters() for kind in ("weight", "exp_avg", "exp_avg_sq")]
+
+
+def stop_unless_finite(tensors: list[tuple[str, Tensor]], step: int) -> None:
+    """Raises StoppedError everywhere, naming the tensors that hold a value that is not a finite number."""
+    bad = together(lambda: [key for key, tensor in tensors if not local_rows(tensor)[0].isfinite().all()])
+    if named := sorted({key for of_process in bad for key in of_process}):
+        raise StoppedError(f"after step {step} {named[0]} is not finite ({len(named)} such tensors); not saved")
+
+
+def save_checkpoint(out: Path, step: int, model: Llama, optimizer: torch.optim.AdamW, mesh: DeviceMesh,
+                    keep: int) -> None:
+    """OUT/checkpoints/step-..., by all processes; then removes all but the newest `keep`. Raises InputError where it
+    cannot be written: the earlier ones stay whole."""
+    tensors = trained_tensors(model, optimizer)
+    stop_unless_finite(tensors, step)
+    home, name = out / "checkpoints", f"step-{step:06d}"
+    aside = home / f".{name}.partial"
+    *replica, index = mesh.get_coordinate()
+
+    def begin() -> None:
+        for path in home.glob(".step-*"):  # what a run that was killed left behind
+            shutil.rmtree(path)
+        aside.mkdir(parents=True)
+
+    def write() -> dict[str, str]:
+        if any(replica):  # the first replica's rows are all rows
+            return {}
+        file = f"{index:05d}-of-{mesh.shape[-1]:05d}.safetensors"
+        return {file: write_tensors(aside / file, [(key, local_rows(tensor)[0]) for key, tensor in tensors])}
+
+    def finish() -> None:
+        for log in out.glob("*.jsonl"):
+            flush(log)  # the rows of its steps must not be lost where the checkpoint is not
+        facts = {"step": step, "files": {name: digest for of_process in digests for name, digest in of_process.items()}}
+        write_whole(aside / "checkpoint.json", json.dumps(facts | {"checksum": checksum(facts)}, indent=2) + "\n")
+        aside.rename(home / name)
+        flush(home)
+        for old in sorted(home.glob("step-*"))[:-keep]:
+            hidden = old.rename(old.with_name(f".{old.name}.old"))
+            shutil.rmtree(hidden)
+
+    try:
+        on_first_process(begin)
+        digests = together(write)
+        on_first_process(finish)
+    except InputError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def write_tensors(path: Path, tensors: list[tuple[str, Tensor]]) -> str:
+    """Writes fp32 tensors as a safetensors file, to the disk, and returns its checksum. One tensor at a time: the
+    library's own writer wants all of them in memory at once, and a GPU's in the CPU's."""
+    header, end = {}, 0
+    for key, tensor in tensors:
+        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "wb") as file:
+        for block in (len(text).to_bytes(8, "little"), text, *(tensor for _, tensor in tensors)):
+            block = block.detach().cpu().flatten().numpy() if isinstance(block, Tensor) else block
+            file.write(block)
+            digest.update(block)
+    flush(path)
+    return digest.hexdigest()
+
+
+def checksum(facts: dict) -> str:
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file: it holds the old text or the new, never a part."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text)
+    flush(aside)
+    aside.rename(path)
+    flush(path.parent)
+
+
+def newest_checkpoint(out: Path, log: "Log") -> tuple[Path | None, int]:
+    """The newest checkpoint that is whole, byte for byte, and its step; (None, 0) where there is none at all. Says what
+    is wrong with newer ones; raises InputError where none is whole."""
+    found = on_first_process(lambda: sorted((out / "checkpoints").glob("step-*"), reverse=True))
+    for path in found:
+        try:
+            return path, together(functools.partial(checked_step, path))[0]
+        except InputError as error:
+            log.say(f"{error}; going on from the checkpoint before")
+    if found:
+        raise InputError(f"{out / 'checkpoints'}: none of {len(found)} checkpoints is whole; to begin again, remove it")
+    return None, 0
+
+
+def checked_step(path: Path) -> int:
+    """The step of a checkpoint, of whose files each process checks its share. Raises InputError naming the damage."""
+    facts = read_json(path / "checkpoint.json")
+    if not isinstance(facts, dict) or facts.pop("checksum", None) != checksum(facts):
+        raise InputError(f"{path / 'checkpoint.json'}: damaged (its checksum differs)")
+    for name in sorted(facts["files"])[dist.get_rank()::dist.get_world_size()]:
+        if file_checksum(path / name) != facts["files"][name]:
+            raise InputError(f"{path / name}: damaged (its checksum differs)")
+    return facts["step"]
+
+
+def load_checkpoint(path: Path, step: int, model: Llama, optimizer: torch.optim.AdamW) -> None:
+    """Fills weights and moments, each process its own rows, from a checkpoint of any number of processes."""
+    files = [safetensors.safe_open(file, "pt") for file in sorted(path.glob("*.safetensors"))]
+    for key, tensor in trained_tensors(model, optimizer):
+        local, rows = local_rows(tensor.detach())
+        for i, file in enumerate(files):
+            stored = rows_of_rank(len(tensor), len(files), i)
+            first, last = max(rows.start, stored.start), min(rows.stop, stored.stop)
+            if first < last:
+                part = file.get_slice(key)[first - stored.start:last - stored.start]
+                local[first - rows.start:last - rows.start] = part
+    for state in optimizer.state.values():
+        state["step"].fill_(step)
 
 
 # -------------------------------------------------------------------------------------------------------------- logging
@@ -559,7 +842,7 @@ class Log:
             print(text, flush=True)
 
     def header(self, config: Config, mesh: DeviceMesh, model: Llama, parts: list[Data], counts: list[Counter],
-               steps: int) -> None:
+               steps: int, marks: dict[str, str]) -> None:
         """Prints what will run, and writes it to OUT/config.json."""
         llama, data, processes = model.config, parts[0], dist.get_world_size()
         parameters = sum(p.numel() for p in model.parameters())
@@ -568,7 +851,6 @@ class Log:
         responses = sum(len(p.chosen) + len(p.rejected) for p in data.pairs)
         lines = {
             "model": f"{config.model}: {parameters:,} parameters, {llama.num_hidden_layers} layers, width "
-
                     f"{llama.hidden_size}, vocabulary {llama.vocab_size:,}",
             "loss": " ".join([config.loss, *(f"{name} {value:g}" for name, value in config.loss_options.items())]),
             "data": f"{config.data}: {describe(counts[0])}",
@@ -576,7 +858,6 @@ class Log:
             "tokens": f"{data.sizes.sum():,} an epoch, {responses:,} of them in responses; {data.sizes.mean():,.0f} a "
                       f"pair, at most {data.sizes.max():,}",
             "steps": f"{steps:,} of {config.pairs_per_step} pairs; warm-up to {config.lr:g}, then cosine to "
-
                     f"{config.min_lr_ratio * config.lr:g}",
             "precision": f"fp32 weights and moments, {'bf16' if half else 'fp32'} products, fp32 losses",
             "devices": f"{processes} x {device}",
@@ -589,9 +870,10 @@ class Log:
         modules = (torch, tokenizers, safetensors, np)
         facts = {"flags": vars(config), "data": counts[0], "eval_data": counts[1] if config.eval_data else None,
                  "steps": steps, "parameters": parameters, "processes": processes, "device": device,
+                 "fingerprint": marks,
                  "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in modules}}
         if self.active:
-            (self.out / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
+            write_whole(self.out / "config.json", json.dumps(facts, indent=2) + "\n")
 
     def step(self, row: dict, steps: int, seconds_left: float) -> None:
         if not self.active:
@@ -607,11 +889,21 @@ class Log:
     def metrics(self, row: dict) -> None:
         self._append("metrics.jsonl", row)
 
-    def evaluation(self, step: int, row: dict) -> None:
-        self._append("eval.jsonl", {"step": step, **row})
+    def evaluation(self, step: int, row: dict, answers: list[str]) -> None:
+        self._append("eval.jsonl", {"step": step, **row} | ({"answers": answers} if answers else {}))
         text = ("held-out after {step} | loss {eval_loss:.4f} sft {eval_sft:.4f} align {eval_align:.4f} | margin "
                 "{eval_margin:+.4f} accuracy {eval_accuracy:.1%} logp_w {eval_logp_w:.4f} logp_l {eval_logp_l:.4f}")
         self.say(("\r\x1b[K" if self.moving else "") + text.format(step=step, **row))
+
+    def rewind(self, done: int) -> None:
+        """Forgets what is logged of the steps after `done`, which will run again."""
+        for name in ("metrics.jsonl", "eval.jsonl") if self.active else ():
+            path, kept = self.out / name, []
+            for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+                if not line.endswith("\n") or json.loads(line)["step"] > done or (done == 0 and name == "eval.jsonl"):
+                    break
+                kept.append(line)
+            write_whole(path, "".join(kept))
 
     def _append(self, name: str, row: dict) -> None:
         if self.active:
@@ -622,36 +914,41 @@ class Log:
 # -------------------------------------------------------------------------------------------------------------- the run
 
 
-def on_first_process(action: typing.Callable[[], typing.Any]) -> typing.Any:
-    """What action() returns, run by process 0 alone and told to all; so is the InputError that it raises."""
-    found: list = [None]
-    if dist.get_rank() == 0:
-        try:
-            found = [action()]
-        except InputError as error:
-            found = [error]
-    dist.broadcast_object_list(found)
-    if isinstance(found[0], InputError):
-        raise found[0]
-    return found[0]
-
-
-def claim_out(config: Config) -> Path:
-    """For process 0: makes the run's directory. InputError where it holds anything or cannot be made."""
+def claim_out(config: Config, marks: dict[str, str]) -> tuple[Path, Tensor | None]:
+    """For process 0: takes the run's directory, new, or of the run to go on with, whose fingerprint must be this one's;
+    and what is cached of reference log-probs. Raises InputError; a directory is made only when nothing else is wrong.
+    """
+    out = Path(config.out or f"runs/{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3])
+    facts = read_json(out / "config.json") if config.resume is not None and (out / "config.json").exists() else None
+    if facts is not None:
+        there = facts.get("fingerprint") or {}
+        for name in marks.keys() | there.keys():
+            if marks.get(name) != there.get(name):
+                raise InputError(f"--resume {out}: other {name} than the run began with ({marks.get(name)}, began with "
+                                 f"{there.get(name)})")
+    elif out.exists() and (not out.is_dir() or any(path.name[0] != "." for path in out.iterdir())):
+        raise InputError(f"--out {out} is not empty; a new run wants a fresh directory, its own is gone on with by "
+                         "--resume")
+    logps = None
+    if config.loss_row.reference and config.reference == "precompute" and (facts or config.reference_cache):
+        logps = read_cache(reference_cache(config, out), cache_key(marks))
     try:
-        if config.out is not None:
-            out = Path(config.out)
-            out.mkdir(parents=True, exist_ok=True)
-            if any(out.iterdir()):
-                raise InputError(f"--out {out} is not empty; a run wants a fresh directory")
-            return out
-        while True:
-            out = Path(f"runs/{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3])
-            if not out.exists():
-                out.mkdir(parents=True)
-                return out
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out, os.O_RDONLY)  # held until the process ends
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"--out {out}: another process is training there") from None
     except OSError as error:
         raise InputError(f"--out {out}: {error.strerror}") from None
+    return out, logps
+
+
+def reference_cache(config: Config, out: Path) -> Path:
+    return Path(config.reference_cache or out / "reference.safetensors")
+
+
+def cache_key(marks: dict[str, str]) -> str:
+    return " ".join(marks.values())
 
 
 def describe(counts: Counter) -> str:
@@ -671,28 +968,38 @@ def run(config: Config) -> None:
     mesh = start_processes(config)
     parts, counts, chat = read_data(config, llama, mesh.device_type)
     data, held_out = parts[0], parts[1] if config.eval_data else None
-    key = logps = None
-    if config.loss_row.reference and config.reference == "precompute":
-        key, logps = on_first_process(lambda: open_cache(config, mesh, parts))
-    log = Log(on_first_process(lambda: claim_out(config)), dist.get_rank() == 0)
+    marks = on_first_process(lambda: fingerprint(config, mesh, parts))
+    out, logps = on_first_process(lambda: claim_out(config, marks))
+    log, steps = Log(out, dist.get_rank() == 0), count_steps(config, data)
+    if on_first_process((out / "model").exists):
+        return log.say(f"{out} is finished: its model is {out / 'model'}")
     model = build_model(config, mesh)
-    steps = count_steps(config, data)
-    log.header(config, mesh, model, parts, counts, steps)
-
+    log.header(config, mesh, model, parts, counts, steps, marks)
     if config.loss_row.reference:
-        cache = Path(config.reference_cache or log.out / "reference.safetensors")
-        attach_reference(config, mesh, model, parts, key, logps, cache)
+        attach_reference(config, mesh, model, parts, cache_key(marks), logps, reference_cache(config, out))
+    optimizer = make_optimizer(config, model)
+    rehearse(config, model, data, steps)
+    checkpoint, done = newest_checkpoint(out, log)
+    if config.resume is not None:
+        log.rewind(done)
+        log.say(f"going on from {checkpoint}" if checkpoint else "no checkpoint yet: beginning with the first step")
     asked = held_out.pairs[:config.samples] if held_out is not None and chat is not None else []
-    before = [answer(model, chat, pair.prompt, mesh.device_type) for pair in asked]
-    if held_out is not None:
-        evaluate(model, held_out, log, 0)
-    train(config, model, data, held_out, log, steps)
-    after = [answer(model, chat, pair.prompt, mesh.device_type) for pair in asked]
-    for pair, old, new in zip(asked, before, after, strict=True):
-        log.say(f"\n  prompt  {show(chat.last_turn(pair.prompt))}\n  before  {show(old)}\n  after   {show(new)}")
+    if checkpoint:
+        load_checkpoint(checkpoint, done, model, optimizer)
+    elif held_out is not None:
+        before = [answer(model, chat, pair.prompt, mesh.device_type) for pair in asked]
+        evaluate(model, held_out, log, 0, before)
+    with StopRequest() as stop:
+        train(config, model, optimizer, data, held_out, log, mesh, steps, done, stop)
+    stop_unless_finite([(key, tensor) for key, tensor in model.named_parameters()], steps)
+    if asked:
+        after = [answer(model, chat, pair.prompt, mesh.device_type) for pair in asked]
+        before = on_first_process(lambda: json.loads((out / "eval.jsonl").read_text().split("\n")[0])["answers"])
+        for pair, old, new in zip(asked, before, after, strict=True):
+            log.say(f"\n  prompt  {show(chat.last_turn(pair.prompt))}\n  before  {show(old)}\n  after   {show(new)}")
     dtype = torch.bfloat16 if config.save_dtype == "bf16" else torch.float32
-    save_model(model, log.out / "model", dtype=dtype, source=config.model)
-    log.say(f"\nsaved {log.out / 'model'} ({config.save_dtype}); metrics in {log.out / 'metrics.jsonl'}")
+    save_model(model, out / "model", dtype=dtype, source=config.model)
+    log.say(f"\nsaved {out / 'model'} ({config.save_dtype}); metrics in {out / 'metrics.jsonl'}")
 
 
 def count_steps(config: Config, data: Data) -> int:
@@ -732,11 +1039,7 @@ def plan(config: Config, llama: LlamaConfig, gpus: int) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     data = read_data(config, llama, "cpu")[0][0]
     steps = count_steps(config, data)
-    seed = config.seed if config.shuffle else None
-    plans = [plan_step(data.sizes, config.pairs_per_step, seed, step, gpus, config.max_tokens_per_gpu)
-             for step in range(min(steps, -(-len(data.pairs) // config.pairs_per_step)))]
-    largest = max((indexes for of_step in plans for of_rank in of_step for indexes in of_rank),
-                  key=lambda indexes: data.sizes[indexes].sum())
+    largest = largest_micro_batch(config, data, steps, gpus)
     batch = data.batch(largest)[1]
 
     mesh = init_device_mesh("cpu", (gpus,))
@@ -782,19 +1085,24 @@ def show(text: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0, or 2 for a user's mistake, or 1 for a loss that is not finite; each with one clear message."""
+    """Exit code: 0; 2 for a user's mistake; 1 for numbers that are not finite and for memory that is not there; 128 and
+    the signal's number for a run that was told to stop. Each with one clear message."""
     try:
         run(parse(arguments))
         return 0
-    except (InputError, NonFiniteError) as error:
-        if (rank := int(os.environ.get("RANK", 0))) > 0:
-            time.sleep(10)  # most mistakes are found by all: when process 0 has said so, torchrun ends the others
-        print(f"train.py{f', process {rank}' * (rank > 0)}: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, InputError) else 1
+    except (InputError, StoppedError) as error:
+        code = error.code if isinstance(error, StoppedError) else 2
+        if code < 128:  # a signal: process 0 has said so
+            if (rank := int(os.environ.get("RANK", 0))) > 0:
+                time.sleep(10)  # most mistakes are found by all: when process 0 has said so, torchrun ends the others
+            print(f"train.py{f', process {rank}' * (rank > 0)}: {error}", file=sys.stderr, flush=True)
+        return code
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # sys.exit lets gloo's threads race the interpreter's end, which now and then aborts the process
