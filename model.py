@@ -23,6 +23,8 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -314,6 +316,7 @@ class Block(nn.Module):
 
 # Logits that exist in fp32 at one time: on a CPU what stays in its cache, on a GPU what keeps it busy (1 GiB).
 CHUNK_ELEMENTS, CHUNK_ELEMENTS_CUDA = 2**20, 2**28
+MATMUL_ROWS = 256  # and of one matrix product at the least: fewer read the weights more often than they use them
 
 
 class _TargetLogps(torch.autograd.Function):
@@ -327,11 +330,13 @@ class _TargetLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor, keep: bool) -> Tensor:
         chunk = max(1, (CHUNK_ELEMENTS_CUDA if hidden_SD.is_cuda else CHUNK_ELEMENTS) // len(weight_VD))
-        logits_SV = hidden_SD @ weight_VD.T if keep else None
+        rows = len(target_S) if keep else max(chunk, MATMUL_ROWS // chunk * chunk)
         logp_S, scale_S = [], []
         for i in range(0, len(target_S), chunk):
             target_C1 = target_S[i:i + chunk, None]
-            kept_CV = logits_SV[i:i + chunk] if keep else hidden_SD[i:i + chunk] @ weight_VD.T
+            if i % rows == 0:
+                logits_SV = hidden_SD[i:i + rows] @ weight_VD.T
+            kept_CV = logits_SV[i % rows:i % rows + chunk]
             exp_CV = at_least_fp32(kept_CV)  # a copy where the weights are of a half type, else the logits themselves
             top_C1 = exp_CV.amax(-1, keepdim=True)
             logit_C1 = exp_CV.gather(-1, target_C1)
@@ -358,7 +363,7 @@ def target_logps(hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor) -> Tens
     """log softmax(hidden @ weight.T)[target]: (S,), fp32 for fp32 and bf16 weights, float64 for float64.
 
     Holds S x V numbers once, in the dtype of the weights, and no fp32 copy of them beyond a chunk; three matrix
-    products, nothing recomputed. Where no gradient is wanted it holds one chunk alone. Not for training in fp16, whose
+    products, nothing recomputed. Where no gradient is wanted it holds a few rows alone. Not for training in fp16, whose
     range ends at 65,504: Z may be as large as V.
     """
     keep = torch.is_grad_enabled() and (hidden_SD.requires_grad or weight_VD.requires_grad)
@@ -553,21 +558,23 @@ def save_model(model: Llama, directory: str | Path, *, dtype: torch.dtype = torc
             if writer:
                 tensors[key] = tensor.cpu().contiguous()
         if writer:
-            save_file(tensors, aside / name, metadata={"format": "pt"})
-            (aside / name).chmod(0o644)  # like the files beside it; safetensors makes it readable to the owner alone
+            with naming(aside / name):
+                save_file(tensors, aside / name, metadata={"format": "pt"})
+                (aside / name).chmod(0o644)  # like the files beside it; safetensors makes it the owner's alone
     if writer:
-        (aside / "config.json").write_text(json.dumps(model.config.to_dict(dtype), indent=2) + "\n")
-        if len(files) > 1:
-            index = {"metadata": {"total_size": sum(p.numel() * dtype.itemsize for p in model.parameters())},
-                     "weight_map": {key: name for name, part in zip(names, files, strict=True) for key, _ in part}}
-            (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        for name in COMPANIONS:
-            if source is not None and (Path(source) / name).is_file():
-                shutil.copyfile(Path(source) / name, aside / name)
-        for path in [*aside.iterdir(), aside]:
-            flush(path)
-        aside.rename(directory)
-        flush(directory.parent)
+        with naming(aside):
+            (aside / "config.json").write_text(json.dumps(model.config.to_dict(dtype), indent=2) + "\n")
+            if len(files) > 1:
+                index = {"metadata": {"total_size": sum(p.numel() * dtype.itemsize for p in model.parameters())},
+                         "weight_map": {key: name for name, part in zip(names, files, strict=True) for key, _ in part}}
+                (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            for name in COMPANIONS:
+                if source is not None and (Path(source) / name).is_file():
+                    shutil.copyfile(Path(source) / name, aside / name)
+            for path in [*aside.iterdir(), aside]:
+                flush(path)
+            aside.rename(directory)
+            flush(directory.parent)
     if dist.is_initialized():
         dist.barrier()
 
@@ -587,6 +594,15 @@ def rows_of_rank(rows: int, ranks: int, rank: int) -> slice:
     """Which of a tensor's rows a rank holds: FSDP2 splits like torch.chunk."""
     chunk = -(-rows // ranks)
     return slice(min(chunk * rank, rows), min(chunk * (rank + 1), rows))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A failure to write (no room, no rights) becomes an InputError that names the file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def flush(path: Path) -> None:

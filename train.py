@@ -66,13 +66,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 import asft
 from data import (Batch, ChatFormat, Pair, encode_preferences, pack, plan_step, read_preferences, resolve_max_tokens,
                   split_pairs)
 from model import (InputError, Llama, LlamaConfig, check_weights, expected_shapes, flush, load_weights, local_rows,
-                   read_json, rows_of_rank, save_model)
+                   naming, read_json, rows_of_rank, save_model)
 
 # ------------------------------------------------------------------------------------------------------ configuration
 
@@ -310,9 +311,12 @@ def start_processes(config: Config) -> DeviceMesh:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     # Saturated losses give subnormal gradients, on which a CPU is ten times slower.
     torch.set_flush_denormal(True)
-    here = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **here)
-    world = dist.get_world_size()
+    store, rank, world = dist.HashStore(), 0, 1
+    if "RANK" in os.environ:
+        store, rank, world = next(rendezvous("env://"))
+        # torchrun keeps its store when it restarts the processes, and in it the addresses of the dead ones.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     if world % config.replicas:
         raise InputError(f"--replicas {config.replicas} does not divide {world} processes")
     shape, names = (config.replicas, world // config.replicas), ("replicate", "shard")
@@ -328,7 +332,7 @@ def together(action: typing.Callable[[], typing.Any]) -> list:
     except InputError as error:
         found = error
     except OSError as error:
-        found = InputError(f"{error.filename or 'writing'}: {error.strerror}")
+        found = InputError(f"{error.filename}: {error.strerror}")
     dist.all_gather_object(everywhere, found)
     for found in everywhere:
         if isinstance(found, InputError):
@@ -758,12 +762,13 @@ def write_tensors(path: Path, tensors: list[tuple[str, Tensor]]) -> str:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.blake2b(digest_size=16)
-    with open(path, "wb") as file:
+    with naming(path), open(path, "wb") as file:
         for block in (len(text).to_bytes(8, "little"), text, *(tensor for _, tensor in tensors)):
             block = block.detach().cpu().flatten().numpy() if isinstance(block, Tensor) else block
             file.write(block)
             digest.update(block)
-    flush(path)
+        file.flush()
+        os.fsync(file.fileno())
     return digest.hexdigest()
 
 
@@ -774,21 +779,27 @@ def checksum(facts: dict) -> str:
 def write_whole(path: Path, text: str) -> None:
     """Replaces a file: it holds the old text or the new, never a part."""
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text)
-    flush(aside)
-    aside.rename(path)
-    flush(path.parent)
+    with naming(path):
+        aside.write_text(text)
+        flush(aside)
+        aside.rename(path)
+        flush(path.parent)
 
 
 def newest_checkpoint(out: Path, log: "Log") -> tuple[Path | None, int]:
-    """The newest checkpoint that is whole, byte for byte, and its step; (None, 0) where there is none at all. Says what
-    is wrong with newer ones; raises InputError where none is whole."""
+    """The newest checkpoint that is whole, byte for byte, and its step; (None, 0) where there is none at all. Newer
+    ones are named and set aside; raises InputError where none is whole."""
     found = on_first_process(lambda: sorted((out / "checkpoints").glob("step-*"), reverse=True))
-    for path in found:
+    for i, path in enumerate(found):
         try:
-            return path, together(functools.partial(checked_step, path))[0]
+            step = together(functools.partial(checked_step, path))[0]
         except InputError as error:
-            log.say(f"{error}; going on from the checkpoint before")
+            log.say(f"{error}; trying the checkpoint before")
+            continue
+        if dist.get_rank() == 0:
+            for bad in found[:i]:
+                bad.rename(bad.with_name(f"damaged-{bad.name}"))
+        return path, step
     if found:
         raise InputError(f"{out / 'checkpoints'}: none of {len(found)} checkpoints is whole; to begin again, remove it")
     return None, 0
@@ -907,7 +918,7 @@ class Log:
 
     def _append(self, name: str, row: dict) -> None:
         if self.active:
-            with open(self.out / name, "a") as file:
+            with naming(self.out / name), open(self.out / name, "a") as file:
                 file.write(json.dumps(row) + "\n")
 
 
@@ -934,8 +945,7 @@ def claim_out(config: Config, marks: dict[str, str]) -> tuple[Path, Tensor | Non
         logps = read_cache(reference_cache(config, out), cache_key(marks))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out, os.O_RDONLY)  # held until the process ends
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(os.open(out / ".lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it ends
     except BlockingIOError:
         raise InputError(f"--out {out}: another process is training there") from None
     except OSError as error:

@@ -1,0 +1,390 @@
+"""A run that is killed, stopped or starved goes on from its last checkpoint, and ends with the same bits."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import train
+from conftest import ROOT, random_pairs, run_train, tiny_model
+from model import save_model
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_train import LENGTHS, flags, rows, start, write_pairs  # noqa: F401
+
+CLOCKS = {"seconds", "tokens_per_s", "pairs_per_s", "peak_memory_gib"}
+STEPS = ["--max-steps", 7, "--epochs", 9, "--save-every", 2]  # checkpoints after 2, 4 and 6
+
+
+def facts(out, name="metrics.jsonl"):
+    """What is logged, but for times and memory."""
+    return [{key: value for key, value in row.items() if key not in CLOCKS} for row in rows(out, name)]
+
+
+def weights(out):
+    return (out / "model/model.safetensors").read_bytes()
+
+
+def run(start, out, *more):  # noqa: F811
+    return train.main([str(flag) for flag in flags(start, out, *STEPS, "--eval-data", start / "heldout.jsonl",
+                                                   "--eval-every", 3, *more)])
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):  # noqa: F811
+    """The same run, uninterrupted."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert run(start, out) == 0
+    return out
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(monkeypatch, step):
+    """train.main ends as if killed, in the middle of update `step` (from 1)."""
+    inner = train.learning_rate
+
+    def learning_rate(at, *rest):
+        if at + 1 == step:
+            raise Killed
+        return inner(at, *rest)
+
+    monkeypatch.setattr(train, "learning_rate", learning_rate)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 7])
+def test_a_run_killed_in_any_step_ends_with_the_bits_of_one_that_was_not(start, whole, tmp_path, monkeypatch,  # noqa: F811
+                                                                         step):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, step)
+        run(start, tmp_path / "out")
+    assert len(rows(tmp_path / "out")) == step - 1 if step > 1 else not (tmp_path / "out/metrics.jsonl").exists()
+    assert train.main(["--resume", str(tmp_path / "out")]) == 0
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        assert facts(tmp_path / "out", name) == facts(whole, name)
+    assert [row["step"] for row in rows(tmp_path / "out")] == [1, 2, 3, 4, 5, 6, 7]
+    assert weights(tmp_path / "out") == weights(whole)
+
+
+@pytest.mark.parametrize("loss", [["dpo"], ["dpo", "--reference", "live"]])
+def test_a_reference_is_the_starting_model_after_a_resume_too(start, tmp_path, monkeypatch, loss):  # noqa: F811
+    assert run(start, tmp_path / "whole", "--loss", *loss) == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 6)
+        run(start, tmp_path / "out", "--loss", *loss)
+    assert train.main(["--resume", str(tmp_path / "out")]) == 0
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert facts(tmp_path / "out") == facts(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (3, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(start, whole, tmp_path, before, after):  # noqa: F811
+    out = tmp_path / "out"
+    given = [*flags(start, out, *STEPS, "--eval-data", start / "heldout.jsonl", "--eval-every", 3), "--keep", 9]
+    done = run_train(*given, processes=before)
+    assert done.returncode == 0, done.stderr
+    for path in (out / "model", out / "checkpoints/step-000006"):
+        shutil.rmtree(path)
+    done = run_train("--resume", out, processes=after)
+    assert done.returncode == 0 and "going on from" in done.stdout, done.stderr
+    for ours, theirs in zip(facts(out), facts(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    ours, theirs = load_file(out / "model/model.safetensors"), load_file(whole / "model/model.safetensors")
+    assert all(torch.allclose(ours[key], theirs[key], atol=1e-5) for key in theirs)
+
+
+def test_a_checkpoint_holds_every_weight_and_moment_and_only_the_newest_are_kept(start, tmp_path):  # noqa: F811
+    assert run(start, tmp_path / "out", "--keep", 2) == 0
+    home = tmp_path / "out/checkpoints"
+    assert sorted(path.name for path in home.iterdir()) == ["step-000004", "step-000006"]
+    assert sorted(path.name for path in (home / "step-000006").iterdir()) == [
+        "00000-of-00001.safetensors", "checkpoint.json"]
+    stored = load_file(home / "step-000006/00000-of-00001.safetensors")  # by the library's own reader
+    names = [name for name, _ in tiny_model().named_parameters()]
+    assert stored.keys() == {f"{kind}.{name}" for name in names for kind in ("weight", "exp_avg", "exp_avg_sq")}
+    assert all(tensor.dtype == torch.float32 for tensor in stored.values())
+    assert all(stored[f"exp_avg_sq.{name}"].max() > 0 for name in names)
+    final = load_file(tmp_path / "out/model/model.safetensors")
+    assert all(torch.equal(stored[f"weight.{name}"], final[name]) for name in names)  # update 7 has rate 0
+
+
+# -------------------------------------------------------------------------------------------------- damaged checkpoints
+
+
+def truncate(path):
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size - 1000)
+
+
+def flip_a_bit(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("file", ["00000-of-00001.safetensors", "checkpoint.json"])
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, os.remove])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(start, whole, tmp_path, capsys, file,  # noqa: F811
+                                                                  damage):
+    shutil.copytree(whole, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/model")
+    damaged = tmp_path / "out/checkpoints/step-000006" / file
+    if damage is truncate and file == "checkpoint.json":
+        damaged.write_text(damaged.read_text()[:60])
+    else:
+        damage(damaged)
+    assert train.main(["--resume", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert str(damaged) in said and "trying the checkpoint before" in said
+    assert f"going on from {tmp_path / 'out/checkpoints/step-000004'}" in said
+    assert weights(tmp_path / "out") == weights(whole) and facts(tmp_path / "out") == facts(whole)
+    assert sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir()) == [
+        "damaged-step-000006", "step-000004", "step-000006"]
+
+
+def test_where_no_checkpoint_is_whole_the_run_says_so_and_changes_nothing(start, whole, tmp_path, capsys):  # noqa: F811
+    shutil.copytree(whole, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/model")
+    for path in (tmp_path / "out/checkpoints").glob("*/*.safetensors"):
+        truncate(path)
+    assert train.main(["--resume", str(tmp_path / "out")]) == 2
+    assert "none of 2 checkpoints is whole" in capsys.readouterr().err
+    assert rows(tmp_path / "out") == rows(whole)
+
+
+def test_what_a_kill_while_saving_leaves_is_never_taken_for_a_checkpoint(start, whole, tmp_path, monkeypatch):  # noqa: F811
+    inner = train.write_tensors
+
+    def write_half(path, tensors):
+        inner(path, tensors)
+        if "000004" in str(path):
+            truncate(path)
+            raise Killed
+        return inner(path, tensors)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "write_tensors", write_half)
+        run(start, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out/checkpoints").iterdir()) == [".step-000004.partial", "step-000002"]
+    assert train.main(["--resume", str(tmp_path / "out")]) == 0
+    assert weights(tmp_path / "out") == weights(whole) and facts(tmp_path / "out") == facts(whole)
+    assert sorted(p.name for p in (tmp_path / "out/checkpoints").iterdir()) == ["step-000004", "step-000006"]
+
+
+# -------------------------------------------------------------------------------------------------------------- signals
+
+
+def popen(*arguments, processes=1, wait_for="step 3/", **how):
+    """train.py, in a process of its own; returns once it has printed wait_for."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes,
+               "--max-restarts", 2] if processes > 1 else [sys.executable]
+    process = subprocess.Popen([str(word) for word in (*program, ROOT / "train.py", *arguments)], text=True, **how,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+    for line in process.stdout:
+        if line.startswith(wait_for):
+            return process
+    raise AssertionError(process.stderr.read())
+
+
+LONG = ["--epochs", 20000, "--save-every", 0]  # would take minutes
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_ends_with_a_code_of_its_own(start, tmp_path, number, code):  # noqa: F811
+    process = popen(*flags(start, tmp_path / "out", *LONG))
+    process.send_signal(number)
+    said, complaint = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in complaint
+    step = rows(tmp_path / "out")[-1]["step"]
+    assert f"stopped by {number.name} after step {step} of" in said and f"--resume {tmp_path / 'out'}" in said
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == [f"step-{step:06d}"]
+
+
+def test_a_second_signal_stops_at_once(start, tmp_path):  # noqa: F811
+    # Stopped between the two, so that both are there before the step can end.
+    process = popen(*flags(start, tmp_path / "out", *LONG))
+    for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+        process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+    assert not list((tmp_path / "out").glob("checkpoints/step-*"))
+
+
+def test_torchrun_recovers_by_itself_when_a_worker_is_killed(start, whole, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    process = popen(*flags(start, out, *STEPS, "--eval-data", start / "heldout.jsonl", "--eval-every", 3),
+                    "--resume", processes=2, wait_for="held-out after 3")
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    said, complaint = process.communicate(timeout=120)
+    assert process.returncode == 0, complaint
+    assert "going on from" in said
+    assert [row["step"] for row in rows(out)] == [1, 2, 3, 4, 5, 6, 7]
+    for ours, theirs in zip(facts(out), facts(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- what cannot go on
+
+
+@pytest.mark.parametrize("changed, said", [
+    (["--lr", "2e-2"], "--lr is 0.02, but the run in"),
+    (["--loss", "orpo"], "--loss is orpo, but the run in"),
+    (["--pairs-per-step", "5"], "--pairs-per-step is 5"),
+    (["--seed", "1"], "--seed is 1"),
+    (["--no-shuffle"], "--shuffle is False"),
+    (["--max-steps", "8"], "--max-steps is 8"),
+    (["--precision", "bf16"], "--precision is bf16"),
+    (["--data", "OTHER"], "other pairs than the run began with"),
+    (["--eval-data", "OTHER"], "other held-out pairs than the run began with"),
+    (["--model", "OTHER"], "other weights than the run began with"),
+    (["--out", "/absent"], "two directories"),
+])
+def test_what_would_change_the_run_is_refused_by_name(start, whole, tmp_path, capsys, changed, said):  # noqa: F811
+    shutil.copytree(whole, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/model")
+    write_pairs(tmp_path / "other.jsonl", random_pairs(LENGTHS, seed=9))
+    save_model(tiny_model(seed=1), tmp_path / "other", dtype=torch.float32)
+    other = tmp_path / ("other" if "--model" in changed else "other.jsonl")
+    changed = [str(other) if word == "OTHER" else word for word in changed]
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert train.main(["--resume", str(tmp_path / "out"), *changed]) == 2
+    complaint = capsys.readouterr().err
+    assert said in complaint and complaint.count("\n") == 1
+    after = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert after.items() - before.items() <= {(tmp_path / "out/.lock", b"")}
+
+
+def test_a_file_changed_or_deleted_underneath_is_noticed(start, tmp_path, capsys):  # noqa: F811
+    shutil.copytree(start, tmp_path / "start")
+    assert run(tmp_path / "start", tmp_path / "out") == 0
+    shutil.rmtree(tmp_path / "out/model")
+    write_pairs(tmp_path / "start/pairs.jsonl", random_pairs(LENGTHS, seed=3))
+    assert train.main(["--resume", str(tmp_path / "out")]) == 2
+    assert "other pairs than the run began with" in capsys.readouterr().err
+    os.remove(tmp_path / "start/pairs.jsonl")
+    assert train.main(["--resume", str(tmp_path / "out")]) == 2
+    assert "pairs.jsonl: No such file" in capsys.readouterr().err
+
+
+def test_flags_that_do_not_change_the_run_may_change(start, whole, tmp_path):  # noqa: F811
+    shutil.copytree(whole, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/model")
+    shutil.copytree(start, tmp_path / "moved")
+    moved = ["--data", tmp_path / "moved/pairs.jsonl", "--model", tmp_path / "moved/model"]
+    more = ["--max-tokens-per-gpu", 40, "--save-every", 1, "--keep", 1, "--checkpoint-blocks", "on", *moved]
+    assert train.main([str(word) for word in ("--resume", tmp_path / "out", *more)]) == 0
+    for ours, theirs in zip(facts(tmp_path / "out"), facts(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    # The next resume has them without being told.
+    assert json.loads((tmp_path / "out/config.json").read_text())["flags"]["max_tokens_per_gpu"] == 40
+
+
+def test_resume_with_out_begins_a_run_that_is_not_there_yet(start, whole, tmp_path, capsys):  # noqa: F811
+    assert run(start, tmp_path / "out", "--resume") == 0
+    assert weights(tmp_path / "out") == weights(whole)
+    assert train.main(["--resume", str(tmp_path / "absent")]) == 2
+    assert "absent/config.json: No such file" in capsys.readouterr().err
+    assert train.main(["--resume"]) == 2
+    assert "--resume wants the directory of a run" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_left_as_it_is(start, whole, capsys):  # noqa: F811
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert train.main(["--resume", str(whole)]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")
+                      if path.is_file() and path.name != ".lock"}
+
+
+def test_an_out_that_is_not_a_run_or_that_another_process_trains_in_is_refused(start, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/mine.txt").write_text("keep")
+    assert run(start, tmp_path / "notes", "--resume") == 2
+    assert "is not empty" in capsys.readouterr().err
+    (tmp_path / "notes/config.json").write_text('{"model_type": "llama"}')
+    assert run(start, tmp_path / "notes", "--resume") == 2
+    assert "wanted the config.json of a run" in capsys.readouterr().err
+    process = popen(*flags(start, tmp_path / "out", *LONG))
+    try:
+        assert train.main(["--resume", str(tmp_path / "out")]) == 2
+        assert "another process is training there" in capsys.readouterr().err
+    finally:
+        process.kill()
+        process.communicate()
+
+
+# --------------------------------------------------------------------------------------------- disk, memory and numbers
+
+
+def test_a_full_disk_is_one_clear_error_and_earlier_checkpoints_stay_whole(start, whole, tmp_path, monkeypatch,  # noqa: F811
+                                                                           capsys):
+    inner = os.fsync
+
+    def fsync(descriptor):
+        if "step-000004" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(28, "No space left on device")
+        inner(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        assert run(start, tmp_path / "out") == 2
+    complaint = capsys.readouterr().err
+    assert "No space left on device" in complaint and "step-000004" in complaint and complaint.count("\n") == 1
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step-000002"]
+    assert train.main(["--resume", str(tmp_path / "out")]) == 0
+    assert weights(tmp_path / "out") == weights(whole)
+
+
+def test_a_file_limit_while_exporting_leaves_no_half_model(start, tmp_path):  # noqa: F811
+    limit = 40_000  # bytes: config and logs fit, weights do not
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *map(str, flags(start, tmp_path / "out", "--max-steps", 1))],
+        capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert done.returncode == 2 and "model" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out/model").exists()
+
+
+def test_memory_that_is_not_there_is_missed_before_the_first_step_and_the_flag_to_lower_is_named(tmp_path):
+    save_model(tiny_model(vocab_size=4096, max_position_embeddings=2048), tmp_path / "model", dtype=torch.float32)
+    write_pairs(tmp_path / "pairs.jsonl", random_pairs([(100, 700, 700)] * 64, vocab_size=4096))
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, flags(tmp_path, tmp_path / "out"))]
+    command += ["--pairs-per-step", "64", "--max-tokens-per-gpu", "200000"]
+
+    def limit():  # all that is mapped, libraries included; the logits alone want 1.4 GB
+        resource.setrlimit(resource.RLIMIT_AS, (2 * 2**30, 2 * 2**30))
+
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 1, done.stderr
+    said = "out of memory in the run's largest micro-batch, 96000 tokens; lower --max-tokens-per-gpu from 200000 to"
+    assert f"{said} 48000" in done.stderr and "--checkpoint-blocks on" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+
+
+def test_no_value_that_is_not_finite_is_ever_saved(start, tmp_path, capsys):  # noqa: F811
+    assert run(start, tmp_path / "out", "--lr", "1e39", "--save-every", 1) == 1
+    assert "after step 1 weight." in (said := capsys.readouterr().err) and "is not finite" in said
+    assert not list((tmp_path / "out").glob("checkpoints/step-*")) and not (tmp_path / "out/model").exists()
+    assert train.main([str(x) for x in flags(start, tmp_path / "end", "--lr", "1e39", "--max-steps", 1)]) == 1
+    assert not (tmp_path / "end/model").exists()
+
+
+def test_nothing_in_a_checkpoint_can_execute(start, whole):  # noqa: F811
+    files = [path for path in (whole / "checkpoints").rglob("*") if path.is_file()]
+    for path in files:
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        else:
+            with safe_open(path, "np") as file:
+                assert all(isinstance(file.get_tensor(key), np.ndarray) for key in file.keys())
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
