@@ -45,7 +45,6 @@ import sys
 import threading
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 import uuid
 from collections import Counter
@@ -291,9 +290,8 @@ class UnjudgedError(Exception):
 
 def open_judge(flags: argparse.Namespace, temperature: float, max_tokens: int) -> Judge:
     """Checks key and endpoint before anything is asked: InputError where one is missing."""
-    url = urllib.parse.urlsplit(flags.endpoint)
     key = os.environ.get(flags.key_variable, "").strip()
-    if url.scheme not in ("http", "https") or not url.hostname or url.username or url.query:
+    if not re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?(/[^\s@?#]*)?", flags.endpoint, re.ASCII | re.I):
         raise InputError("--endpoint: wanted a plain http:// or https:// address, such as https://api.openai.com/v1")
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise InputError(f"environment variable {flags.key_variable} (--key-variable) is "
@@ -308,8 +306,8 @@ def open_judge(flags: argparse.Namespace, temperature: float, max_tokens: int) -
         opener.add_handler(handler())
     try:
         opener.open(address, timeout=min(flags.timeout, 10)).close()  # GET, without the key: any status will do
-    except urllib.error.URLError as error:
-        raise InputError(f"--endpoint {flags.endpoint}: not reachable ({error.reason})") from None
+    except (urllib.error.URLError, ValueError, OverflowError) as error:  # the latter two of odd hosts and ports
+        raise InputError(f"--endpoint {flags.endpoint}: not reachable ({getattr(error, 'reason', error)})") from None
     except (OSError, http.client.HTTPException):
         pass  # it was reached; the requests themselves are tried again
     raw = Path(f"{flags.out}.raw")
@@ -368,6 +366,7 @@ def ask(judge: Judge, messages: list[dict], about: dict) -> str:
             if status == 200 and (reply := reply_of(body)):
                 return reply
             if status in HOPELESS or 300 <= status < 400:
+                judge.stop.set()
                 raise InputError(f"{judge.url}: HTTP {status}: {' '.join(body.split())[:200]}")
         if not again:
             raise UnjudgedError(f"{reason}: {' '.join(body.split())[:100]}")
@@ -546,7 +545,7 @@ def read_judgments(flags: argparse.Namespace, questions: dict | None, report: di
         for place, row in json_rows(path, "question_id", "model", *keys, questions=questions):
             judge = row.get("judge")
             judge = judge[0] if isinstance(judge, list) and judge else judge
-            if not isinstance(row["model"], str) or judge != report.setdefault("judge", judge):
+            if judge != report.setdefault("judge", judge) or not isinstance(row["model"], str):
                 raise InputError(f"{place}: {row['model']!r} judged by {judge!r}, above by {report['judge']!r}; wanted "
                                  "the judgments of one judge")
             yield place, row["model"], row
