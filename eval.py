@@ -113,7 +113,7 @@ MT_TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "reasoning": 0.0, "math": 0.
                    "stem": 0.1, "humanities": 0.1}  # in the order of the questions' ids
 MT_WITH_REFERENCE = ("math", "reasoning", "coding")
 MT_MAX_TOKENS = 2048  # of a judgment, at temperature 0; Arena-Hard's configuration says both itself
-RATINGS = [re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]")]  # the second where the first finds none
+RATINGS = [r"\[\[(\d{1,9}(?:\.\d*)?)\]\]", r"\[(\d{1,9}(?:\.\d*)?)\]"]  # the second where the first finds none
 LABEL = re.compile(r"\[\[([AB<>=]+)\]\]")
 VERDICTS = {"A>>B": (0.0, 3), "A>B": (0.0, 1), "A=B": (0.5, 1), "B>A": (1.0, 1), "B>>A": (1.0, 3)}  # B's points, weight
 SECOND_TRY = "continue your judgment and finish by outputting a final verdict label"
@@ -297,8 +297,8 @@ def open_judge(flags: argparse.Namespace, temperature: float, max_tokens: int) -
         raise InputError(f"environment variable {flags.key_variable} (--key-variable) is "
                          f"{'not a key' if key else 'not set'}; wanted the endpoint's key in it, or any word for an "
                          "endpoint that needs none")
-    if min(flags.concurrency, flags.tries, flags.timeout) <= 0 or flags.wait < 0:
-        raise InputError("wanted --concurrency, --tries and --timeout above 0, --wait at least 0")
+    if min(flags.concurrency, flags.tries) < 1 or not 0 < flags.timeout < 1e6 or not 0 <= flags.wait < 1e6:
+        raise InputError("wanted --concurrency and --tries of at least 1, --timeout above 0, --wait of at least 0")
     address = flags.endpoint.rstrip("/")
     address += "" if address.endswith("/chat/completions") else "/chat/completions"
     opener = urllib.request.OpenerDirector()  # without urllib's redirects, which would carry the key to another host
@@ -355,8 +355,9 @@ def ask(judge: Judge, messages: list[dict], about: dict) -> str:
         try:
             request = urllib.request.Request(judge.url, data, headers)
             with judge.opener.open(request, timeout=judge.timeout) as response:
-                # Before anything else: some endpoints quote the key.
-                body = response.read().decode(errors="replace").replace(judge.key, "[key]")
+                body = response.read().decode(errors="replace")
+            if len(judge.key) >= 8:  # some endpoints quote it; a shorter one is no secret, but may be a word of a reply
+                body = body.replace(judge.key, "[key]")
             status, asked = response.status, seconds_asked(response.headers["Retry-After"])
         except (OSError, http.client.HTTPException) as error:
             reason = str(getattr(error, "reason", error)) or type(error).__name__
@@ -371,7 +372,7 @@ def ask(judge: Judge, messages: list[dict], about: dict) -> str:
         if not again:
             raise UnjudgedError(f"{reason}: {' '.join(body.split())[:100]}")
         if attempt + 1 < judge.tries:
-            spread = min(judge.wait * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.5)
+            spread = min(judge.wait * 2 ** min(attempt, 20), LONGEST_WAIT) * random.uniform(0.5, 1.5)
             judge.stop.wait(max(asked, spread))
     raise UnjudgedError("no reply in a body of HTTP 200" if status == 200 else reason)
 
@@ -393,7 +394,7 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: dict[tuple, Job], key
         if found != flags.judge_model:
             raise InputError(f"{place}: judged by {found!r}, wanted {flags.judge_model!r} (--judge-model)")
         key = tuple(row[name] for name in keys)
-        if row["model"] == model and key in jobs:
+        if row["model"] == model and key in list(jobs):  # a list: what cannot be hashed is not in it either
             games = row["games"] if isinstance(row.get("games"), list) else [row]
             if [isinstance(game, dict) and game.get("user_prompt") for game in games] != jobs[key][0]:
                 raise InputError(f"{place}: what was judged is not {model}'s answer to question {key[0]} in --answers; "
@@ -410,6 +411,8 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: dict[tuple, Job], key
                 made += 1
             except UnjudgedError as error:
                 failed[str(error)] += 1
+            except OSError as error:
+                raise InputError(f"{error.filename or out}: {error.strerror}; what comes could not be kept") from None
             if count % max(1, len(waiting) // 10) == 0:
                 print(f"{count} of {len(waiting)}", flush=True)
     except BaseException as error:
@@ -438,7 +441,7 @@ def judge_mt_bench(flags: argparse.Namespace) -> None:
     questions = read_questions(flags.questions, MT_BENCH)
     model, answers = read_answers(flags.answers, MT_BENCH, questions)
     references = read_answers(flags.references, MT_BENCH, questions)[1]
-    prompts = {row["name"]: row for _, row in json_rows(flags.prompts, "name", "system_prompt", "prompt_template")}
+    prompts = {str(row["name"]): row for _, row in json_rows(flags.prompts, "name", "system_prompt", "prompt_template")}
     jobs = {}
     for number, (one, two) in answers.items():
         question = questions[number]
@@ -464,7 +467,7 @@ def rate(model: str, number: int | str, turn: int, name: str, prompt: dict, user
     """A row of FastChat's judgments: the score is -1 where the judge gave none."""
     messages = [{"role": "system", "content": prompt["system_prompt"]}, {"role": "user", "content": user}]
     reply = ask(judge, messages, {"question_id": number, "model": model, "turn": turn})
-    found = [match[1] for match in (pattern.search(reply) for pattern in RATINGS) if match]
+    found = [match[1] for match in (re.search(pattern, reply) for pattern in RATINGS) if match]
     score = (float(found[0]) if "." in found[0] else int(found[0])) if found else -1
     return {"question_id": number, "model": model, "judge": [judge.model, name], "user_prompt": user,
             "judgment": reply, "score": score, "turn": turn, "tstamp": time.time()}
@@ -569,6 +572,7 @@ def report_mt_bench(flags: argparse.Namespace) -> None:
         parsed = type(score) in (int, float) and math.isfinite(score) and score != -1
         found[name][key] = score if parsed else None
         counts[name, "judged" if parsed else "unparsed"] += 1
+        counts[name, "outside 1-10"] += parsed and not 1 <= score <= 10
 
     def mean(scores: dict, turns: tuple[int, ...], category: str | None = None) -> dict | None:
         per_question = [[scores[q.id, turn] for turn in turns if scores.get((q.id, turn)) is not None]
@@ -581,7 +585,7 @@ def report_mt_bench(flags: argparse.Namespace) -> None:
               for name, of_model in found.items()}
     for name, of_model in found.items():
         counts[name, "missing"] = 2 * len(questions) - len(of_model)
-    write_report(flags, report, scores, counts, "{:.7g}")
+    write_report(flags, report, scores, counts, "{:.7g}", "judged", "missing", "duplicate", "unparsed", "outside 1-10")
 
 
 def report_arena_hard(flags: argparse.Namespace) -> None:
@@ -594,7 +598,7 @@ def report_arena_hard(flags: argparse.Namespace) -> None:
     """
     questions = read_questions(flags.questions, ARENA_HARD) if flags.questions else None
     asked, report = len(questions) if questions else 500, {"benchmark": ARENA_HARD.name}  # 500 in v0.1
-    points, counts, seen = {}, Counter(), set()
+    points, counts, seen, kinds = {}, Counter(), set(), ("judged", "missing", "duplicate", "unparsed")
     for place, name, row in read_judgments(flags, questions, report, "games"):
         if not isinstance(row["games"], list) or len(row["games"]) > 2:
             raise InputError(f"{place}: wanted a list of two games; found {ascii(row['games'])[:60]}")
@@ -612,10 +616,10 @@ def report_arena_hard(flags: argparse.Namespace) -> None:
     for name in points:
         counts[name, "missing"] += 2 * asked
     if flags.battles:
-        points, counts = read_battles(flags, questions)
+        (points, counts), kinds = read_battles(flags, questions), ("battles", "unparsed")
     scores = {name: {"win rate": bootstrap([100 * won for won in of_model], [1] * len(of_model))}
               for name, of_model in points.items()}
-    write_report(flags, report, scores, counts, "{:.2f}")
+    write_report(flags, report, scores, counts, "{:.2f}", *kinds)
 
 
 def read_battles(flags: argparse.Namespace, questions: dict | None) -> tuple[dict[str, list[float]], Counter]:
@@ -635,11 +639,11 @@ def read_battles(flags: argparse.Namespace, questions: dict | None) -> tuple[dic
     return points, counts
 
 
-def write_report(flags: argparse.Namespace, report: dict, scores: dict, counts: Counter, form: str) -> None:
-    """Prints the models of a report side by side; writes it with --json."""
+def write_report(flags: argparse.Namespace, report: dict, scores: dict, counts: Counter, form: str,
+                 *kinds: str) -> None:
+    """Prints the models of a report side by side, with these kinds of `counts`; writes it with --json."""
     if not scores:
         raise InputError("no judgment in " + ", ".join(map(str, flags.judgments or [flags.battles])))
-    kinds = ["battles", "unparsed"] if not flags.judgments else ["judged", "missing", "duplicate", "unparsed"]
     report.setdefault("judge", None)
     report["models"] = {name: {"scores": of_model} | {kind: counts[name, kind] for kind in kinds}
                         for name, of_model in scores.items()}
@@ -949,24 +953,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
     for bench, name, judge, report in ((MT_BENCH, "mt-bench", judge_mt_bench, report_mt_bench),
                                        (ARENA_HARD, "arena-hard", judge_arena_hard, report_arena_hard)):
-        text = {"answer": f"answer {bench.name}'s questions", "judge": "have the answers judged by an endpoint",
-                "report": "scores of judgments, with intervals", "questions": "the benchmark's question.jsonl"}
         steps = commands.add_parser(name, help=f"{bench.name}: answer, judge, report", allow_abbrev=False)
         steps = steps.add_subparsers(required=True, metavar="STEP")
 
-        command = steps.add_parser("answer", help=text["answer"], allow_abbrev=False)
+        command = steps.add_parser("answer", help="answers of a model", allow_abbrev=False)
         command.set_defaults(command=answer, bench=bench)
         command.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face model directory")
-        command.add_argument("--questions", required=True, metavar="FILE", help=text["questions"])
+        command.add_argument("--questions", required=True, metavar="FILE", help="the benchmark's question.jsonl")
         command.add_argument("--out", required=True, metavar="FILE", help="answers; those it has already are left")
         command.add_argument("--model-id", metavar="NAME", help="whom the rows stand for [the directory's name]")
         command.add_argument("--device", default="auto", help="cpu, cuda or auto [auto]")
         command.add_argument("--precision", default="auto", help="fp32, bf16 or auto [auto]")
         command.add_argument("--seed", type=int, default=0, help="of sampling, where the temperature is above 0 [0]")
 
-        command = steps.add_parser("judge", help=text["judge"], allow_abbrev=False)
+        command = steps.add_parser("judge", help="judgments of answers, by an endpoint", allow_abbrev=False)
         command.set_defaults(command=judge)
-        command.add_argument("--questions", required=True, metavar="FILE", help=text["questions"])
+        command.add_argument("--questions", required=True, metavar="FILE", help="the benchmark's question.jsonl")
         command.add_argument("--answers", required=True, metavar="FILE", help="one model's answers")
         if bench is MT_BENCH:
             command.add_argument("--references", required=True, metavar="FILE", help="reference_answer/gpt-4.jsonl")
@@ -987,7 +989,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--wait", type=float, default=1.0, help="seconds before the second try, doubled before "
                              "each further one up to 60, times 0.5 to 1.5 by chance; Retry-After is heeded [1]")
 
-        command = steps.add_parser("report", help=text["report"], allow_abbrev=False)
+        command = steps.add_parser("report", help="scores of judgments, with intervals", allow_abbrev=False)
         command.set_defaults(command=report)
         given = command.add_mutually_exclusive_group(required=True)
         given.add_argument("--judgments", nargs="+", default=[], metavar="FILE", help="of one judge, any models")
@@ -995,7 +997,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             given.add_argument("--battles", metavar="FILE", help="instead: weighted battles, as Arena-Hard counts them")
             command.add_argument("--baseline-model", default="gpt-4-0314", metavar="NAME", help="in battles "
                                  "[gpt-4-0314]")
-        command.add_argument("--questions", metavar="FILE", help=text["questions"] + " [the published questions]")
+        command.add_argument("--questions", metavar="FILE", help="question.jsonl [the published ones]")
         command.add_argument("--json", metavar="OUT", help="file of the report, as JSON")
 
     command = commands.add_parser("tables", help="the paper's tables, models side by side", allow_abbrev=False)

@@ -211,7 +211,8 @@ def test_mt_bench_asks_for_each_turn_with_the_prompt_of_its_category_and_writes_
 
 @pytest.mark.parametrize(("said", "score"), [
     ("Rating: [[7]]", 7), ("[[8.5]]", 8.5), ("I say [6].", 6), ("[3] at first, [[9]] in the end", 9),
-    ("[[4]] or [[5]]", 4), ("[[05]]", 5), ("none", -1), ("[[ten]] [[-3]]", -1), ("[[7/10]]", -1),
+    ("[[4]] or [[5]]", 4), ("[[05]]", 5), (f"[[{'9' * 5000}]]", -1), ("none", -1), ("[[ten]] [[-3]]", -1),
+    ("[[7/10]]", -1), ("[[6.]]", 6),
 ])
 def test_a_rating_is_the_first_in_double_brackets_else_in_single_ones_else_minus_1(mt, serve, said, score):
     mt.answers = write(mt.answers, answers({81: ANSWERS[81]}))
@@ -431,6 +432,26 @@ def test_the_key_appears_nowhere_even_if_the_endpoint_quotes_it(either, serve, c
         assert path.is_dir() or KEY not in path.read_text(), path
 
 
+def test_a_word_in_the_place_of_a_key_changes_no_reply(mt, serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "a")
+    assert mt.judge(serve(lambda payload, count: "a fair answer [[7]]")) == 0
+    assert {row["judgment"] for row in rows_of(mt.out)} == {"a fair answer [[7]]"}
+
+
+def test_a_full_disk_stops_the_run_with_one_line(mt, serve, capsys, monkeypatch):
+    def append_row(path, row):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(evaluation, "append_row", append_row)
+    assert "No space left" in complaint(capsys, mt.judge(serve(lambda payload, count: BOTH)))
+
+
+@pytest.mark.parametrize("flags", [["--tries", "0"], ["--concurrency", "0"], ["--timeout", "0"], ["--wait", "nan"]])
+def test_impossible_numbers_are_refused_before_anything_is_asked(mt, serve, capsys, flags):
+    endpoint = serve(lambda payload, count: BOTH)
+    assert "--concurrency" in complaint(capsys, mt.judge(endpoint, *flags)) and endpoint.asked == []
+
+
 def test_a_key_that_no_header_can_hold_is_refused_unshown(mt, serve, capsys, monkeypatch):
     endpoint = serve(lambda payload, count: BOTH)
     for key in (f"{KEY}\n{KEY}", f"{KEY} {KEY}", f"{KEY}é"):
@@ -622,7 +643,7 @@ def test_mt_bench_scores_are_means_of_judged_turns_and_what_does_not_count_is_co
     path = write(tmp_path / "j.jsonl", [
         rating(81, 1, 8), rating(81, 2, 6), rating(82, 1, 9.5), rating(82, 2, -1), rating(111, 1, 3),
         rating(111, 1, 10), rating(112, 1, None), rating(112, 2, "7"), rating(111, 2, float("nan")),
-        rating(81, 1, 1, "n")])
+        rating(81, 1, 1, "n"), rating(82, 1, 100, "n")])
     found, printed = report(capsys, tmp_path, "mt-bench", "report", "--judgments", path)
     m, n = found["models"]["m"], found["models"]["n"]
     assert (found["benchmark"], found["judge"]) == ("MT-Bench", "gpt-4")
@@ -630,9 +651,10 @@ def test_mt_bench_scores_are_means_of_judged_turns_and_what_does_not_count_is_co
     assert m["scores"]["turn 1"]["score"] == pytest.approx((8 + 9.5 + 3) / 3)
     assert m["scores"]["turn 2"]["score"] == 6
     assert m["scores"]["writing"]["score"] == pytest.approx(23.5 / 3) and m["scores"]["math"]["score"] == 3
-    assert m["scores"]["coding"] is None and n["scores"]["overall"]["score"] == 1
+    assert m["scores"]["coding"] is None and n["scores"]["overall"]["score"] == 50.5
     assert [m[kind] for kind in ("judged", "missing", "duplicate", "unparsed")] == [4, 160 - 8, 1, 4]
-    assert [n[kind] for kind in ("judged", "missing", "duplicate", "unparsed")] == [1, 159, 0, 0]
+    assert [n[kind] for kind in ("judged", "missing", "duplicate", "unparsed")] == [2, 158, 0, 0]
+    assert (m["outside 1-10"], n["outside 1-10"]) == (0, 1)  # counted in the score, as FastChat does, and told
     assert re.search(r"\| overall +\| 6\.625 \[", printed) and re.search(r"\| coding +\| - +\| - +\|", printed)
 
 
