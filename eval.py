@@ -402,27 +402,25 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: dict[tuple, Job], key
             done.add(key)
     judge = open_judge(flags, temperature, max_tokens)
     waiting, failed, made = [work for key, (_, work) in jobs.items() if key not in done], Counter(), 0
-    pool = ThreadPoolExecutor(flags.concurrency)
-    try:
+    with ThreadPoolExecutor(flags.concurrency) as pool:
         futures = [pool.submit(lambda work=work: append_row(out, work(judge))) for work in waiting]
-        for count, future in enumerate(as_completed(futures), 1):
-            try:
-                future.result()
-                made += 1
-            except UnjudgedError as error:
-                failed[str(error)] += 1
-            except OSError as error:
-                raise InputError(f"{error.filename or out}: {error.strerror}; what comes could not be kept") from None
-            if count % max(1, len(waiting) // 10) == 0:
-                print(f"{count} of {len(waiting)}", flush=True)
-    except BaseException as error:
-        judge.stop.set()
-        if isinstance(error, KeyboardInterrupt):
-            print(f"stopping: waiting for what is under way; {out} keeps what is judged, the same command goes on",
-                  file=sys.stderr, flush=True)
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+        try:
+            for count, future in enumerate(as_completed(futures), 1):
+                try:
+                    future.result()
+                    made += 1
+                except UnjudgedError as error:
+                    failed[str(error)] += 1
+                except OSError as error:
+                    raise InputError(f"{error.filename or out}: {error.strerror}; it stops, to lose nothing") from None
+                if count % max(1, len(waiting) // 10) == 0:
+                    print(f"{count} of {len(waiting)}", flush=True)
+        except BaseException as error:
+            judge.stop.set()  # nothing more is asked; leaving the pool waits for the replies under way
+            if isinstance(error, KeyboardInterrupt):
+                print(f"stopping: waiting for what is under way; {out} keeps what is judged, the same command goes on",
+                      file=sys.stderr, flush=True)
+            raise
     reasons = "; ".join(f"{count} x {reason}" for reason, count in failed.most_common(5))
     print(f"{out}: {made} judgments of {model} by {judge.model}, {len(done)} there before, {failed.total()} failed"
           + (f" ({reasons}); the same command tries them again" if failed else "") + f"; raw replies in {judge.raw}")

@@ -658,6 +658,13 @@ def test_mt_bench_scores_are_means_of_judged_turns_and_what_does_not_count_is_co
     assert re.search(r"\| overall +\| 6\.625 \[", printed) and re.search(r"\| coding +\| - +\| - +\|", printed)
 
 
+def test_without_its_file_mt_benchs_questions_are_the_published_ones_ten_a_category(tmp_path, capsys):
+    path = write(tmp_path / "j.jsonl", [rating(81 + i, 1, 1 + i // 10) for i in range(80)])
+    scores = report(capsys, tmp_path, "mt-bench", "report", "--judgments", path)[0]["models"]["m"]["scores"]
+    order = "writing roleplay reasoning math coding extraction stem humanities".split()
+    assert [scores[category]["score"] for category in order] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
 def test_arena_hard_win_rate_is_the_bradley_terry_estimate_over_weighted_battles(tmp_path, capsys):
     labels = [("A>>B", "A>B"), ("A=B", "B>>A"), ("B>A", None), ("A>>A", "A<B"), ("B>>A", [])]
     path = write(tmp_path / "j.jsonl", [
