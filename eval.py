@@ -1,6 +1,11 @@
-"""Evaluates: BLEU and ROUGE of answers; the paper's figures.
+"""Evaluates: BLEU and ROUGE of answers; MT-Bench and Arena-Hard; the paper's tables and figures.
 
     python eval.py score --predictions FILE --json OUT           BLEU-4 and ROUGE of predictions against references
+    python eval.py mt-bench answer --model DIR --questions question.jsonl --out ANSWERS          two turns each
+    python eval.py mt-bench judge --answers ANSWERS --endpoint URL --judge-model NAME --out JUDGMENTS ...
+    python eval.py mt-bench report --judgments JUDGMENTS ... --json OUT                          scores and intervals
+    python eval.py arena-hard answer|judge|report ...            the same three steps
+    python eval.py tables --runs NAME=DIR ...                    the paper's tables, from what --json wrote
     python eval.py figures --out DIR                             Figure 1, which wants no run
     python eval.py figures --out DIR --runs RUN NAME=RUN ...     Figure 2 as well; each RUN is an --out of train.py
     python eval.py figures --help                                its flags; `python eval.py --help` lists the commands
@@ -8,11 +13,19 @@
 In reading order
     tokens_13a ... bleu4_lf         BLEU-4 and ROUGE, conventional and as LLaMA-Factory computes them
     score_rows, read_rows, score    the command: a table, and OUT
+    answer                          a benchmark's questions to a model's answers
+    Judge, open_judge, ask          one request to a judge, tried until it is answered, every reply kept
+    judge_all                       many, several at once; judge_mt_bench and judge_arena_hard say which
+    bootstrap ... report_*          judgments to scores, each with an interval
+    tables                          models side by side
     bt_surface ... log_gradient     equations 15 to 18 as pure functions
     Run, read_run                   what train.py left in a directory, checked
     draw_surfaces ... draw_costs    one picture each, and its caption
     figures                         the command: DIR/figure*.png and DIR/captions.md
     parse, main                     flags, and the exit code
+
+The benchmarks' questions, prompts and baseline answers are their own files; answers and judgments are written in the
+forms of FastChat and Arena-Hard v0.1, whose tools read them.
 
 matplotlib draws, and is not needed for anything else: it is imported where it is used.
 
@@ -21,16 +34,29 @@ and has two panels more, in log-probabilities.
 """
 
 import argparse
+import email.utils
+import functools
+import hashlib
+import http.client
 import json
 import math
+import os
+import random
 import re
 import statistics
 import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -253,6 +279,669 @@ def score(flags: argparse.Namespace) -> None:
         print("{:12}{:8.2f}{:9.2f}{:9.2f}{:9.2f}{:27,.1f}{:11,.1f}  {}".format(family, *values, unit))
     if chinese := sum(bool(re.search(f"[{HAN}]{{2}}", f"{prediction} {reference}")) for prediction, reference in rows):
         print(f"{chinese:,} of the rows hold Chinese, which jieba divides into words: ROUGE _lf is not LLaMA-Factory's")
+
+
+# >>>> Stand-in for the section on generation, for this branch's tests alone; the merge throws this block away.
+from data import ChatFormat  # noqa: E402
+from model import load_model  # noqa: E402
+
+
+class Request(NamedTuple):
+    number: int
+    prompt: list[int]
+    temperature: float = 0.0
+    max_new_tokens: int = 512
+
+
+@torch.no_grad()
+def generate(model, requests, stop_ids, *, top_p=1.0, top_k=0, seed=0, cache_tokens=None):
+    for k, request in enumerate(requests):
+        generator, ids, reason = torch.Generator().manual_seed(seed * 1_000_003 + request.number), [], "length"
+        for _ in range(request.max_new_tokens):
+            logits = model.logits(torch.tensor(request.prompt + ids))[-1]
+            if request.temperature:
+                best = int(torch.multinomial((logits / request.temperature).softmax(-1), 1, generator=generator))
+            else:
+                best = int(logits.argmax())
+            if best in stop_ids:
+                reason = "stop"
+                break
+            ids.append(best)
+        yield k, ids, reason
+
+
+def load_generator(directory, device="auto", precision="auto"):
+    chat = ChatFormat(directory)
+    return load_model(directory), chat, chat.stop_ids
+
+
+def share(items):
+    return items
+
+
+def append_row(path, row):
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+
+
+# <<<< End of the stand-in.
+
+
+# ------------------------------------------------------------------------------------------- mt-bench and arena-hard
+
+MT_TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "reasoning": 0.0, "math": 0.0, "coding": 0.0, "extraction": 0.0,
+                   "stem": 0.1, "humanities": 0.1}  # in the order of the questions' ids
+MT_WITH_REFERENCE = ("math", "reasoning", "coding")
+MT_MAX_TOKENS = 2048  # of a judgment, at temperature 0; Arena-Hard's configuration says both itself
+RATINGS = [r"\[\[(\d{1,9}(?:\.\d*)?)\]\]", r"\[(\d{1,9}(?:\.\d*)?)\]"]  # the second where the first finds none
+LABEL = re.compile(r"\[\[([AB<>=]+)\]\]")
+VERDICTS = {"A>>B": (0.0, 3), "A>B": (0.0, 1), "A=B": (0.5, 1), "B>A": (1.0, 1), "B>>A": (1.0, 3)}  # B's points, weight
+SECOND_TRY = "continue your judgment and finish by outputting a final verdict label"
+LONGEST_WAIT = 60.0  # seconds between two tries, unless the endpoint asks for more
+HOPELESS = (401, 402, 403, 404)  # HTTP statuses that all requests would get: key, money, right, address or model
+
+
+class Bench(NamedTuple):
+    """What differs between the benchmarks' answers."""
+
+    name: str
+    turns: int
+    max_new_tokens: int
+
+
+MT_BENCH, ARENA_HARD = Bench("MT-Bench", 2, 1024), Bench("Arena-Hard", 1, 4096)
+
+
+class Question(NamedTuple):
+    id: int | str
+    category: str
+    turns: list[str]
+
+
+def json_rows(path: str | Path, *keys: str, questions: dict | None = None) -> list[tuple[str, dict]]:
+    """("file:line", row) of a JSONL file. InputError, naming the line, where it is no JSON object with these keys, or
+    its question_id is none of the questions."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; wanted a JSONL file") from None
+    rows = []
+    for at, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not row.keys() >= set(keys):
+            raise InputError(f"{path}:{at}: wanted a JSON object with {', '.join(keys)}; found {ascii(line)[2:62]}")
+        number = row.get("question_id", 0)
+        if not isinstance(number, int | str) or (questions and number not in questions):
+            raise InputError(f"{path}:{at}: question_id {ascii(number)[:60]} is none of the questions'")
+        rows.append((f"{path}:{at}", row))
+    return rows
+
+
+def turn_texts(holder: object, turns: int, place: str) -> list[str]:
+    """The texts of an object's "turns": strings (MT-Bench) or objects with a content (Arena-Hard)."""
+    found = holder.get("turns") if isinstance(holder, dict) else None
+    found = found if isinstance(found, list) else []
+    texts = [turn.get("content") if isinstance(turn, dict) else turn for turn in found]
+    if len(texts) != turns or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{place}: wanted turns with {turns} text{'s' * (turns > 1)}; found {ascii(found)[:60]}")
+    return texts
+
+
+def read_questions(path: str | Path, bench: Bench) -> dict[int | str, Question]:
+    """By id, in file order."""
+    questions = {}
+    for place, row in json_rows(path, "question_id", "category", "turns"):
+        question = Question(row["question_id"], row["category"], turn_texts(row, bench.turns, place))
+        if question.id in questions:
+            raise InputError(f"{place}: question {question.id} is there twice")
+        if bench is MT_BENCH and question.category not in list(MT_TEMPERATURES):
+            raise InputError(f"{place}: category {question.category!r}, wanted one of {', '.join(MT_TEMPERATURES)}")
+        questions[question.id] = question
+    if not questions:
+        raise InputError(f"{path}: no question in it")
+    return questions
+
+
+def read_answers(path: str | Path, bench: Bench, questions: dict) -> tuple[str | None, dict[int | str, list[str]]]:
+    """The one model of a file of answers (None if it is empty), and question id -> the texts of its turns."""
+    model, answers = None, {}
+    for place, row in json_rows(path, "question_id", "model_id", "choices", questions=questions):
+        number, choices = row["question_id"], row["choices"]
+        model = row["model_id"] if model is None else model
+        if row["model_id"] != model or not isinstance(model, str):
+            raise InputError(f"{place}: answered by {row['model_id']!r}, above by {model!r}; wanted one model")
+        if number in answers:
+            raise InputError(f"{place}: question {number} is answered twice")
+        answers[number] = turn_texts(choices[0] if isinstance(choices, list) and choices else None, bench.turns, place)
+    return model, answers
+
+
+def go_on_with(path: Path) -> None:
+    """Makes a file ready for more rows: it exists, and does not end in the middle of one. An interruption may have cut
+    the last row; the part is removed, and its work done again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+") as file:
+            file.seek(0)
+            text = file.read()
+            last = text[text.rfind(b"\n") + 1:]
+            try:
+                if last and json.loads(last):
+                    file.write(b"\n")
+            except ValueError:
+                if last.startswith(b'{"question_id"'):  # ours, then; anything else is for json_rows to complain of
+                    file.truncate(len(text) - len(last))
+                    print(f"{path}: the last row was cut short; removed", flush=True)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; wanted a file to write to") from None
+
+
+def answer(flags: argparse.Namespace) -> None:
+    """Answers a benchmark's questions, as FastChat or Arena-Hard write them, each when its last turn is done.
+
+    MT-Bench: two turns, the second seeing the first answer, at its category's temperature; Arena-Hard: one, greedy.
+    No system prompt. token_len counts the model's own tokens, not tiktoken's as in Arena-Hard's files. Questions that
+    the file answers already are left; those whose prompt fills the context are counted and not answered.
+    """
+    bench, questions, out = flags.bench, read_questions(flags.questions, flags.bench), Path(flags.out)
+    name = flags.model_id or Path(flags.model).resolve().name
+    if os.environ.get("RANK", "0") == "0":
+        go_on_with(out)
+    there, done = read_answers(out, bench, questions) if out.exists() else (None, {})
+    if there not in (None, name):
+        raise InputError(f"--out {out}: answers of {there!r}, wanted {name!r} (--model-id) or a fresh file")
+    # Shared out before the answered ones are left out: else what one process has just written moves another's share.
+    asked = [(i, question) for i, question in share(list(enumerate(questions.values()))) if question.id not in done]
+    counts, talks, lengths = Counter(), {i: [] for i, _ in asked}, {}
+    model, chat, stop_ids = load_generator(flags.model, flags.device, flags.precision)
+    for turn in range(bench.turns):
+        waiting, asked, requests = asked, [], []
+        for i, question in waiting:
+            talks[i].append(("user", question.turns[turn]))
+            prompt = chat.prompt(talks[i])
+            room = model.config.max_position_embeddings - len(prompt)
+            if room <= 0:
+                counts["overlong"] += 1
+                continue
+            temperature = MT_TEMPERATURES[question.category] if bench is MT_BENCH else 0.0
+            asked.append((i, question))
+            # A stream of random numbers of its own for each turn.
+            requests.append(Request(i + turn * len(questions), prompt, temperature, min(bench.max_new_tokens, room)))
+        for k, ids, reason in generate(model, requests, stop_ids, seed=flags.seed):
+            i, question = asked[k]
+            talks[i].append(("assistant", chat.decode(ids).strip()))
+            lengths[i] = len(ids)
+            counts["cut"] += reason == "length"
+            if turn + 1 == bench.turns:
+                texts = [content for role, content in talks[i] if role == "assistant"]
+                turns = texts if bench is MT_BENCH else [{"content": texts[0], "token_len": lengths[i]}]
+                append_row(out, {"question_id": question.id, "answer_id": uuid.uuid4().hex, "model_id": name,
+                                 "choices": [{"index": 0, "turns": turns}], "tstamp": time.time()})
+                counts["answered"] += 1
+    print(f"{out}: {counts['answered']} of {len(questions)} questions answered by {name}, {len(done)} there before; "
+          f"{counts['overlong']} skipped (no room in the context); {counts['cut']} turns cut at the token limit")
+
+
+class Judge(NamedTuple):
+    """An OpenAI-compatible endpoint, and how patiently it is asked."""
+
+    url: str
+    model: str
+    key: str
+    temperature: float
+    max_tokens: int
+    timeout: float  # seconds
+    tries: int
+    wait: float  # seconds after the first failed try, twice as many after each further one
+    raw: Path  # every reply, as it came
+    kept: dict[str, str]  # digest of a request -> reply, from `raw`
+    opener: urllib.request.OpenerDirector
+    stop: threading.Event
+
+
+class UnjudgedError(Exception):
+    """A question that the endpoint did not judge, and why. The next run asks again."""
+
+
+def open_judge(flags: argparse.Namespace, temperature: float, max_tokens: int) -> Judge:
+    """Checks key and endpoint before anything is asked: InputError where one is missing."""
+    key = os.environ.get(flags.key_variable, "").strip()
+    if not re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?(/[^\s@?#]*)?", flags.endpoint, re.ASCII | re.I):
+        raise InputError("--endpoint: wanted a plain http:// or https:// address, such as https://api.openai.com/v1")
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise InputError(f"environment variable {flags.key_variable} (--key-variable) is "
+                         f"{'not a key' if key else 'not set'}; wanted the endpoint's key in it, or any word for an "
+                         "endpoint that needs none")
+    if min(flags.concurrency, flags.tries) < 1 or not 0 < flags.timeout < 1e6 or not 0 <= flags.wait < 1e6:
+        raise InputError("wanted --concurrency and --tries of at least 1, --timeout above 0, --wait of at least 0")
+    address = flags.endpoint.rstrip("/")
+    address += "" if address.endswith("/chat/completions") else "/chat/completions"
+    opener = urllib.request.OpenerDirector()  # without urllib's redirects, which would carry the key to another host
+    for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+        opener.add_handler(handler())
+    try:
+        opener.open(address, timeout=min(flags.timeout, 10)).close()  # GET, without the key: any status will do
+    except (urllib.error.URLError, ValueError, OverflowError) as error:  # the latter two of odd hosts and ports
+        raise InputError(f"--endpoint {flags.endpoint}: not reachable ({getattr(error, 'reason', error)})") from None
+    except (OSError, http.client.HTTPException):
+        pass  # it was reached; the requests themselves are tried again
+    raw = Path(f"{flags.out}.raw")
+    go_on_with(raw)
+    kept = {row["request"]: reply for _, row in json_rows(raw, "request", "body") if (reply := reply_of(row["body"]))}
+    return Judge(address, flags.judge_model, key, temperature, max_tokens, flags.timeout, flags.tries, flags.wait, raw,
+                 kept, opener, threading.Event())
+
+
+def reply_of(body: str) -> str | None:
+    """The text in a body of the chat protocol, or None."""
+    try:
+        content = json.loads(body)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return content if isinstance(content, str) and content.strip() else None
+
+
+def seconds_asked(header: str | None) -> float:
+    """Of a Retry-After header, seconds or a date; at most an hour. 0 for none and for nonsense."""
+    try:
+        date = email.utils.parsedate_tz(header or "")
+        return min(max(0.0, email.utils.mktime_tz(date) - time.time() if date else float(header or 0)), 3600.0)
+    except (ValueError, OverflowError):
+        return 0.0
+
+
+def ask(judge: Judge, messages: list[dict], about: dict) -> str:
+    """The judge's reply. A request that `raw` has the reply to is not sent again.
+
+    Tried again, after a wait that doubles and is spread by chance: no connection, time-outs, HTTP 408, 429 and 5xx,
+    bodies without a reply. Raises UnjudgedError when that was of no use or judge.stop is set; InputError for a status
+    that every request would get.
+    """
+    data = json.dumps({"model": judge.model, "messages": messages, "temperature": judge.temperature,
+                       "max_tokens": judge.max_tokens}).encode()
+    digest = hashlib.sha256(data).hexdigest()
+    if digest in judge.kept:
+        return judge.kept[digest]
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {judge.key}"}
+    for attempt in range(judge.tries):
+        if judge.stop.is_set():
+            raise UnjudgedError("stopped")
+        status, asked, again = None, 0.0, True
+        try:
+            request = urllib.request.Request(judge.url, data, headers)
+            with judge.opener.open(request, timeout=judge.timeout) as response:
+                body = response.read().decode(errors="replace")
+            if len(judge.key) >= 8:  # some endpoints quote it; a shorter one is no secret, but may be a word of a reply
+                body = body.replace(judge.key, "[key]")
+            status, asked = response.status, seconds_asked(response.headers["Retry-After"])
+        except (OSError, http.client.HTTPException) as error:
+            reason = str(getattr(error, "reason", error)) or type(error).__name__
+        else:
+            append_row(judge.raw, about | {"request": digest, "status": status, "body": body, "tstamp": time.time()})
+            reason, again = f"HTTP {status}", status in (200, 408, 429) or status >= 500
+            if status == 200 and (reply := reply_of(body)):
+                return reply
+            if status in HOPELESS or 300 <= status < 400:
+                judge.stop.set()
+                raise InputError(f"{judge.url}: HTTP {status}: {' '.join(body.split())[:200]}")
+        if not again:
+            raise UnjudgedError(f"{reason}: {' '.join(body.split())[:100]}")
+        if attempt + 1 < judge.tries:
+            spread = min(judge.wait * 2 ** min(attempt, 20), LONGEST_WAIT) * random.uniform(0.5, 1.5)
+            judge.stop.wait(max(asked, spread))
+    raise UnjudgedError("no reply in a body of HTTP 200" if status == 200 else reason)
+
+
+Job = tuple[list[str], Callable[[Judge], dict]]  # the prompts that the judge sees, and what makes the row
+
+
+def judge_all(flags: argparse.Namespace, model: str, jobs: dict[tuple, Job], keys: tuple[str, ...],
+              temperature: float, max_tokens: int) -> None:
+    """Does the jobs that --out lacks, several at once, and writes each row when it is there.
+
+    A job's key is its row's values of `keys`. Interrupted, it waits for the replies under way, so that all that was
+    paid for is kept. Raises InputError where --out is another judge's or judges other answers.
+    """
+    out, done = Path(flags.out), set()
+    go_on_with(out)
+    for place, row in json_rows(out, "model", "judge", *keys):
+        found = row["judge"][0] if isinstance(row["judge"], list) and row["judge"] else row["judge"]
+        if found != flags.judge_model:
+            raise InputError(f"{place}: judged by {found!r}, wanted {flags.judge_model!r} (--judge-model)")
+        key = tuple(row[name] for name in keys)
+        if row["model"] == model and key in list(jobs):  # a list: what cannot be hashed is not in it either
+            games = row["games"] if isinstance(row.get("games"), list) else [row]
+            if [isinstance(game, dict) and game.get("user_prompt") for game in games] != jobs[key][0]:
+                raise InputError(f"{place}: what was judged is not {model}'s answer to question {key[0]} in --answers; "
+                                 "wanted the same answers, or a fresh file")
+            done.add(key)
+    judge = open_judge(flags, temperature, max_tokens)
+    waiting, failed, made = [work for key, (_, work) in jobs.items() if key not in done], Counter(), 0
+    with ThreadPoolExecutor(flags.concurrency) as pool:
+        futures = [pool.submit(lambda work=work: append_row(out, work(judge))) for work in waiting]
+        try:
+            for count, future in enumerate(as_completed(futures), 1):
+                try:
+                    future.result()
+                    made += 1
+                except UnjudgedError as error:
+                    failed[str(error)] += 1
+                except OSError as error:
+                    raise InputError(f"{error.filename or out}: {error.strerror}; it stops, to lose nothing") from None
+                if count % max(1, len(waiting) // 10) == 0:
+                    print(f"{count} of {len(waiting)}", flush=True)
+        except BaseException as error:
+            judge.stop.set()  # nothing more is asked; leaving the pool waits for the replies under way
+            if isinstance(error, KeyboardInterrupt):
+                print(f"stopping: waiting for what is under way; {out} keeps what is judged, the same command goes on",
+                      file=sys.stderr, flush=True)
+            raise
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in failed.most_common(5))
+    print(f"{out}: {made} judgments of {model} by {judge.model}, {len(done)} there before, {failed.total()} failed"
+          + (f" ({reasons}); the same command tries them again" if failed else "") + f"; raw replies in {judge.raw}")
+
+
+def fill(template: object, fields: dict[str, str], where: str) -> str:
+    """A judge prompt with its fields put in."""
+    try:
+        return template.format(**fields)
+    except (AttributeError, KeyError, IndexError, ValueError) as error:
+        raise InputError(f"{where}: wanted a text with fields among {', '.join(fields)} ({error})") from None
+
+
+def judge_mt_bench(flags: argparse.Namespace) -> None:
+    """Single-answer grading, one request a turn; with reference answers where the category needs them."""
+    questions = read_questions(flags.questions, MT_BENCH)
+    model, answers = read_answers(flags.answers, MT_BENCH, questions)
+    references = read_answers(flags.references, MT_BENCH, questions)[1]
+    prompts = {str(row["name"]): row for _, row in json_rows(flags.prompts, "name", "system_prompt", "prompt_template")}
+    jobs = {}
+    for number, (one, two) in answers.items():
+        question = questions[number]
+        fields = {"question": question.turns[0], "question_1": question.turns[0], "question_2": question.turns[1],
+                  "answer": one, "answer_1": one, "answer_2": two}
+        with_reference = question.category in MT_WITH_REFERENCE
+        if with_reference:
+            if number not in references:
+                raise InputError(f"{flags.references}: no answer to question {number}, {question.category} wants one")
+            fields["ref_answer_1"], fields["ref_answer_2"] = references[number]
+        for turn in (1, 2):
+            name = "single-math-v1" if with_reference else "single-v1"
+            name += "-multi-turn" * (turn == 2)
+            if name not in prompts:
+                raise InputError(f"{flags.prompts}: no prompt {name}; wanted FastChat's judge_prompts.jsonl")
+            user = fill(prompts[name]["prompt_template"], fields, f"{flags.prompts}: {name}")
+            jobs[number, turn] = [user], functools.partial(rate, model, number, turn, name, prompts[name], user)
+    print(f"{model}: {len(answers)} of {len(questions)} questions have an answer", flush=True)
+    judge_all(flags, model, jobs, ("question_id", "turn"), 0.0, MT_MAX_TOKENS)
+
+
+def rate(model: str, number: int | str, turn: int, name: str, prompt: dict, user: str, judge: Judge) -> dict:
+    """A row of FastChat's judgments: the score is -1 where the judge gave none."""
+    messages = [{"role": "system", "content": prompt["system_prompt"]}, {"role": "user", "content": user}]
+    reply = ask(judge, messages, {"question_id": number, "model": model, "turn": turn})
+    found = [match[1] for match in (re.search(pattern, reply) for pattern in RATINGS) if match]
+    score = (float(found[0]) if "." in found[0] else int(found[0])) if found else -1
+    return {"question_id": number, "model": model, "judge": [judge.model, name], "user_prompt": user,
+            "judgment": reply, "score": score, "turn": turn, "tstamp": time.time()}
+
+
+def read_setting(path: str | Path, key: str, kind: type):
+    """The value of `key: VALUE` in a YAML file, where it is one line and JSON too: a double-quoted text, a list of
+    them, a number. InputError for all else that YAML allows."""
+    try:
+        (text,) = re.findall(rf"^{key}:[ ]+(.*)$", Path(path).read_text(encoding="utf-8"), re.M)
+        value, end = json.JSONDecoder().raw_decode(text)
+        if type(value) is kind and re.fullmatch(r"\s*(\s#.*)?", text[end:]):
+            return value
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; wanted Arena-Hard's judge_config.yaml") from None
+    except ValueError:
+        pass
+    raise InputError(f"{path}: wanted one line `{key}: VALUE`, VALUE being a {kind.__name__} in JSON's form")
+
+
+def judge_arena_hard(flags: argparse.Namespace) -> None:
+    """Two games a question: the baseline's answer first, then the model's."""
+    questions = read_questions(flags.questions, ARENA_HARD)
+    model, answers = read_answers(flags.answers, ARENA_HARD, questions)
+    baseline, theirs = read_answers(flags.baseline, ARENA_HARD, questions)
+    system, templates, temperature, max_tokens = (read_setting(flags.config, key, kind) for key, kind in (
+        ("system_prompt", str), ("prompt_template", list), ("temperature", int), ("max_tokens", int)))
+    jobs = {}
+    for number, (mine,) in answers.items():
+        if number not in theirs:
+            raise InputError(f"{flags.baseline}: no answer to question {number}, wanted all those of --answers")
+        users = []
+        for one, two in ((theirs[number][0], mine), (mine, theirs[number][0])):
+            fields = {"question_1": questions[number].turns[0], "answer_1": one, "answer_2": two}
+            users += [fill(template, fields, f"{flags.config}: prompt_template") for template in templates]
+        if len(users) != 2:
+            raise InputError(f"{flags.config}: prompt_template has {len(templates)} texts, wanted one")
+        jobs[number,] = users, functools.partial(play, model, number, system, users)
+    print(f"{model} against {baseline}: {len(answers)} of {len(questions)} questions have an answer", flush=True)
+    judge_all(flags, model, jobs, ("question_id",), temperature, max_tokens)
+
+
+def play(model: str, number: int | str, system: str, users: list[str], judge: Judge) -> dict:
+    """A row of Arena-Hard's judgments: each game's label, None where there are several or, after a second try, none."""
+    games = []
+    for game, user in enumerate(users, 1):
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        judgment, labels = "", set()
+        while not labels and len(messages) <= 4:
+            reply = ask(judge, messages, {"question_id": number, "model": model, "game": game})
+            judgment += f"\n{reply}"
+            labels = set(LABEL.findall(judgment))
+            messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": SECOND_TRY}]
+        label = labels.pop() if len(labels) == 1 else None
+        games.append({"user_prompt": user, "judgment": judgment, "score": label})
+    return {"question_id": number, "model": model, "judge": judge.model, "games": games}
+
+
+# ---- what came out
+
+
+def bootstrap(sums: list[float], counts: list[int]) -> dict[str, float] | None:
+    """sum(sums)/sum(counts) and its 95% interval: percentiles over 2,000 resamplings of the units, which are questions
+    (MT-Bench) or battles (Arena-Hard). None where nothing counts."""
+    sums_Q, counts_Q = np.array(sums, dtype=np.float64), np.array(counts, dtype=np.float64)
+    if not counts_Q.sum():
+        return None
+    drawn = np.random.default_rng(0).integers(0, len(sums_Q), (2000, len(sums_Q)))
+    totals = counts_Q[drawn].sum(1)
+    low, high = np.percentile(sums_Q[drawn].sum(1)[totals > 0] / totals[totals > 0], [2.5, 97.5])
+    return {"score": float(sums_Q.sum() / counts_Q.sum()), "low": float(low), "high": float(high)}
+
+
+def read_judgments(flags: argparse.Namespace, questions: dict | None, report: dict,
+                   *keys: str) -> Iterator[tuple[str, str, dict]]:
+    """(place, model, row) of a report's files; the report gains their judge. InputError where there are two."""
+    for path in flags.judgments:
+        for place, row in json_rows(path, "question_id", "model", *keys, questions=questions):
+            judge = row.get("judge")
+            judge = judge[0] if isinstance(judge, list) and judge else judge
+            if judge != report.setdefault("judge", judge) or not isinstance(row["model"], str):
+                raise InputError(f"{place}: {row['model']!r} judged by {judge!r}, above by {report['judge']!r}; wanted "
+                                 "the judgments of one judge")
+            yield place, row["model"], row
+
+
+def report_mt_bench(flags: argparse.Namespace) -> None:
+    """Means over the judged turns: of all, of each turn, of each category. The first of several judgments of a turn
+    counts; a score of -1, or that is no number, does not."""
+    if flags.questions:
+        questions = read_questions(flags.questions, MT_BENCH)
+    else:  # they are public and fixed: 81 to 160, ten a category
+        questions = {81 + i: Question(81 + i, list(MT_TEMPERATURES)[i // 10], []) for i in range(80)}
+    found, counts, report = {}, Counter(), {"benchmark": MT_BENCH.name}
+    for place, name, row in read_judgments(flags, questions, report, "judge", "score", "turn"):
+        key, score = (row["question_id"], row["turn"]), row["score"]
+        if row["turn"] not in (1, 2):
+            raise InputError(f"{place}: turn {row['turn']!r}, wanted 1 or 2")
+        if key in found.setdefault(name, {}):
+            counts[name, "duplicate"] += 1
+            continue
+        parsed = type(score) in (int, float) and math.isfinite(score) and score != -1
+        found[name][key] = score if parsed else None
+        counts[name, "judged" if parsed else "unparsed"] += 1
+        counts[name, "outside 1-10"] += parsed and not 1 <= score <= 10
+
+    def mean(scores: dict, turns: tuple[int, ...], category: str | None = None) -> dict | None:
+        per_question = [[scores[q.id, turn] for turn in turns if scores.get((q.id, turn)) is not None]
+                        for q in questions.values() if category in (None, q.category)]
+        return bootstrap([sum(of_one) for of_one in per_question], [len(of_one) for of_one in per_question])
+
+    categories = dict.fromkeys(question.category for question in questions.values())
+    scores = {name: {"overall": mean(of_model, (1, 2)), "turn 1": mean(of_model, (1,)), "turn 2": mean(of_model, (2,))}
+              | {category: mean(of_model, (1, 2), category) for category in categories}
+              for name, of_model in found.items()}
+    for name, of_model in found.items():
+        counts[name, "missing"] = 2 * len(questions) - len(of_model)
+    write_report(flags, report, scores, counts, "{:.7g}", "judged", "missing", "duplicate", "unparsed", "outside 1-10")
+
+
+def report_arena_hard(flags: argparse.Namespace) -> None:
+    """Win rates against the baseline, in percent: with one opponent, the mean of the battles' points is the
+    Bradley-Terry maximum-likelihood win rate.
+
+    A strong verdict is three battles, a tie half a win in one; what is no verdict (None, "A>>A") is unparsed and none.
+    The first of several judgments of a question counts. Arena-Hard's bootstrap draws battles as if the three of a
+    verdict were independent, and so does this one: over questions, intervals would be wider.
+    """
+    questions = read_questions(flags.questions, ARENA_HARD) if flags.questions else None
+    asked, report = len(questions) if questions else 500, {"benchmark": ARENA_HARD.name}  # 500 in v0.1
+    points, counts, seen, kinds = {}, Counter(), set(), ("judged", "missing", "duplicate", "unparsed")
+    for place, name, row in read_judgments(flags, questions, report, "games"):
+        if not isinstance(row["games"], list) or len(row["games"]) > 2:
+            raise InputError(f"{place}: wanted a list of two games; found {ascii(row['games'])[:60]}")
+        number, of_model = row["question_id"], points.setdefault(name, [])
+        if (name, number) in seen:
+            counts[name, "duplicate"] += 1
+            continue
+        seen.add((name, number))
+        for swapped, game in enumerate(row["games"]):  # in the second game the model is A
+            label = game.get("score") if isinstance(game, dict) else None
+            won, weight = VERDICTS.get(str(label), (0.0, 0))
+            of_model += [1 - won if swapped else won] * weight
+            counts[name, "judged" if weight else "unparsed"] += 1
+        counts[name, "missing"] -= len(row["games"])
+    for name in points:
+        counts[name, "missing"] += 2 * asked
+    if flags.battles:
+        (points, counts), kinds = read_battles(flags, questions), ("battles", "unparsed")
+    scores = {name: {"win rate": bootstrap([100 * won for won in of_model], [1] * len(of_model))}
+              for name, of_model in points.items()}
+    write_report(flags, report, scores, counts, "{:.2f}", *kinds)
+
+
+def read_battles(flags: argparse.Namespace, questions: dict | None) -> tuple[dict[str, list[float]], Counter]:
+    """Model -> points of its battles in Arena-Hard's weighted form, a row for each time that a verdict counts. So games
+    cannot be counted, nor duplicates told from weights."""
+    points, counts = {}, Counter()
+    for place, row in json_rows(flags.battles, "question_id", "model_a", "model_b", "winner", questions=questions):
+        sides = [row["model_a"], row["model_b"]]
+        if flags.baseline_model not in sides or not all(isinstance(side, str) for side in sides):
+            raise InputError(f"{place}: a battle of {sides[0]!r} and {sides[1]!r}; wanted one of them to be "
+                             f"{flags.baseline_model!r} (--baseline-model)")
+        mine = "model_a" if sides[1] == flags.baseline_model else "model_b"
+        won = {"model_a": [0.0], "model_b": [0.0], "tie": [0.5], "tie (bothbad)": [0.5]} | {mine: [1.0]}
+        point = won.get(str(row["winner"]), [])
+        points.setdefault(row[mine], []).extend(point)
+        counts[row[mine], "battles" if point else "unparsed"] += 1
+    return points, counts
+
+
+def write_report(flags: argparse.Namespace, report: dict, scores: dict, counts: Counter, form: str,
+                 *kinds: str) -> None:
+    """Prints the models of a report side by side, with these kinds of `counts`; writes it with --json."""
+    if not scores:
+        raise InputError("no judgment in " + ", ".join(map(str, flags.judgments or [flags.battles])))
+    report.setdefault("judge", None)
+    report["models"] = {name: {"scores": of_model} | {kind: counts[name, kind] for kind in kinds}
+                        for name, of_model in scores.items()}
+    rows = [[of_what, *(cell(of_model[of_what], form) for of_model in scores.values())]
+            for of_what in next(iter(scores.values()))]
+    rows += [[kind, *(str(counts[name, kind]) for name in scores)] for kind in kinds]
+    print(table([f"{report['benchmark']}, {report['judge'] or 'battles'}", *scores], rows))
+    if flags.json:
+        try:
+            Path(flags.json).write_text(json.dumps(report, indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"--json {flags.json}: {error.strerror}") from None
+
+
+def cell(score: dict | None, form: str = "{:.2f}") -> str:
+    return "-" if score is None else f"{form.format(score['score'])} [{score['low']:.2f}, {score['high']:.2f}]"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """In markdown, aligned."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+
+
+OVERLAP = ("bleu4_lf", "rouge1_lf", "rouge2_lf", "rougeL_lf", "bleu4", "rouge1", "rouge2", "rougeL",
+           "mean_prediction_tokens")  # of score.json: the paper's family, the conventional one, the length
+
+
+def tables(flags: argparse.Namespace) -> None:
+    """The paper's three tables, models side by side, from what other commands wrote with --json into a directory for
+    each model: arena_hard*.json and mt_bench*.json (a column for each judge), score.json. likelihood.json, where it is
+    there, makes a table of its own. What is not there is a dash.
+    """
+    found = {"Table 1. Arena-Hard (win rate, %) and MT-Bench, 95% intervals": {},
+             "Table 2. BLEU and ROUGE after training on HH-RLHF": {},
+             "Table 3. BLEU and ROUGE after training on UltraFeedback": {}, "Likelihoods (not in the paper)": {}}
+    judged, after_hh, after_uf, likelihoods = found.values()
+    for texts, overlap in ((flags.runs, after_uf), (flags.hh_runs, after_hh)):
+        for text in texts:
+            name, _, rest = text.partition("=")
+            directory = Path(rest or text)
+            if not directory.is_dir() or name in overlap:
+                raise InputError(f"{text}: {'a second' if name in overlap else 'no'} directory of that name; wanted "
+                                 "NAME=DIR, with what the other commands wrote")
+            overlap[name] = dict.fromkeys(OVERLAP, "-") | number_cells(directory / "score.json", OVERLAP)
+            if overlap is after_uf:  # what the paper had judged
+                judged[name] = judged_cells(directory, name)
+            if cells := number_cells(directory / "likelihood.json"):
+                likelihoods[name + " (HH-RLHF)" * (overlap is after_hh)] = cells
+    for title, models in found.items():
+        if models:
+            columns = list(dict.fromkeys(column for cells in models.values() for column in cells))
+            columns = columns or ["Arena-Hard", "MT-Bench"]
+            rows = [[name, *(cells.get(column, "-") for column in columns)] for name, cells in models.items()]
+            print(f"{title}\n\n{table(['model', *columns], rows)}\n")
+
+
+def judged_cells(directory: Path, name: str) -> dict[str, str]:
+    """Benchmark and judge -> the first score of each report in a directory."""
+    cells = {}
+    for path in sorted([*directory.glob("arena_hard*.json"), *directory.glob("mt_bench*.json")]):
+        report = read_json(path)
+        try:
+            models = report["models"]
+            model = models[name] if name in models or len(models) > 1 else next(iter(models.values()))
+            cells[f"{report['benchmark']}, {report['judge'] or 'battles'}"] = cell(next(iter(model["scores"].values())))
+        except (KeyError, TypeError, AttributeError, StopIteration):
+            raise InputError(f"{path}: wanted a report's --json, of one model or with {name} among several") from None
+    return cells
+
+
+def number_cells(path: Path, keys: tuple[str, ...] | None = None) -> dict[str, str]:
+    """The numbers of a JSON object, all or those named; none where there is no such file."""
+    values = read_json(path) if path.is_file() else {}
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: wanted a JSON object of numbers")
+    return {key: f"{value:.2f}" for key, value in values.items()
+            if type(value) in (int, float) and (keys is None or key in keys)}
 
 
 # ----------------------------------------------------------------------------------------------- equations 15 to 18
@@ -488,6 +1177,62 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                          "and reference; other keys are ignored")
     command.add_argument("--json", metavar="OUT", help="file of the scores, as JSON; without it they are only printed")
 
+
+    for bench, name, judge, report in ((MT_BENCH, "mt-bench", judge_mt_bench, report_mt_bench),
+                                       (ARENA_HARD, "arena-hard", judge_arena_hard, report_arena_hard)):
+        steps = commands.add_parser(name, help=f"{bench.name}: answer, judge, report", allow_abbrev=False)
+        steps = steps.add_subparsers(required=True, metavar="STEP")
+
+        command = steps.add_parser("answer", help="answers of a model", allow_abbrev=False)
+        command.set_defaults(command=answer, bench=bench)
+        command.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face model directory")
+        command.add_argument("--questions", required=True, metavar="FILE", help="the benchmark's question.jsonl")
+        command.add_argument("--out", required=True, metavar="FILE", help="answers; those it has already are left")
+        command.add_argument("--model-id", metavar="NAME", help="whom the rows stand for [the directory's name]")
+        command.add_argument("--device", default="auto", help="cpu, cuda or auto [auto]")
+        command.add_argument("--precision", default="auto", help="fp32, bf16 or auto [auto]")
+        command.add_argument("--seed", type=int, default=0, help="of sampling, where the temperature is above 0 [0]")
+
+        command = steps.add_parser("judge", help="judgments of answers, by an endpoint", allow_abbrev=False)
+        command.set_defaults(command=judge)
+        command.add_argument("--questions", required=True, metavar="FILE", help="the benchmark's question.jsonl")
+        command.add_argument("--answers", required=True, metavar="FILE", help="one model's answers")
+        if bench is MT_BENCH:
+            command.add_argument("--references", required=True, metavar="FILE", help="reference_answer/gpt-4.jsonl")
+            command.add_argument("--prompts", required=True, metavar="FILE", help="judge_prompts.jsonl")
+        else:
+            command.add_argument("--baseline", required=True, metavar="FILE", help="model_answer/gpt-4-0314.jsonl")
+            command.add_argument("--config", required=True, metavar="FILE", help="judge_config.yaml")
+        command.add_argument("--out", required=True, metavar="FILE", help="judgments; those it has already are left. "
+                             "The replies as they came go to FILE.raw")
+        command.add_argument("--endpoint", required=True, metavar="URL", help="of an OpenAI-compatible chat service, "
+                             "such as https://api.openai.com/v1")
+        command.add_argument("--judge-model", required=True, metavar="NAME", help="the judge, as the endpoint calls it")
+        command.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="environment variable "
+                             "that holds the endpoint's key [OPENAI_API_KEY]")
+        command.add_argument("--concurrency", type=int, default=8, help="requests under way at once [8]")
+        command.add_argument("--timeout", type=float, default=300.0, help="seconds without a byte of the reply [300]")
+        command.add_argument("--tries", type=int, default=8, help="of a request, before it counts as failed [8]")
+        command.add_argument("--wait", type=float, default=1.0, help="seconds before the second try, doubled before "
+                             "each further one up to 60, times 0.5 to 1.5 by chance; Retry-After is heeded [1]")
+
+        command = steps.add_parser("report", help="scores of judgments, with intervals", allow_abbrev=False)
+        command.set_defaults(command=report)
+        given = command.add_mutually_exclusive_group(required=True)
+        given.add_argument("--judgments", nargs="+", default=[], metavar="FILE", help="of one judge, any models")
+        if bench is ARENA_HARD:
+            given.add_argument("--battles", metavar="FILE", help="instead: weighted battles, as Arena-Hard counts them")
+            command.add_argument("--baseline-model", default="gpt-4-0314", metavar="NAME", help="in battles "
+                                 "[gpt-4-0314]")
+        command.add_argument("--questions", metavar="FILE", help="question.jsonl [the published ones]")
+        command.add_argument("--json", metavar="OUT", help="file of the report, as JSON")
+
+    command = commands.add_parser("tables", help="the paper's tables, models side by side", allow_abbrev=False)
+    command.set_defaults(command=tables)
+    command.add_argument("--runs", nargs="+", default=[], metavar="NAME=DIR", help="models trained on UltraFeedback: "
+                         "directories with arena_hard*.json, mt_bench*.json, score.json, likelihood.json")
+    command.add_argument("--hh-runs", nargs="+", default=[], metavar="NAME=DIR", help="models trained on HH-RLHF")
+
     command = commands.add_parser("figures", help="the paper's figures, as PNG", allow_abbrev=False)
     command.set_defaults(command=figures)
     command.add_argument("--out", required=True, metavar="DIR", help="directory of the pictures and captions.md")
@@ -499,7 +1244,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0, or 2 for a user's mistake, with one clear line."""
+    """Exit code: 0, or 2 for a user's mistake, with one clear line, or 130 when interrupted."""
     try:
         flags = parse(arguments)
         flags.command(flags)
@@ -507,6 +1252,8 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"eval.py: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
