@@ -63,6 +63,30 @@ from torch import Tensor
 import asft
 from model import InputError, read_json
 
+def json_rows(path: str | Path, *keys: str, questions: dict | None = None) -> list[tuple[str, dict]]:
+    """("file:line", row) of a JSONL file. InputError, naming the line, where it is no JSON object with these keys, or
+    its question_id is none of the questions."""
+    try:
+        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; wanted a JSONL file") from None
+    rows = []
+    for at, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not row.keys() >= set(keys):
+            raise InputError(f"{path}:{at}: wanted a JSON object with {', '.join(keys)}; found {ascii(line)[2:62]}")
+        number = row.get("question_id", 0)
+        if not isinstance(number, int | str) or (questions and number not in questions):
+            raise InputError(f"{path}:{at}: question_id {ascii(number)[:60]} is none of the questions'")
+        rows.append((f"{path}:{at}", row))
+    return rows
+
+
 # -------------------------------------------------------------------------------------------------------------- score
 
 # Two families under two names, never mixed: they differ in what is a token and in what a repeated one counts, and so by
@@ -230,26 +254,12 @@ def score_rows(rows: list[tuple[str, str]]) -> dict[str, float]:
 
 
 def read_rows(path: Path) -> list[tuple[str, str]]:
-    """(prediction, reference) of each row of a JSONL file; its other keys, and blank lines, are passed over. Raises
-    InputError, naming file and line."""
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; wanted rows with prediction and reference") from None
+    """(prediction, reference) of each row of a JSONL file. Raises InputError, naming file and line."""
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode())
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}:{number}: not JSON ({error})") from None
+    for place, row in json_rows(path, "prediction", "reference"):
         for key in ("prediction", "reference"):
-            value = row.get(key) if isinstance(row, dict) else None
-            if not isinstance(value, str):
-                found = "missing" if value is None else ascii(value)[:60]
-                raise InputError(f"{path}:{number}: {key} is {found}; wanted an object with the strings prediction and "
-                                 "reference")
+            if not isinstance(row[key], str):
+                raise InputError(f"{place}: {key} is {ascii(row[key])[:60]}, wanted a string")
         rows.append((row["prediction"], row["reference"]))
     if not rows:
         raise InputError(f"{path}: no row in it; wanted rows with prediction and reference")
@@ -357,30 +367,6 @@ class Question(NamedTuple):
     id: int | str
     category: str
     turns: list[str]
-
-
-def json_rows(path: str | Path, *keys: str, questions: dict | None = None) -> list[tuple[str, dict]]:
-    """("file:line", row) of a JSONL file. InputError, naming the line, where it is no JSON object with these keys, or
-    its question_id is none of the questions."""
-    try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; wanted a JSONL file") from None
-    rows = []
-    for at, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict) or not row.keys() >= set(keys):
-            raise InputError(f"{path}:{at}: wanted a JSON object with {', '.join(keys)}; found {ascii(line)[2:62]}")
-        number = row.get("question_id", 0)
-        if not isinstance(number, int | str) or (questions and number not in questions):
-            raise InputError(f"{path}:{at}: question_id {ascii(number)[:60]} is none of the questions'")
-        rows.append((f"{path}:{at}", row))
-    return rows
 
 
 def turn_texts(holder: object, turns: int, place: str) -> list[str]:
