@@ -106,8 +106,8 @@ def soak(a: argparse.Namespace) -> int:
     quarter = len(memory) // 4
     (second, last), (files_then, files_now) = (
         [statistics.fmean(of[quarter:2 * quarter]), statistics.fmean(of[3 * quarter:])] for of in (memory, files))
-    print(f"{len(memory)} steps, exit code {process.returncode}: resident memory {second:.1f} MiB in the second quarter "
-          f"and {last:.1f} in the last ({last / second - 1:+.2%}); open files {files_then:.1f} and {files_now:.1f}")
+    print(f"{len(memory)} steps, exit code {process.returncode}; resident {second:.1f} MiB in the second quarter, "
+          f"{last:.1f} in the last ({last / second - 1:+.2%}); open files {files_then:.1f} and {files_now:.1f}")
     return int(bool(process.returncode) or abs(last / second - 1) > 0.02 or files_now > files_then + 0.5)
 
 
