@@ -76,10 +76,12 @@ def json_rows(path: str | Path, *keys: str, questions: dict | None = None) -> li
             continue
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}:{at}: not JSON ({error})") from None
         if not isinstance(row, dict) or not row.keys() >= set(keys):
-            raise InputError(f"{path}:{at}: wanted a JSON object with {', '.join(keys)}; found {ascii(line)[2:62]}")
+            lacks = ", ".join(key for key in keys if not isinstance(row, dict) or key not in row)
+            raise InputError(f"{path}:{at}: {lacks} is missing; wanted a JSON object with {', '.join(keys)}; found "
+                             f"{ascii(line)[2:62]}")
         number = row.get("question_id", 0)
         if not isinstance(number, int | str) or (questions and number not in questions):
             raise InputError(f"{path}:{at}: question_id {ascii(number)[:60]} is none of the questions'")

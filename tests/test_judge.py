@@ -572,8 +572,8 @@ def test_one_judgments_file_holds_several_models(either, serve):
 
 
 @pytest.mark.parametrize(("file", "line", "wanted"), [
-    ("question.jsonl", "{", ":2: wanted a JSON object"), ("answers.jsonl", "[]", ":2: wanted a JSON object"),
-    ("answers.jsonl", "{}", ":2: wanted a JSON object with question_id, model_id, choices"),
+    ("question.jsonl", "{", ":2: not JSON"), ("answers.jsonl", "[]", "is missing; wanted a JSON object"),
+    ("answers.jsonl", "{}", "is missing; wanted a JSON object with question_id, model_id, choices"),
     ("answers.jsonl", '{"question_id": 999, "model_id": "mine", "choices": []}', "question_id 999 is none of"),
     ("answers.jsonl", '{"question_id": [], "model_id": "mine", "choices": []}', "question_id [] is none of"),
     ("answers.jsonl", '{"question_id": FIRST, "model_id": "you", "choices": []}', "wanted one model"),
@@ -581,7 +581,7 @@ def test_one_judgments_file_holds_several_models(either, serve):
     ("answers.jsonl", '{"question_id": SECOND, "model_id": "mine", "choices": []}', ":2: wanted turns with"),
     ("answers.jsonl", '{"question_id": SECOND, "model_id": "mine", "choices": [{"turns": [1, 2]}]}', "wanted turns"),
     ("question.jsonl", '{"question_id": FIRST, "category": "math", "turns": TURNS}', "is there twice"),
-    ("out", '{"question_id": FIRST', "wanted a JSON object"),
+    ("out", '{"question_id": FIRST', "not JSON"),
     ("out", '{"question_id": FIRST, "model": "mine"}', "wanted a JSON object with model, judge"),
 ])
 def test_malformed_lines_are_named_by_file_and_line(either, serve, capsys, file, line, wanted):

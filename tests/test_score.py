@@ -308,8 +308,8 @@ def test_chinese_is_said_to_be_divided_otherwise_than_by_jieba(tmp_path, capsys)
 
 @pytest.mark.parametrize(("bad", "said"), [
     ('{"prediction": "a"}', "reference is missing"), ('{"reference": "a"}', "prediction is missing"),
-    ("[]", "wanted an object"), ('"text"', "wanted an object"), ("null", "wanted an object"),
-    ('{"prediction": null, "reference": "a"}', "prediction is missing"),
+    ("[]", "wanted a JSON object"), ('"text"', "wanted a JSON object"), ("null", "wanted a JSON object"),
+    ('{"prediction": null, "reference": "a"}', "prediction is None"),
     ('{"prediction": "a", "reference": ["b"]}', "reference is ['b']"), ('{"prediction": "a", "reference": 1}', "is 1"),
     ('{"prediction": "a', "not JSON"), ("x\0", "not JSON"),
     ("[" * 100_000, "not JSON"), (b'{"prediction": "\xff", "reference": "a"}', "not JSON"),
