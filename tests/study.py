@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=DATASETS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="the grid, for every method")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="the grid, for every method")
     parser.add_argument("--temperature", type=float, default=0.5, help="of asft-tempered; not tuned [0.5]")
     parser.add_argument("--max-steps", type=int, help="instead of each data set's own number, to try the study out")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time [2]")
