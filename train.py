@@ -61,7 +61,8 @@ from torch.distributed.tensor import DTensor
 import asft
 from data import (Batch, ChatFormat, Pair, encode_preferences, pack, plan_step, read_preferences, resolve_max_tokens,
                   split_pairs)
-from model import InputError, Llama, LlamaConfig, check_weights, expected_shapes, load_weights, save_model
+from model import (InputError, Llama, LlamaConfig, NonFiniteError, check_weights, expected_shapes, load_weights,
+                   save_model)
 
 # ------------------------------------------------------------------------------------------------------ configuration
 
@@ -440,10 +441,6 @@ class Sums(dict):
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient that is not a number: the run stops before it reaches a weight."""
 
 
 def train(config: Config, model: Llama, data: Data, held_out: Data | None, log: "Log", steps: int) -> None:
