@@ -92,10 +92,7 @@ def unique(pairs: list[tuple[str, object]]) -> dict:
 
 def shown(value: object, most: int = 60) -> str:
     """A value out of a file as a message shows it: short, printable, on one line."""
-    try:
-        text = ascii(value)
-    except RecursionError:
-        text = "a value nested too deeply"
+    text = ascii(value)
     return text if len(text) <= most else text[:most - 3] + "..."
 
 

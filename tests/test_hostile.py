@@ -4,6 +4,7 @@ is one line that names the file.
 Oracles: a file that the planted code would make, the process's own peak memory, and headers written by hand.
 """
 
+import gc
 import gzip
 import json
 import os
@@ -49,8 +50,10 @@ def cheaply():
     linux = Path("/proc/self/clear_refs").exists()
     if linux:
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    gc.freeze()  # else what is timed is the collector's walk over all that pytest and transformers hold
     before, started = memory("VmRSS") if linux else 0, time.process_time()
     yield
+    gc.unfreeze()
     seconds, used = time.process_time() - started, memory("VmHWM") - before if linux else 0
     assert seconds < 1 and used < 50e6, f"{seconds:.2f} s, {used / 1e6:.0f} MB"
 
@@ -346,10 +349,11 @@ def test_a_key_that_stands_twice_in_the_index_is_refused(directory):
     b'{"model_type":"llama","hidden_act":"' + b"\\u0000" * 80_000 + b'"}'], ids=lambda raw: str(raw[:40]))
 def test_a_json_file_that_is_huge_or_deep_is_refused_in_under_a_second_and_50_mb(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
+    size = len(content)
     del content
     with cheaply():
         message = refusal(LlamaConfig.load, tmp_path)
-    assert message.startswith(f"{tmp_path / 'config.json'}: ")
+    assert message.startswith(f"{tmp_path / 'config.json'}: ") and (size < 2**19 or "more than 524,288 bytes" in message)
 
 
 def test_values_nested_as_deep_as_can_be_parsed_are_refused_in_one_line(tmp_path):
