@@ -62,8 +62,8 @@ def read_preferences(path: str | Path, counts: Counter | None = None, skip_bad_l
 
     A message is {"role", "content"} or {"from", "value"}. `counts` gains "read", "bad lines" and "unequal prompts"
     (pairs whose two sides do not share a prompt, which are dropped). Unless skip_bad_lines, raises InputError naming
-    file and line of the first 20 lines that are not such a record; nothing is trained before a whole file has been
-    read.
+    file and line of the first 20 lines that are not such a record, or have a key twice; nothing is trained before a
+    whole file has been read. What cannot be read as lines of UTF-8 at all is an InputError in any case.
     """
     path, counts = Path(path), Counter() if counts is None else counts
     preferences, bad = [], []
