@@ -14,7 +14,9 @@ never inferred later.
 Left out: tools and images; sequences packed across pairs for attention (each pair attends to itself alone).
 """
 
+import codecs
 import gzip
+import io
 import json
 import re
 import time
@@ -29,7 +31,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model import InputError, LlamaConfig, Segments
+from model import InputError, LlamaConfig, Segments, read_start, shown, unique
 
 # ---------------------------------------------------------------------------------------------------------- reading
 
@@ -60,8 +62,8 @@ def read_preferences(path: str | Path, counts: Counter | None = None, skip_bad_l
 
     A message is {"role", "content"} or {"from", "value"}. `counts` gains "read", "bad lines" and "unequal prompts"
     (pairs whose two sides do not share a prompt, which are dropped). Unless skip_bad_lines, raises InputError naming
-    file and line of the first 20 lines that are not such a record; nothing is trained before a whole file has been
-    read.
+    file and line of the first 20 lines that are not such a record, or have a key twice; nothing is trained before a
+    whole file has been read. What cannot be read as lines of UTF-8 at all is an InputError in any case.
     """
     path, counts = Path(path), Counter() if counts is None else counts
     preferences, bad = [], []
@@ -89,12 +91,17 @@ def read_preferences(path: str | Path, counts: Counter | None = None, skip_bad_l
 
 def _records(path: Path) -> Iterator[tuple[int, object]]:
     """(line number, parsed record, or the ValueError that parsing it gave)."""
-    try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: {reason}; wanted a JSONL or JSONL.gz file") from None
+    raw = read_start(path, -1, "a JSONL or JSONL.gz file")
+    if raw[:2] == b"\x1f\x8b":
+        limit = max(2**24, 100 * len(raw))  # text shrinks to a tenth, a bomb to a thousandth
+        try:
+            raw = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(limit + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"{path}: {error}; wanted a JSONL or JSONL.gz file") from None
+        if len(raw) > limit:
+            raise InputError(f"{path}: unpacks to over {limit:,} bytes, a hundred times its own size; unpack it first")
+    if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise InputError(f"{path}: UTF-16, wanted UTF-8")
     raw = raw.removeprefix(b"\xef\xbb\xbf")
     if raw.lstrip()[:1] == b"[":
         yield from _array_records(path, raw)
@@ -102,7 +109,7 @@ def _records(path: Path) -> Iterator[tuple[int, object]]:
     for number, line in enumerate(raw.split(b"\n"), 1):
         if line.strip():
             try:
-                yield number, json.loads(line.decode())
+                yield number, json.loads(line.decode(), object_pairs_hook=unique)
             except RecursionError:
                 yield number, ValueError("nested too deeply")
             except UnicodeDecodeError as error:
@@ -122,7 +129,7 @@ def _array_records(path: Path, raw: bytes) -> Iterator[tuple[int, object]]:
         return end
 
     try:
-        text, decoder = raw.decode(), json.JSONDecoder()
+        text, decoder = raw.decode(), json.JSONDecoder(object_pairs_hook=unique)
         at = skip_space(text.index("[") + 1)
         while text[at:at + 1] != "]":
             record, end = decoder.raw_decode(text, at)
@@ -145,12 +152,12 @@ def _array_records(path: Path, raw: bytes) -> Iterator[tuple[int, object]]:
 def _sides(record: object) -> tuple[Turns | list[int], str | list[int], str | list[int]] | None:
     """(prompt, chosen, rejected) of a record, None where its sides have different prompts; ValueError if it is none."""
     if not isinstance(record, dict):
-        raise ValueError(f"a record is a JSON object, found {_show(record)}")
+        raise ValueError(f"a record is a JSON object, found {shown(record)}")
     if record.keys() & {"prompt_ids", "chosen_ids", "rejected_ids"}:
         return tuple(_ids(record, key) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
     for key in ("chosen", "rejected"):
         if key not in record:
-            raise ValueError(f"key {key} is missing, found {_show(', '.join(sorted(record)))}")
+            raise ValueError(f"key {key} is missing, found {shown(', '.join(sorted(record)))}")
     if "conversations" in record:
         prompt = _turns(record["conversations"], "conversations")
     elif "instruction" in record:
@@ -191,16 +198,16 @@ def _side(prompt: Turns, record: dict, key: str) -> tuple[Turns, str]:
 def _turns(value: object, key: str) -> Turns:
     """Messages of either spelling as (role, content)."""
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{key} is {_show(value)}, wanted a string or a list of messages")
+        raise ValueError(f"{key} is {shown(value)}, wanted a string or a list of messages")
     turns = []
     for message in value:
         keys = message.keys() if isinstance(message, dict) else set()
         role_key, content_key = ("role", "content") if "role" in keys else ("from", "value")
         if not {role_key, content_key} <= keys:
-            raise ValueError(f"{key} holds {_show(message)}, wanted a message with role and content (or from, value)")
+            raise ValueError(f"{key} holds {shown(message)}, wanted a message with role and content (or from, value)")
         role, content = message[role_key], message[content_key]
         if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"{key} holds the role {_show(role)}, wanted one of {', '.join(ROLES)}")
+            raise ValueError(f"{key} holds the role {shown(role)}, wanted one of {', '.join(ROLES)}")
         turns.append((ROLES[role], _text(content, key).strip()))
     return turns
 
@@ -209,7 +216,7 @@ def _instruction(record: dict) -> Turns:
     turns, history = [], record.get("history")
     for exchange in [] if history is None else history if isinstance(history, list) else [history]:
         if not isinstance(exchange, list) or len(exchange) != 2:
-            raise ValueError(f"history holds {_show(exchange)}, wanted [question, answer]")
+            raise ValueError(f"history holds {shown(exchange)}, wanted [question, answer]")
         turns += [("user", _text(exchange[0], "history").strip()), ("assistant", _text(exchange[1], "history").strip())]
     more = record.get("input")
     parts = [_text(record["instruction"], "instruction"), "" if more is None else _text(more, "input")]
@@ -233,7 +240,7 @@ def _transcript(text: str) -> Turns:
 
 def _text(value: object, key: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{key} is {_show(value)}, wanted a string")
+        raise ValueError(f"{key} is {shown(value)}, wanted a string")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -245,17 +252,13 @@ def _ids(record: dict, key: str) -> list[int]:
     value = record.get(key)
     # type(), since JSON's true is an int to isinstance.
     if not isinstance(value, list) or not all(type(i) is int and 0 <= i < 2**31 for i in value):
-        raise ValueError(f"{key} is {'missing' if value is None else _show(value)}, wanted a list of token ids")
+        raise ValueError(f"{key} is {'missing' if value is None else shown(value)}, wanted a list of token ids")
     return value
 
 
-def _show(value: object) -> str:
-    """A value as an error message shows it: short, on one line."""
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 # ---------------------------------------------------------------------------------------------------------- encoding
+
+TOKENIZER_BYTES = 2**25  # Llama 3's has 9 MB
 
 
 class ChatFormat:
@@ -270,12 +273,18 @@ class ChatFormat:
 
     def __init__(self, directory: str | Path):
         path = Path(directory) / "tokenizer.json"
+        raw = read_start(path, TOKENIZER_BYTES + 1, "the model's tokenizer")
+        if len(raw) > TOKENIZER_BYTES:
+            raise InputError(f"{path}: more than {TOKENIZER_BYTES:,} bytes, which is not a tokenizer")
         try:
-            self.tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}; wanted the model's tokenizer") from None
+            parsed = json.loads(raw, object_pairs_hook=unique)
+            model = parsed.get("model") if isinstance(parsed, dict) else None
+            # Llama 3's is null. The tokenizers library panics on others, at which the process may be aborted.
+            if isinstance(model, dict) and (prefix := model.get("continuing_subword_prefix")):
+                raise ValueError(f"continuing_subword_prefix is {shown(prefix)}, wanted null")
+            self.tokenizer = Tokenizer.from_str(raw.decode())
         except Exception as error:  # tokenizers raises bare Exception
-            raise InputError(f"{path}: not a tokenizer ({str(error)[:100]})") from None
+            raise InputError(f"{path}: not a tokenizer ({shown(str(error), 150)})") from None
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.tokenizer.encode_special_tokens = True  # control tokens in text are text. Not saved in tokenizer.json

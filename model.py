@@ -2,6 +2,7 @@
 
 In reading order
     InputError          what every file raises for a user's mistake
+    read_start ... shown    reading files that may hold anything
     LlamaConfig         config.json, read strictly: what is not implemented here is refused by name
     Segments, attention which packed rows attend to which; one function for every device
     rope_tables, rotate rotary positions, with Llama 3.1's frequency scaling
@@ -22,6 +23,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,11 +48,60 @@ class InputError(ValueError):
     """A user's mistake. One line: what was found, what was wanted, and where (file and line, or file and key)."""
 
 
+# ----------------------------------------------------------------------------------------------------------- reading
+
+# Nothing that is read can execute code: JSON, safetensors and tokenizer.json hold no more than data, and pickles are
+# never opened. Each reader checks what a file claims before it makes anything of that size.
+JSON_BYTES = 2**19  # of config.json, an index or a safetensors header; those of Llama 405B take a quarter
+
+
+def read_start(path: Path, limit: int, wanted: str) -> bytes:
+    """The first `limit` bytes of a file, all if -1. InputError where there is none; a pipe is none, since every process
+    reads for itself."""
+    try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: a directory, a pipe or a device; wanted {wanted}")
+        with open(path, "rb") as file:
+            return file.read(limit)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; wanted {wanted}") from None
+
+
+def read_json(path: Path, wanted: str = "a Hugging Face model directory"):
+    """A parsed JSON file of at most half a megabyte; InputError where it is missing, larger or not JSON."""
+    raw = read_start(path, JSON_BYTES + 1, wanted)
+    if len(raw) > JSON_BYTES:
+        raise InputError(f"{path}: more than {JSON_BYTES:,} bytes; wanted {wanted}")
+    try:
+        return json.loads(raw, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+
+
+def unique(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object. ValueError where it has a key twice: Python takes the last one unsaid, other readers the first."""
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {shown(key)} stands twice in one object")
+        found[key] = value
+    return found
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value out of a file as a message shows it: short, printable, on one line."""
+    text = ascii(value)
+    return text if len(text) <= most else text[:most - 3] + "..."
+
+
 # ---------------------------------------------------------------------------------------------------- configuration
 
 # Keys of config.json with one acceptable meaning. A checkpoint that says otherwise would load and compute nonsense.
 ONLY = {"hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False], "attention_dropout": [0],
         "quantization_config": [None], "partial_rotary_factor": [1], "sliding_window": [None]}
+# Whole numbers are below 2**24, so that no product of three sizes overflows, but for this one: --plan builds every
+# layer before any file could contradict it. The largest Llama has 126.
+MOST = {"num_hidden_layers": 2**12}
 
 
 @dataclass(frozen=True)
@@ -92,48 +143,56 @@ class LlamaConfig:
         """Checks a parsed config.json, of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
         if not isinstance(raw, dict) or raw.get("model_type") != "llama":
             found = raw.get("model_type") if isinstance(raw, dict) else raw
-            raise InputError(f"{where}: model_type is {found!r}, wanted 'llama'")
+            raise InputError(f"{where}: model_type is {shown(found)}, wanted 'llama'")
         for key, accepted in ONLY.items():
             if key in raw and raw[key] not in accepted:
-                found = str(raw[key])[:80]
-                raise InputError(f"{where}: {key} is {found!r}, which is not implemented; wanted {accepted[0]!r}")
+                found = shown(raw[key])
+                raise InputError(f"{where}: {key} is {found}, which is not implemented; wanted {accepted[0]!r}")
 
         def number(key: str, kind: type, default=None, source: dict = raw):
             value = source.get(key, default)
             value = default if value is None else value
             ok = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-            if not ok or not 0 < value < 2**40:
-                raise InputError(f"{where}: {key} is {value!r}, wanted a positive {'whole ' * (kind is int)}number")
+            limit = MOST.get(key, 2**24 if kind is int else 2**40)
+            if not ok or not 0 < value < limit:
+                raise InputError(f"{where}: {key} is {shown(value)}, wanted a positive "
+                                 f"{'whole ' * (kind is int)}number below {limit:,}")
             return kind(value)
 
         def ids(key: str) -> tuple[int, ...]:
             value = raw.get(key)
             value = [] if value is None else value if isinstance(value, list) else [value]
-            if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
-                raise InputError(f"{where}: {key} is {raw[key]!r}, wanted a token id or a list of them")
+            if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in value):
+                raise InputError(f"{where}: {key} is {shown(raw[key])}, wanted a token id or a list of them")
             return tuple(value)
 
         tie = raw.get("tie_word_embeddings", False)
         if not isinstance(tie, bool):
-            raise InputError(f"{where}: tie_word_embeddings is {tie!r}, wanted true or false")
+            raise InputError(f"{where}: tie_word_embeddings is {shown(tie)}, wanted true or false")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        rope = rope if isinstance(rope, dict) else {"rope_type": f"{rope}, not an object"}
+        rope = rope if isinstance(rope, dict) else {"rope_type": f"{shown(rope)}, not an object"}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "llama3"):
-            raise InputError(f"{where}: rope type {rope_type!r} is not implemented; wanted 'default' or 'llama3'")
+            raise InputError(f"{where}: rope type {shown(rope_type)} is not implemented; wanted 'default' or 'llama3'")
         scaling = None
         if rope_type == "llama3":
             kinds = RopeScaling.__annotations__.items()
             scaling = RopeScaling(*(number(key, kind, source=rope) for key, kind in kinds))
-        heads = number("num_attention_heads", int)
+            if scaling.low_freq_factor >= scaling.high_freq_factor:  # between them `rope_frequencies` blends
+                raise InputError(f"{where}: low_freq_factor is {scaling.low_freq_factor}, wanted less than "
+                                 f"high_freq_factor, {scaling.high_freq_factor}")
+        heads, width = number("num_attention_heads", int), number("hidden_size", int)
+        if raw.get("head_dim") is None and width % heads:
+            raise InputError(f"{where}: hidden_size ({width}) is not a multiple of num_attention_heads ({heads}), and "
+                             "there is no head_dim")
         config = cls(
             vocab_size=number("vocab_size", int),
-            hidden_size=number("hidden_size", int),
+            hidden_size=width,
             intermediate_size=number("intermediate_size", int),
             num_hidden_layers=number("num_hidden_layers", int),
             num_attention_heads=heads,
             num_key_value_heads=number("num_key_value_heads", int, heads),
-            head_dim=number("head_dim", int, max(1, number("hidden_size", int) // heads)),
+            head_dim=number("head_dim", int, width // heads),
             max_position_embeddings=number("max_position_embeddings", int),
             rms_norm_eps=number("rms_norm_eps", float, 1e-6),  # transformers' default where the key is missing
             rope_theta=number("rope_theta", float, 10_000.0, raw if "rope_theta" in raw else rope),  # likewise
@@ -477,7 +536,7 @@ def check_weights(directory: str | Path, config: LlamaConfig) -> dict[str, Path]
             there = set(file.keys())
             if keys is not None and there != keys:
                 odd = sorted(there ^ keys)[0]
-                raise InputError(f"{path}: key {odd} is in the {'index' if odd in keys else 'file'} alone")
+                raise InputError(f"{path}: key {shown(odd)} is in the {'index' if odd in keys else 'file'} alone")
             for key in there:
                 if not key.endswith("rotary_emb.inv_freq"):
                     found[key] = (path, tuple(file.get_slice(key).get_shape()), file.get_slice(key).get_dtype())
@@ -491,12 +550,12 @@ def check_weights(directory: str | Path, config: LlamaConfig) -> dict[str, Path]
             raise InputError(f"{directory}: key {key} is missing from {', '.join(p.name for p in list(files)[:4])}")
         path, found_shape, dtype = found[key]
         if found_shape != shape:
-            raise InputError(f"{path}: key {key} has shape {found_shape}, config.json wants {shape}")
+            raise InputError(f"{path}: key {key} has shape {shown(found_shape)}, config.json wants {shape}")
         if dtype not in FLOATS:
             raise InputError(f"{path}: key {key} is stored as {dtype}, wanted one of {', '.join(sorted(FLOATS))}")
     spare = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if extra := sorted(found.keys() - expected.keys() - spare):
-        raise InputError(f"{found[extra[0]][0]}: key {extra[0]} is not one of this model's ({len(extra)} such)")
+        raise InputError(f"{found[extra[0]][0]}: key {shown(extra[0])} is not one of this model's ({len(extra)} such)")
     return {key: path for key, (path, _, _) in found.items()}
 
 
@@ -506,7 +565,8 @@ def load_weights(model: Llama, directory: str | Path) -> None:
 
     Whole tensors, or, where a parameter is sharded (DTensor), this rank's own rows alone: no full copy anywhere, no
     broadcast. The stored dtype is converted to the parameter's. Raises InputError, naming file and key, for all that
-    `check_weights` refuses, and where a tied model's spare `lm_head.weight` differs from its embedding.
+    `check_weights` refuses, for a NaN or an infinity, and where a tied model's spare `lm_head.weight` differs from its
+    embedding.
     """
     places = check_weights(directory, model.config)
     parameters = dict(model.named_parameters())
@@ -515,6 +575,8 @@ def load_weights(model: Llama, directory: str | Path) -> None:
             for key in (key for key, place in places.items() if place == path and key in parameters):
                 local, rows = local_rows(parameters[key])
                 local.copy_(file.get_slice(key)[rows])
+                if not finite(local):
+                    raise InputError(f"{path}: key {key} holds a NaN or an infinity")
     if model.lm_head is None and "lm_head.weight" in places:
         local, rows = local_rows(parameters["model.embed_tokens.weight"])
         with _open(places["lm_head.weight"]) as file:
@@ -530,7 +592,8 @@ def save_model(model: Llama, directory: str | Path, *, dtype: torch.dtype = torc
 
     Weights in `dtype`, in files of at most 5 GB with an index where there are several; tokenizer and generation files
     are copied from `source`. Written to a directory aside, flushed, and renamed when whole: `directory` never holds
-    half a model. Rank 0 writes, and holds one file's tensors at a time. Raises InputError where `directory` exists.
+    half a model. Rank 0 writes, and holds one file's tensors at a time. Raises InputError where `directory` exists,
+    cannot be written, or would hold a NaN or an infinity.
     """
     directory = Path(directory)
     if directory.exists():
@@ -555,6 +618,8 @@ def save_model(model: Llama, directory: str | Path, *, dtype: torch.dtype = torc
         for key, parameter in parameters:
             tensor = parameter.detach().to(dtype)
             tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # a collective: on every rank
+            if not finite(tensor):  # found alike on every rank
+                raise InputError(f"{directory}: {key} holds a NaN or an infinity; not saved")
             if writer:
                 tensors[key] = tensor.cpu().contiguous()
         if writer:
@@ -605,6 +670,11 @@ def naming(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
+def finite(tensor: Tensor) -> bool:
+    """Whether every number of it is. aminmax passes NaN on, and makes no copy of the tensor's size."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
 def flush(path: Path) -> None:
     """Makes a written file, or a directory's entries, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -612,16 +682,6 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def read_json(path: Path):
-    """A parsed JSON file; InputError where it is missing or is not JSON."""
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; wanted a Hugging Face model directory") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
 
 
 def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
@@ -635,20 +695,25 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
         raise InputError(f"{index_path}: wanted a weight_map of key to file name")
     files: dict[Path, set[str] | None] = {}
     for key, name in weight_map.items():
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise InputError(f"{index_path}: key {key} lies in {name!r}, wanted a file name in the same directory")
+        # The name alone: the file may be a link to anywhere, as in Hugging Face's cache, which the user's own disk has.
+        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
+            raise InputError(f"{index_path}: key {shown(key)} lies in {shown(name)}, wanted the name of a .safetensors "
+                             "file in the same directory")
         files.setdefault(directory / name, set()).add(key)
     return files
 
 
 def _open(path: Path):
-    """safe_open, with errors that a user can act on."""
+    """safe_open, with errors that a user can act on. It checks what a header says of shapes, dtypes and offsets; here,
+    before it, what it would take silently (a key twice) or at length (a header of up to 100 MB)."""
+    start = read_start(path, 8 + JSON_BYTES, "a safetensors file")
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` or download the file")
+    length = int.from_bytes(start[:8], "little")
     try:
-        with open(path, "rb") as file:
-            if file.read(40).startswith(b"version https://git-lfs"):
-                raise InputError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` or download the file")
+        if length > JSON_BYTES:
+            raise ValueError(f"its header would have {length:,} bytes")
+        json.loads(start[8:8 + length], object_pairs_hook=unique)
         return safe_open(path, framework="pt")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; wanted a safetensors file") from None
-    except SafetensorError as error:
-        raise InputError(f"{path}: truncated or not a safetensors file ({error})") from None
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: truncated or not a safetensors file ({shown(str(error), 150)})") from None

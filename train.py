@@ -72,8 +72,8 @@ from torch.distributed.tensor import DTensor
 import asft
 from data import (Batch, ChatFormat, Pair, encode_preferences, pack, plan_step, read_preferences, resolve_max_tokens,
                   split_pairs)
-from model import (InputError, Llama, LlamaConfig, check_weights, expected_shapes, flush, load_weights, local_rows,
-                   naming, read_json, rows_of_rank, save_model)
+from model import (InputError, Llama, LlamaConfig, check_weights, expected_shapes, finite, flush, load_weights,
+                   local_rows, naming, read_json, rows_of_rank, save_model)
 
 # ------------------------------------------------------------------------------------------------------ configuration
 
@@ -278,7 +278,7 @@ def recorded_flags(given: dict) -> dict | None:
         raise InputError(f"{path}: No such file; --resume DIR wants the directory of a run")
     if not path.exists():
         return None
-    facts = read_json(path)
+    facts = read_json(path, "a run's config.json")
     flags = facts.get("flags") if isinstance(facts, dict) else None
     if not isinstance(flags, dict) or flags.keys() != Config.__dataclass_fields__.keys():
         raise InputError(f"{path}: wanted the config.json of a run of this version of train.py")
@@ -705,7 +705,7 @@ def trained_tensors(model: Llama, optimizer: torch.optim.AdamW) -> list[tuple[st
 
 def stop_unless_finite(tensors: list[tuple[str, Tensor]], step: int) -> None:
     """Raises StoppedError everywhere, naming the tensors that hold a value that is not a finite number."""
-    bad = together(lambda: [key for key, tensor in tensors if not local_rows(tensor)[0].isfinite().all()])
+    bad = together(lambda: [key for key, tensor in tensors if not finite(local_rows(tensor)[0])])
     if named := sorted({key for of_process in bad for key in of_process}):
         raise StoppedError(f"after step {step} {named[0]} is not finite ({len(named)} such tensors); not saved")
 
@@ -807,7 +807,7 @@ def newest_checkpoint(out: Path, log: "Log") -> tuple[Path | None, int]:
 
 def checked_step(path: Path) -> int:
     """The step of a checkpoint, of whose files each process checks its share. Raises InputError naming the damage."""
-    facts = read_json(path / "checkpoint.json")
+    facts = read_json(path / "checkpoint.json", "a whole checkpoint")
     if not isinstance(facts, dict) or facts.pop("checksum", None) != checksum(facts):
         raise InputError(f"{path / 'checkpoint.json'}: damaged (its checksum differs)")
     for name in sorted(facts["files"])[dist.get_rank()::dist.get_world_size()]:

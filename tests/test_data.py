@@ -37,6 +37,7 @@ PROSE = ["The user asks the assistant a question, and the system answers.\n\nYes
          "Hello there! How are you?\n\nI am well, thank you. 1,234.5 km"]
 ASSISTANT = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 GOOD = '{"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"}'
+REASONS = ["bad lines", "unequal prompts", "empty", "overlong", "identical", "kept"]
 QUICK = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -98,12 +99,6 @@ def apply_template(directory):
                                                   return_dict=False))
 
     return apply
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory) -> Path:
-    """A file that hypothesis may write again and again."""
-    return tmp_path_factory.mktemp("scratch") / "file.jsonl"
 
 
 def write(path: Path, *lines: dict | str | bytes, end: bytes = b"\n") -> Path:
@@ -814,81 +809,6 @@ def test_thousands_of_preferences_keep_file_order_and_progress_is_told_at_most_e
     texts = texts_of(pairs, raw)
     assert all(texts[i] == (said(("user", f"q{i}")), f"yes {i}<|eot_id|>", "no<|eot_id|>")
                for i in range(2105) if i != 1500)
-
-
-# ------------------------------------------------------------------------------------------------------- any input
-
-TEXT = st.text(st.characters(), max_size=20)  # lone surrogates too
-LOOK_ALIKE_PARTS = st.sampled_from([*CONTROL, "\n\nHuman:", "\n\nAssistant:", "\n\n", "user"])
-LOOK_ALIKE_TEXT = st.lists(st.text(max_size=8) | LOOK_ALIKE_PARTS, max_size=5).map("".join)
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
-JSON_VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6)
-CONTENT = LOOK_ALIKE_TEXT | SCALARS
-MESSAGES = st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]) | SCALARS, "content": CONTENT})
-    | st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt"]) | SCALARS, "value": CONTENT}), max_size=3)
-VALUES = LOOK_ALIKE_TEXT | MESSAGES | st.lists(st.integers(-2, 600), max_size=4) | JSON_VALUES
-KEYS = ["prompt", "chosen", "rejected", "conversations", "instruction", "input", "history", "system", "prompt_ids",
-        "chosen_ids", "rejected_ids"]
-RECORDS = (st.fixed_dictionaries({"chosen": VALUES, "rejected": VALUES},
-                                 optional={key: VALUES for key in KEYS if key not in ("chosen", "rejected")})
-           | st.dictionaries(st.sampled_from(KEYS) | TEXT, VALUES, max_size=5) | JSON_VALUES)
-REASONS = ["bad lines", "unequal prompts", "empty", "overlong", "identical", "kept"]
-
-
-@QUICK
-@given(st.lists(RECORDS, min_size=1, max_size=3), st.booleans(), st.integers(1, 60))
-def test_any_json_line_becomes_a_pair_a_counted_drop_or_a_complaint_with_file_and_line(
-        chat, raw, scratch, records, array, limit):
-    array |= isinstance(records[0], list)  # a file that begins with "[" is an array
-    lines = [json.dumps(record) for record in records]
-    scratch.write_text("[" + ",\n".join(lines) + "]" if array else "\n".join(lines))
-    try:
-        read_preferences(scratch)
-    except InputError as error:
-        *shown, total = str(error).split("\n")
-        assert total.startswith(f"{len(shown)} bad of {len(records)} records")
-        assert all(line.startswith(f"{scratch}:") and line.isprintable() for line in shown)
-    try:
-        pairs, counts = pairs_of(scratch, chat, limit, skip_bad_lines=True, vocab_size=raw.get_vocab_size())
-    except InputError as error:  # ids beyond the vocabulary
-        assert f"{scratch}:" in str(error) and "vocab_size" in str(error)
-        return
-    assert counts["read"] == len(records) == sum(counts[reason] for reason in REASONS) and counts["kept"] == len(pairs)
-    for pair in pairs:
-        assert min(len(pair.prompt), len(pair.chosen), len(pair.rejected)) > 0
-        assert len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= limit
-        assert pair.chosen.tolist() != pair.rejected.tolist()
-
-
-@QUICK
-@given(LOOK_ALIKE_TEXT, LOOK_ALIKE_TEXT, LOOK_ALIKE_TEXT)
-def test_any_texts_are_trained_on_exactly_unless_a_reply_is_empty_or_both_are_the_same(
-        chat, raw, scratch, prompt, chosen, rejected):
-    assume(not (prompt.startswith("\n\nHuman:") and prompt.rstrip().endswith("\n\nAssistant:")))  # an HH prompt
-    pairs, counts = pairs_of(write(scratch, {"prompt": prompt, "chosen": chosen, "rejected": rejected}), chat)
-    prompt, chosen, rejected = prompt.strip(), chosen.strip(), rejected.strip()
-    if not chosen or not rejected:
-        assert counts["empty"] == 1 and not pairs
-    elif chosen == rejected:
-        assert counts["identical"] == 1 and not pairs
-    else:
-        assert texts_of(pairs, raw) == [(said(("user", prompt)), chosen + "<|eot_id|>", rejected + "<|eot_id|>")]
-        control = [raw.token_to_id(name) for name in CONTROL]
-        [pair] = pairs
-        assert [np.isin(ids, control).sum() for ids in (pair.prompt, pair.chosen, pair.rejected)] == [6, 1, 1]
-
-
-@QUICK
-@given(st.binary(max_size=60) | st.binary(max_size=60).map(lambda tail: b"\x1f\x8b\x08\0\0\0\0\0\0\0" + tail)
-       | st.text(max_size=20).map(lambda text: gzip.compress(text.encode("utf-16"))))
-def test_any_bytes_are_preferences_or_a_complaint_naming_the_file(scratch, content):
-    scratch.write_bytes(content)
-    try:
-        assert read_preferences(scratch) == []  # 60 bytes of luck make no record
-    except InputError as error:
-        assert all(line.startswith((f"{scratch}:", "... and ")) for line in str(error).split("\n")[:-1] or [str(error)])
 
 
 # -------------------------------------------------------------------------------------------------------------- pack

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import asft
 import train
 from data import plan_step
-from model import Llama, load_model, save_model
+from model import Llama, load_model, load_weights, save_model
 
 LENGTHS = [(5, 7, 4), (9, 3, 8), (2, 12, 6), (7, 5, 5), (14, 2, 3), (3, 9, 1), (6, 6, 10), (4, 1, 2), (8, 11, 7),
            (1, 4, 9)]
@@ -379,17 +379,19 @@ def test_a_tied_model_trains_and_saves_its_embedding_once(tmp_path):
     assert load_model(tmp_path / "out/model").lm_head is None
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_pairs(start, tmp_path, capsys):
-    model = tiny_model(std=0.3)
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_pairs(start, tmp_path, capsys, monkeypatch):
     poisoned = int(random_pairs(LENGTHS)[6].prompt[0])
-    with torch.no_grad():
-        model.model["embed_tokens"].weight[poisoned] = math.nan
-    save_model(model, tmp_path / "model", dtype=torch.float32)
+
+    def load_poisoned(model, directory):  # a file with a NaN would be refused
+        load_weights(model, directory)
+        with torch.no_grad():
+            model.model["embed_tokens"].weight.to_local()[poisoned] = math.nan
+
+    monkeypatch.setattr(train, "load_weights", load_poisoned)
     named = [i for i, p in enumerate(random_pairs(LENGTHS), 1)
              if poisoned in np.concatenate([p.prompt, p.chosen[:-1], p.rejected[:-1]])]
     assert 1 <= len(named) < 10
-    arguments = flags(start, tmp_path / "out", "--model", tmp_path / "model", "--pairs-per-step", 10)
-    assert train.main([str(flag) for flag in arguments]) == 1
+    assert train.main([str(flag) for flag in flags(start, tmp_path / "out", "--pairs-per-step", 10)]) == 1
     complaint = capsys.readouterr().err
     assert "step 1: loss nan" in complaint and complaint.count("\n") == 1
     assert {int(line) for line in re.findall(r"pairs.jsonl:(\d+)", complaint)} == set(named)
