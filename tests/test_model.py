@@ -627,7 +627,8 @@ def test_of_bf16_logits_no_fp32_copy_beyond_a_chunk_ever_exists_and_one_tensor_i
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
-def test_where_no_gradient_is_wanted_the_head_holds_one_chunk_alone(wide_head, off):
+def test_where_no_gradient_is_wanted_the_head_holds_a_few_rows_alone(wide_head, off, monkeypatch):
+    monkeypatch.setattr(model, "MATMUL_ROWS", 4)
     hidden, weight, targets = wide_head
     with off(), Allocations() as allocations:
         target_logps(hidden.detach(), torch.nn.Parameter(weight.detach()), targets)
@@ -877,7 +878,7 @@ def test_a_save_that_fails_midway_leaves_no_model_and_can_be_tried_again(tmp_pat
 
     monkeypatch.setattr(model, "SHARD_BYTES", 10_000)
     monkeypatch.setattr(model, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match="model-00003-of-000.*No space left"):
         save_model(tiny_model(), tmp_path / "saved", dtype=torch.float32)
     assert len(written) == 2 and not (tmp_path / "saved").exists()
     # The next try has fewer shards: none of those that the first left behind may be among them.

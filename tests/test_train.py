@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import asft
 import train
 from data import plan_step
-from model import Llama, load_model, load_weights, save_model
+from model import Llama, load_model, load_weights, local_rows, save_model
 
 LENGTHS = [(5, 7, 4), (9, 3, 8), (2, 12, 6), (7, 5, 5), (14, 2, 3), (3, 9, 1), (6, 6, 10), (4, 1, 2), (8, 11, 7),
            (1, 4, 9)]
@@ -385,7 +385,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_pairs(start,
     def load_poisoned(model, directory):  # a file with a NaN would be refused
         load_weights(model, directory)
         with torch.no_grad():
-            model.model["embed_tokens"].weight.to_local()[poisoned] = math.nan
+            local_rows(model.model["embed_tokens"].weight)[0][poisoned] = math.nan
 
     monkeypatch.setattr(train, "load_weights", load_poisoned)
     named = [i for i, p in enumerate(random_pairs(LENGTHS), 1)
