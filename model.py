@@ -532,7 +532,7 @@ def check_weights(directory: str | Path, config: LlamaConfig) -> dict[str, Path]
     `rotary_emb.inv_freq` (old exports have it; it is derived) and the spare `lm_head.weight` of a tied model."""
     files, found = _weight_files(Path(directory)), {}
     for path, keys in files.items():
-        with _open(path) as file:
+        with open_safetensors(path) as file:
             there = set(file.keys())
             if keys is not None and there != keys:
                 odd = sorted(there ^ keys)[0]
@@ -571,7 +571,7 @@ def load_weights(model: Llama, directory: str | Path) -> None:
     places = check_weights(directory, model.config)
     parameters = dict(model.named_parameters())
     for path in dict.fromkeys(places.values()):
-        with _open(path) as file:
+        with open_safetensors(path) as file:
             for key in (key for key, place in places.items() if place == path and key in parameters):
                 local, rows = local_rows(parameters[key])
                 local.copy_(file.get_slice(key)[rows])
@@ -579,7 +579,7 @@ def load_weights(model: Llama, directory: str | Path) -> None:
                     raise InputError(f"{path}: key {key} holds a NaN or an infinity")
     if model.lm_head is None and "lm_head.weight" in places:
         local, rows = local_rows(parameters["model.embed_tokens.weight"])
-        with _open(places["lm_head.weight"]) as file:
+        with open_safetensors(places["lm_head.weight"]) as file:
             if not torch.equal(file.get_slice("lm_head.weight")[rows].to(local), local):
                 raise InputError(f"{places['lm_head.weight']}: lm_head.weight differs from model.embed_tokens.weight, "
                                  "but config.json says tie_word_embeddings")
@@ -703,7 +703,7 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-def _open(path: Path):
+def open_safetensors(path: Path):
     """safe_open, with errors that a user can act on. It checks what a header says of shapes, dtypes and offsets; here,
     before it, what it would take silently (a key twice) or at length (a header of up to 100 MB)."""
     start = read_start(path, 8 + JSON_BYTES, "a safetensors file")

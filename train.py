@@ -73,7 +73,7 @@ import asft
 from data import (Batch, ChatFormat, Pair, encode_preferences, pack, plan_step, read_preferences, resolve_max_tokens,
                   split_pairs)
 from model import (InputError, Llama, LlamaConfig, check_weights, expected_shapes, finite, flush, load_weights,
-                   local_rows, naming, read_json, rows_of_rank, save_model)
+                   local_rows, naming, open_safetensors, read_json, rows_of_rank, save_model, shown)
 
 # ------------------------------------------------------------------------------------------------------ configuration
 
@@ -449,21 +449,21 @@ def file_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_cache(cache: Path, key: str) -> Tensor | None:
+def read_cache(cache: Path, key: str, pairs: int) -> Tensor | None:
     """The reference log-probs in a --reference-cache; None where there is none yet. Raises InputError for a cache of
     another key, a file that is none, and a directory that cannot be written."""
     if not cache.exists():
         if not os.access(cache.parent, os.W_OK):
             raise InputError(f"--reference-cache {cache}: {cache.parent} is not a directory that can be written")
         return None
-    try:
-        with safetensors.safe_open(cache, "pt") as file:
-            if (found := (file.metadata() or {}).get("key")) == key:
-                return file.get_tensor("logps")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{cache}: not a cache of reference log-probs ({error})") from None
-    raise InputError(f"{cache}: made from other weights, pairs or precision (key {found}, wanted {key}); name another "
-                     "--reference-cache")
+    with open_safetensors(cache) as file:
+        found = (file.metadata() or {}).get("key")
+        if found != key:
+            raise InputError(f"{cache}: of other weights, pairs or precision (key {shown(found)}, wanted {key}); "
+                             "name another --reference-cache")
+        if set(file.keys()) != {"logps"} or file.get_slice("logps").get_shape() != [pairs, 2, 2]:
+            raise InputError(f"{cache}: not a cache of reference log-probs (wanted logps of shape {pairs}, 2, 2)")
+        return file.get_tensor("logps")
 
 
 def attach_reference(config: Config, mesh: DeviceMesh, model: Llama, parts: list[Data], key: str, logps: Tensor | None,
@@ -925,7 +925,7 @@ class Log:
 # -------------------------------------------------------------------------------------------------------------- the run
 
 
-def claim_out(config: Config, marks: dict[str, str]) -> tuple[Path, Tensor | None]:
+def claim_out(config: Config, marks: dict[str, str], pairs: int) -> tuple[Path, Tensor | None]:
     """For process 0: takes the run's directory, new, or of the run to go on with, whose fingerprint must be this one's;
     and what is cached of reference log-probs. Raises InputError; a directory is made only when nothing else is wrong.
     """
@@ -942,7 +942,7 @@ def claim_out(config: Config, marks: dict[str, str]) -> tuple[Path, Tensor | Non
                          "--resume")
     logps = None
     if config.loss_row.reference and config.reference == "precompute" and (facts or config.reference_cache):
-        logps = read_cache(reference_cache(config, out), cache_key(marks))
+        logps = read_cache(reference_cache(config, out), cache_key(marks), pairs)
     try:
         out.mkdir(parents=True, exist_ok=True)
         fcntl.lockf(os.open(out / ".lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it ends
@@ -979,7 +979,7 @@ def run(config: Config) -> None:
     parts, counts, chat = read_data(config, llama, mesh.device_type)
     data, held_out = parts[0], parts[1] if config.eval_data else None
     marks = on_first_process(lambda: fingerprint(config, mesh, parts))
-    out, logps = on_first_process(lambda: claim_out(config, marks))
+    out, logps = on_first_process(lambda: claim_out(config, marks, sum(len(part.pairs) for part in parts)))
     log, steps = Log(out, dist.get_rank() == 0), count_steps(config, data)
     if on_first_process((out / "model").exists):
         return log.say(f"{out} is finished: its model is {out / 'model'}")

@@ -156,7 +156,7 @@ def test_a_pickle_as_data_or_as_a_cache_of_reference_log_probs_does_not_run_and_
     (tmp_path / "cache").write_bytes(bomb)
     assert start(directory, tmp_path / "out", "--loss", "dpo", "--reference-cache", tmp_path / "cache") == 2
     error = capsys.readouterr().err
-    assert f"{tmp_path / 'cache'}: not a cache" in error and error.count("\n") == 1
+    assert f"{tmp_path / 'cache'}: truncated or not a safetensors file" in error and error.count("\n") == 1
     assert not (tmp_path / "sentinel").exists() and not (tmp_path / "out").exists()
 
 

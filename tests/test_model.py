@@ -212,7 +212,7 @@ def test_a_release_without_its_weights_is_refused_by_the_name_of_the_missing_fil
 @needs_real
 def test_a_git_lfs_pointer_in_place_of_a_released_shard_is_called_one():
     pointer = REAL / "configs" / "llama3.1-8b-instruct-finetune" / "model-00001-of-00002.safetensors"
-    message = refusal(model._open, pointer)
+    message = refusal(model.open_safetensors, pointer)
     assert str(pointer) in message and "Git LFS pointer" in message
 
 

@@ -15,6 +15,8 @@ import asft
 import train
 from data import plan_step
 from model import Llama, load_model, load_weights, local_rows, save_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 LENGTHS = [(5, 7, 4), (9, 3, 8), (2, 12, 6), (7, 5, 5), (14, 2, 3), (3, 9, 1), (6, 6, 10), (4, 1, 2), (8, 11, 7),
            (1, 4, 9)]
@@ -341,9 +343,14 @@ def test_a_reference_cache_is_used_again_and_refused_for_other_weights_or_pairs(
         assert train.main([str(flag) for flag in flags(start, tmp_path / "refused", *cache, *other)]) == 2
         assert "other weights, pairs or precision" in capsys.readouterr().err
         assert not (tmp_path / "refused").exists()
+    with safe_open(tmp_path / "cache.safetensors", "pt") as file:
+        metadata = file.metadata()
+    save_file({"logps": torch.zeros(3, 2, 2)}, tmp_path / "cache.safetensors", metadata=metadata)
+    assert train.main([str(flag) for flag in flags(start, tmp_path / "refused", *cache)]) == 2
+    assert "wanted logps of shape 10, 2, 2" in capsys.readouterr().err
     (tmp_path / "cache.safetensors").write_bytes(b"garbage")
     assert train.main([str(flag) for flag in flags(start, tmp_path / "refused", *cache)]) == 2
-    assert "not a cache" in capsys.readouterr().err
+    assert "not a safetensors file" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------ what comes out
