@@ -1,15 +1,22 @@
-"""Evaluates: the paper's figures.
+"""Evaluates: answers, likelihoods, the paper's figures.
 
+    python eval.py generate --model DIR --prompts FILE --out FILE        a model's answers; started again, it goes on
+    python eval.py likelihood --model DIR --data FILE --out DIR          how likely a model finds both sides of pairs
     python eval.py figures --out DIR                             Figure 1, which wants no run
     python eval.py figures --out DIR --runs RUN NAME=RUN ...     Figure 2 as well; each RUN is an --out of train.py
     python eval.py figures --help                                its flags; `python eval.py --help` lists the commands
 
 In reading order
+    place, share, append_row        one process and many: torchrun starts them, a locked file joins what they write
+    Request, generate               continuations of token ids, in ragged batches over a cache of keys and values
+    load_generator, answer_prompts  the command: prompts -> answers, a row each
     bt_surface ... log_gradient     equations 15 to 18 as pure functions
     Run, read_run                   what train.py left in a directory, checked
     draw_surfaces ... draw_costs    one picture each, and its caption
     figures                         the command: DIR/figure*.png and DIR/captions.md
     parse, main                     flags, and the exit code
+
+Under torchrun each process holds the whole model and takes its share of the rows.
 
 matplotlib draws, and is not needed for anything else: it is imported where it is used.
 
@@ -18,18 +25,331 @@ and has two panels more, in log-probabilities.
 """
 
 import argparse
+import contextlib
+import fcntl
+import hashlib
 import json
 import math
+import os
 import statistics
 import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import asft
-from model import InputError, read_json
+from data import ChatFormat, Prompt, read_prompts
+from model import Cache, InputError, Llama, LlamaConfig, check_weights, load_model, read_json
+
+# ---------------------------------------------------------------------------------------------- one process and many
+
+
+def place(device: str, precision: str) -> tuple[torch.device, torch.dtype]:
+    """Where this process computes and in which dtype: --device auto is this process's GPU where each process of this
+    machine has one, --precision auto is bf16 there and fp32 on a CPU. Raises InputError where there is no such GPU."""
+    devices, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda = devices >= wanted if device == "auto" else device == "cuda"
+    if cuda and devices < wanted:
+        raise InputError(f"--device cuda for {wanted} processes, but torch finds {devices} CUDA devices")
+    half = cuda if precision == "auto" else precision == "bf16"
+    here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    return here, torch.bfloat16 if half else torch.float32
+
+
+def share(items: list) -> list:
+    """The items of this process: every n-th under torchrun with n processes, all of them without."""
+    return items[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file of JSON lines, made if it is not there, that no other process holds meanwhile. What is written goes to its
+    end. A last line without its end is cut off: whoever wrote it was killed."""
+    try:
+        with open(path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            file.seek(0)
+            yield file
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+
+
+def append_row(path: str | Path, row: dict) -> None:
+    """Adds a row to a file of JSON lines, whole and at once, whatever other processes add to it."""
+    with locked(path) as file:
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+# --------------------------------------------------------------------------------------------------------- generation
+
+CACHE_TOKENS = 65_536  # 8 GiB for Llama-3-8B in bf16, at 128 KiB a token
+MAX_ROWS = 256  # of a batch: above, a step's logits take more memory than they save time
+PREFILL_TOKENS = 8192  # of prompts in one pass, which bounds its activations
+
+
+class Request(NamedTuple):
+    """A prompt to go on with."""
+
+    number: int  # of its row in its file: what is drawn depends on (seed, number, position in the answer) alone
+    prompt: list[int]  # token ids, BOS included
+    temperature: float = 0.0  # 0: the likeliest token, always
+    max_new_tokens: int = 512
+
+
+@dataclass
+class _Row:
+    """A request in the cache, and what it got so far."""
+
+    index: int
+    request: Request
+    new: list[int]
+    uniforms: np.ndarray  # one number in [0, 1) for each new token
+
+
+@torch.inference_mode()
+def generate(model: Llama, requests: list[Request], stop_ids: frozenset[int], *, top_p: float = 1.0, top_k: int = 0,
+             seed: int = 0, cache_tokens: int = CACHE_TOKENS) -> Iterator[tuple[int, list[int], str]]:
+    """Continues each request until it draws one of stop_ids or has max_new_tokens or as many as the model's context
+    takes. Yields (index into requests, new token ids without the stop token, "stop" or "length") as they finish.
+
+    A batch is as many rows as fit in a cache of cache_tokens tokens when each may grow to its full length (one at
+    least): longest first, so that rows of a batch are alike, and those that wait always fit in the place of one that
+    finished. A row's numbers depend on its neighbours by nothing but the rounding of matrix products, whose order of
+    summation differs with the number of rows.
+
+    top_p and top_k (0: off) as in `probabilities`. Two requests of equal number draw with the same random numbers.
+    """
+    context = model.config.max_position_embeddings
+
+    def full_length(i: int) -> int:
+        return min(len(requests[i].prompt) + requests[i].max_new_tokens, context)
+
+    roomy = [i for i in range(len(requests)) if full_length(i) > len(requests[i].prompt)]
+    for i in set(range(len(requests))) - set(roomy):
+        yield i, [], "length"
+    waiting = sorted(roomy, key=full_length)  # taken from the end
+    rows: list[_Row] = []  # row b of the cache is rows[b]'s
+    while waiting or rows:
+        if not rows:
+            cache, width = None, full_length(waiting[-1])  # the old one is freed before there is a new one
+            slots = max(1, min(len(waiting), cache_tokens // width, MAX_ROWS))
+            cache, filling = Cache(model, slots, width), True
+        # Refilled some rows at a time, since each time is a pass over the weights; and not with rows much shorter than
+        # the cache is wide, which wait for a narrower one.
+        filling, fresh = filling or 8 * len(rows) <= 7 * slots, []
+        while (filling and waiting and len(rows) + len(fresh) < slots and 2 * full_length(waiting[-1]) >= width
+               and sum(len(row.request.prompt) for row in fresh) < PREFILL_TOKENS):
+            index = waiting.pop()
+            rng = np.random.default_rng([seed, requests[index].number])
+            fresh.append(_Row(index, requests[index], [], rng.random(requests[index].max_new_tokens)))
+        filling = bool(fresh)
+
+        if fresh:
+            logits_BV = model.prefill([row.request.prompt for row in fresh], cache, len(rows))
+            rows += fresh
+        else:
+            lengths = [len(row.request.prompt) + len(row.new) - 1 for row in rows]
+            logits_BV = model.step([row.new[-1] for row in rows], lengths, cache)
+        first = len(rows) - len(logits_BV)  # the rows that were computed: the last ones
+        tokens = choose(logits_BV, [row.request.temperature for row in rows[first:]],
+                        [row.uniforms[len(row.new)] for row in rows[first:]], top_p, top_k)
+        for b in reversed(range(first, len(rows))):  # from the end: the last row takes the place of a finished one
+            row, stop = rows[b], tokens[b - first] in stop_ids
+            if not stop:
+                row.new.append(tokens[b - first])
+            if stop or len(row.request.prompt) + len(row.new) == full_length(row.index):
+                last = rows.pop()
+                if b < len(rows):
+                    rows[b] = last
+                    cache.move(len(rows), b)
+                yield row.index, row.new, "stop" if stop else "length"
+
+
+def choose(logits_BV: Tensor, temperatures: list[float], uniforms: list[float], top_p: float, top_k: int) -> list[int]:
+    """A token id for each row: the likeliest where its temperature is 0, else the one at the row's uniform number in
+    [0, 1) of the cumulated `probabilities`, which are summed in the vocabulary's order: a sum in order of probability
+    would jump where rounding swaps two tokens."""
+    best_B = logits_BV.argmax(-1)
+    if not any(temperatures):
+        return best_B.tolist()
+    temperature_B = torch.tensor(temperatures, device=best_B.device)
+    greedy_B = temperature_B == 0
+    total_BV = probabilities(logits_BV, temperature_B + greedy_B, top_p, top_k).double().cumsum(-1)
+    at_B1 = torch.tensor(uniforms, dtype=torch.float64, device=best_B.device)[:, None] * total_BV[:, -1:]
+    drawn_B = torch.searchsorted(total_BV, at_B1, right=True)[:, 0].clamp(max=total_BV.shape[-1] - 1)
+    return torch.where(greedy_B, best_B, drawn_B).tolist()
+
+
+def probabilities(logits_BV: Tensor, temperature_B: Tensor, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+    """What sampling draws from, at least fp32: the softmax at a temperature above 0, then its top_k likeliest tokens
+    (ties with the last one too; 0: all), then of these the fewest likeliest ones that together have top_p, each time
+    made to sum to 1 again. The order and the meaning are transformers' (TemperatureLogitsWarper, TopKLogitsWarper,
+    TopPLogitsWarper)."""
+    logits_BV = asft.at_least_fp32(logits_BV) / temperature_B[:, None]
+    if 0 < top_k < logits_BV.shape[-1]:
+        logits_BV = logits_BV.masked_fill(logits_BV < logits_BV.topk(top_k).values[:, -1:], -math.inf)
+    if top_p < 1:
+        sorted_BV, order_BV = logits_BV.sort(-1, descending=True)
+        sorted_BV = sorted_BV.softmax(-1)
+        beyond_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p  # those before a token have top_p already
+        logits_BV = logits_BV.masked_fill(beyond_BV.scatter(-1, order_BV, beyond_BV), -math.inf)
+    return logits_BV.softmax(-1)
+
+
+def load_generator(directory: str | Path, device: str = "auto",
+                   precision: str = "auto") -> tuple[Llama, ChatFormat, frozenset[int]]:
+    """A whole model on this process's device (see `place`), its chat format, and the ids at which an answer ends:
+    <|end_of_text|>, <|eot_id|>, <|eom_id|> where it exists, and what generation_config.json names. Raises InputError
+    for a directory that is no Hugging Face model with its tokenizer."""
+    here, dtype = place(device, precision)
+    chat = ChatFormat(directory)
+    path, more = Path(directory) / "generation_config.json", None
+    if path.exists():
+        config = read_json(path)
+        more = config.get("eos_token_id") if isinstance(config, dict) else config
+    more = [] if more is None else more if isinstance(more, list) else [more]
+    if not all(type(i) is int and i >= 0 for i in more):  # type(), since JSON's true is an int to isinstance
+        raise InputError(f"{path}: eos_token_id is {more!r}, wanted a token id or a list of them")
+    return load_model(directory, dtype, here).requires_grad_(False), chat, chat.stop_ids | set(more)
+
+
+def fingerprint(*paths: str | Path) -> str:
+    """A hash of what files hold, or of their absence, in this order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in map(Path, paths):
+        digest.update((path.stat().st_size if path.exists() else -1).to_bytes(8, "little", signed=True))
+        if path.exists():
+            with open(path, "rb") as file:
+                while block := file.read(1 << 24):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def read_rows(path: Path, file: IO[bytes]) -> list[dict]:
+    """The answers in a file that `locked` opened. Raises InputError, naming the line, for anything else."""
+    rows = []
+    for number, line in enumerate(file.read().split(b"\n")[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+            rows[-1]["index"] + 0
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path}:{number}: not an answer of this command: {line[:60]!r}") from None
+    return rows
+
+
+def claim_rows(out: Path, settings: dict) -> set[int]:
+    """The indexes of the answers in `out`, made under the same settings: OUT.json beside it holds them. Raises
+    InputError for answers made otherwise, naming the first setting that differs, and for a file of another origin."""
+    beside = Path(f"{out}.json")
+    with locked(out) as file:
+        rows = read_rows(out, file)
+        if not rows:
+            beside.write_text(json.dumps(settings, indent=2) + "\n")
+        elif not beside.exists():
+            raise InputError(f"--out {out}: {beside} is missing, which says how its rows were made; name another file")
+        found = read_json(beside)
+        found = found if isinstance(found, dict) else {}
+        for key, value in settings.items():
+            if found.get(key) != value:
+                raise InputError(f"--out {out} was made with {key} {found.get(key)}, not {value}; name another file")
+    return {row["index"] for row in rows}
+
+
+def order_rows(out: Path, count: int) -> list[dict] | None:
+    """Puts the answers in the order of their prompts, once all are there: for the process that wrote the last one."""
+    with locked(out) as file:
+        rows = read_rows(out, file)
+        if len(rows) < count:
+            return None
+        rows.sort(key=lambda row: row["index"])
+        aside = out.with_name(f".{out.name}.partial")
+        aside.write_bytes(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
+        aside.rename(out)
+    return rows
+
+
+def encode_prompts(prompts: list[Prompt], chat: ChatFormat, vocab_size: int) -> list[list[int]]:
+    """Token ids: of turns in the chat format, up to the header of the assistant's; of a plain text after BOS. Raises
+    InputError for ids that are not below vocab_size."""
+    texts = dict.fromkeys(text for p in prompts
+                          for text in ([p.prompt] if isinstance(p.prompt, str) else
+                                       [turn[1] for turn in p.prompt if isinstance(turn, tuple)]))
+    contents = dict(zip(texts, chat.encode(list(texts)), strict=True))
+    encoded = []
+    for p in prompts:
+        if isinstance(p.prompt, str):
+            ids = [chat.begin, *contents[p.prompt]]
+        else:
+            ids = chat.prompt(p.prompt, contents) if isinstance(p.prompt[0], tuple) else p.prompt
+        if max(ids) >= vocab_size:
+            raise InputError(f"{p.place}: token id {max(ids)} is not below the model's vocab_size {vocab_size}")
+        encoded.append(ids)
+    return encoded
+
+
+def answer_prompts(flags: argparse.Namespace) -> None:
+    """Writes the answers to --prompts as they come, and in the end in order; goes on where the same call stopped."""
+    for name, low, high in (("temperature", 0, math.inf), ("top_p", 1e-9, 1), ("top_k", 0, math.inf),
+                            ("seed", 0, math.inf), ("max_new_tokens", 1, math.inf), ("cache_tokens", 1, math.inf)):
+        if not low <= getattr(flags, name) <= high or getattr(flags, name) == math.inf:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(flags, name)}, wanted {low} or more"
+                             + f" and at most {high}" * (high < math.inf))
+    prompts, config, out = read_prompts(flags.prompts, flags.raw), LlamaConfig.load(flags.model), Path(flags.out)
+    files = [Path(flags.model) / name for name in ("config.json", "generation_config.json", "tokenizer.json")]
+    files += sorted(set(check_weights(flags.model, config).values()))
+    same = ("raw", "temperature", "top_p", "top_k", "seed", "max_new_tokens")
+    settings = {"model": fingerprint(*files), "prompts": fingerprint(flags.prompts),
+                "dtype": str(place(flags.device, flags.precision)[1]), **{name: getattr(flags, name) for name in same}}
+    done = claim_rows(out, settings)
+    model, chat, stop_ids = load_generator(flags.model, flags.device, flags.precision)
+    encoded = encode_prompts(prompts, chat, config.vocab_size)
+
+    def write(i: int, new: list[int], finish: str) -> None:
+        turns, reference = prompts[i].prompt, prompts[i].reference
+        if isinstance(turns[0], tuple):  # as it was asked, where that is one question
+            turns = turns[0][1] if len(turns) == 1 else [{"role": role, "content": text} for role, text in turns]
+        append_row(out, {"index": i, "prompt": turns, "prediction": chat.decode(new), "tokens": len(new),
+                         "finish": finish} | ({} if reference is None else {"reference": reference}))
+
+    mine, talks = [i for i in share(range(len(prompts))) if i not in done], os.environ.get("RANK", "0") == "0"
+    overlong = [i for i in mine if len(encoded[i]) >= config.max_position_embeddings]
+    for i in overlong:
+        write(i, [], "overlong")
+    mine = sorted(set(mine) - set(overlong))
+    if talks:
+        print(f"{flags.model}: {len(prompts):,} prompts, {len(done):,} of them answered before", flush=True)
+    requests = [Request(i, encoded[i], flags.temperature, flags.max_new_tokens) for i in mine]
+    started = said = time.monotonic()
+    tokens = 0
+    answers = generate(model, requests, stop_ids, top_p=flags.top_p, top_k=flags.top_k, seed=flags.seed,
+                       cache_tokens=flags.cache_tokens)
+    for count, (k, new, finish) in enumerate(answers, 1):
+        write(mine[k], new, finish)
+        tokens += len(new) + (finish == "stop")
+        now = time.monotonic()
+        if talks and (count == len(mine) or now - said > 5):
+            said = now
+            print(f"{count:,} of this process's {len(mine):,} answers, {tokens:,} tokens, "
+                  f"{tokens / (now - started):,.0f} tokens/s", flush=True)
+    if rows := order_rows(out, len(prompts)):
+        count = Counter(row["finish"] for row in rows)
+        mean = sum(row["tokens"] for row in rows) / len(rows)
+        print(f"{out}: {len(rows):,} rows, {mean:,.1f} tokens on average; {count['stop']:,} ended by a stop token, "
+              f"{count['length']:,} by --max-new-tokens or the context, {count['overlong']:,} not answered since their "
+              f"prompt takes all {config.max_position_embeddings:,} tokens of the context", flush=True)
+
 
 # ----------------------------------------------------------------------------------------------- equations 15 to 18
 
@@ -257,6 +577,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    command = commands.add_parser("generate", help="a model's answers to prompts", allow_abbrev=False)
+    command.set_defaults(command=answer_prompts)
+    command.add_argument("--model", required=True, metavar="DIR", help="Hugging Face directory of a Llama")
+    command.add_argument("--prompts", required=True, metavar="FILE", help="JSONL of prompts (formats: README)")
+    command.add_argument("--out", required=True, metavar="FILE", help="JSONL of answers; FILE.json beside it says how "
+                         "they were made. The same call goes on where it was interrupted")
+    command.add_argument("--raw", action="store_true", help="go on with each prompt as plain text, after BOS, without "
+                         "the chat format")
+    command.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token, always [0]")
+    command.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest likeliest tokens that together "
+                         "have this probability [1: all]")
+    command.add_argument("--top-k", type=int, default=0, help="draw from so many likeliest tokens [0: all]")
+    command.add_argument("--seed", type=int, default=0, help="of what is drawn [0]")
+    command.add_argument("--max-new-tokens", type=int, default=512, help="of an answer [512]")
+    command.add_argument("--cache-tokens", type=int, default=CACHE_TOKENS, help="tokens of all rows of a batch "
+                         f"together: bounds memory, the answers stay the same [{CACHE_TOKENS}]")
+    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="cuda where there is one "
+                         "for each process")
+    command.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of weights and cache: "
+                         "bf16 on CUDA, fp32 on a CPU")
+
     command = commands.add_parser("figures", help="the paper's figures, as PNG", allow_abbrev=False)
     command.set_defaults(command=figures)
     command.add_argument("--out", required=True, metavar="DIR", help="directory of the pictures and captions.md")
@@ -274,6 +615,8 @@ def main(arguments: list[str] | None = None) -> int:
         flags.command(flags)
         return 0
     except InputError as error:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(10)  # most mistakes are found by all: when process 0 has said so, torchrun ends the others
         print(f"eval.py: {error}", file=sys.stderr, flush=True)
         return 2
 
