@@ -10,6 +10,8 @@ In reading order
     place, share, append_row        one process and many: torchrun starts them, a locked file joins what they write
     Request, generate               continuations of token ids, in ragged batches over a cache of keys and values
     load_generator, answer_prompts  the command: prompts -> answers, a row each
+    pair_logps, pair_rows           log-probs of both sides of preference pairs
+    summarise, likelihood           the command: means with intervals, of one model or of two on the same pairs
     bt_surface ... log_gradient     equations 15 to 18 as pure functions
     Run, read_run                   what train.py left in a directory, checked
     draw_surfaces ... draw_costs    one picture each, and its caption
@@ -40,12 +42,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
+# OpenMP threads that wait spin by default, which makes a busy CPU many times slower; as in train.py.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import asft
-from data import ChatFormat, Prompt, read_prompts
+from data import (ChatFormat, Pair, Prompt, encode_preferences, pack, read_preferences, read_prompts,
+                  resolve_max_tokens, split_pairs)
 from model import Cache, InputError, Llama, LlamaConfig, check_weights, load_model, read_json
 
 # ---------------------------------------------------------------------------------------------- one process and many
@@ -222,7 +229,9 @@ def load_generator(directory: str | Path, device: str = "auto",
     more = [] if more is None else more if isinstance(more, list) else [more]
     if not all(type(i) is int and i >= 0 for i in more):  # type(), since JSON's true is an int to isinstance
         raise InputError(f"{path}: eos_token_id is {more!r}, wanted a token id or a list of them")
-    return load_model(directory, dtype, here).requires_grad_(False), chat, chat.stop_ids | set(more)
+    model = load_model(directory, dtype, here).requires_grad_(False)
+    model.pack_linears()
+    return model, chat, chat.stop_ids | set(more)
 
 
 def fingerprint(*paths: str | Path) -> str:
@@ -347,8 +356,144 @@ def answer_prompts(flags: argparse.Namespace) -> None:
         count = Counter(row["finish"] for row in rows)
         mean = sum(row["tokens"] for row in rows) / len(rows)
         print(f"{out}: {len(rows):,} rows, {mean:,.1f} tokens on average; {count['stop']:,} ended by a stop token, "
-              f"{count['length']:,} by --max-new-tokens or the context, {count['overlong']:,} not answered since their "
+              f"{count['length']:,} by --max-new-tokens or the context; {count['overlong']:,} left unanswered, whose "
               f"prompt takes all {config.max_position_embeddings:,} tokens of the context", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------- likelihood
+
+RESAMPLES = 1000  # of the bootstrap: its 95% limits are then good to about a tenth of their distance
+
+
+def encode_pairs(flags: argparse.Namespace, directory: str, max_tokens: int) -> tuple[list[Pair], Counter]:
+    """The pairs of --data under a model's tokenizer, as train.py reads them, and what was dropped."""
+    counts = Counter()
+    preferences = read_preferences(flags.data, counts, flags.skip_bad_lines)
+    chat = ChatFormat(directory) if any(isinstance(p.chosen, str) for p in preferences) else None
+    vocab_size = LlamaConfig.load(directory).vocab_size
+    pairs = encode_preferences(preferences, chat, max_tokens, flags.overlong, counts, vocab_size)
+    if not pairs:
+        raise InputError(f"{flags.data}: no pair left to use ({dict(counts)})")
+    return pairs, counts
+
+
+@torch.no_grad()
+def pair_logps(model: Llama, pairs: list[Pair], max_tokens_per_gpu: int, device: torch.device) -> np.ndarray:
+    """Log-probs of shape (pairs, 2, 2), float64, in nats: [pair, chosen or rejected, mean or sum]; all of them in
+    every process. Pairs are put into micro-batches as if there were one process, and these are shared, so that the numbers do not
+    depend on how many there are. Raises InputError where a pair alone is over max_tokens_per_gpu."""
+    sizes = np.array([pair.packed_tokens() for pair in pairs])
+    logps = torch.zeros(len(pairs), 2, 2, dtype=torch.float64)
+    for indexes in share(split_pairs(np.arange(len(pairs)), sizes, 1, max_tokens_per_gpu)[0]):
+        batch = pack([pairs[i] for i in indexes]).to(device)
+        logps[indexes] = torch.stack(model(batch), -1).unflatten(0, (-1, 2)).double().cpu()
+    if dist.is_initialized():
+        dist.all_reduce(logps)
+    return logps.numpy()
+
+
+def pair_rows(pairs: list[Pair], logps: np.ndarray) -> list[dict]:
+    """What is written of each pair. margin is l_w - l_l, in nats per token; accuracy is 1 where that is above 0."""
+    rows = []
+    for pair, ((mean_w, sum_w), (mean_l, sum_l)) in zip(pairs, logps.tolist(), strict=True):
+        rows.append({"place": pair.place, "tokens_w": len(pair.chosen), "tokens_l": len(pair.rejected),
+                     "logp_w": mean_w, "logp_l": mean_l, "sum_logp_w": sum_w, "sum_logp_l": sum_l,
+                     "margin": mean_w - mean_l, "accuracy": float(mean_w > mean_l)})
+    return rows
+
+
+# What each line of the table is, in the order of the rows' columns.
+MEASURES = {
+    "logp_w": "mean token log-prob of the chosen response, nats; mean over pairs",
+    "logp_l": "of the rejected one",
+    "sum_logp_w": "summed log-prob of the chosen response, nats; mean over pairs",
+    "sum_logp_l": "of the rejected one",
+    "margin": "logp_w - logp_l, mean over pairs",
+    "accuracy": "share of pairs with a margin above 0",
+    "perplexity_w": "exp(-nats of all chosen responses / their tokens): a long response weighs more"}
+
+
+def measures(columns_PC: np.ndarray, weight_P: np.ndarray) -> np.ndarray:
+    """MEASURES over pairs that count weight_P times each. Columns: MEASURES without its last, tokens_w."""
+    mean_C = weight_P @ columns_PC / weight_P.sum()
+    return np.append(mean_C[:-1], np.exp(-mean_C[2] / mean_C[-1]))
+
+
+def summarise(rows: list[dict], other: list[dict] | None = None, seed: int = 0) -> list[dict]:
+    """The measures of one model; of two on the same pairs, both and the differences (the first's less the other's).
+
+    Each measure is {"value", "low", "high"}: the limits are the 2.5% and 97.5% quantiles over RESAMPLES resamples of the
+    pairs, drawn with replacement, the same for both models, so that a difference's interval is that of paired data.
+    """
+    names = [*list(MEASURES)[:-1], "tokens_w"]
+    of_models = [np.array([[row[name] for name in names] for row in part]) for part in (rows, other) if part]
+    rng, n, found = np.random.Generator(np.random.PCG64(seed)), len(rows), []
+    for i in range(RESAMPLES + 1):
+        weight_P = np.bincount(rng.integers(n, size=n), minlength=n) if i else np.ones(n)
+        of_each = [measures(columns_PC, weight_P) for columns_PC in of_models]
+        found.append(of_each + [of_each[0] - of_each[-1]] * (len(of_each) - 1))
+    value, resampled = np.array(found[0]), np.array(found[1:])
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+    return [{name: {"value": value[k, j], "low": low[k, j], "high": high[k, j]} for j, name in enumerate(MEASURES)}
+            for k in range(len(value))]
+
+
+def likelihood(flags: argparse.Namespace) -> None:
+    """Writes OUT/pairs.jsonl (and pairs-compare.jsonl) and OUT/summary.json, and prints the summary."""
+    if flags.max_tokens_per_gpu < 1 or flags.seed < 0 or (flags.max_tokens is not None and flags.max_tokens < 2):
+        raise InputError("wanted --max-tokens-per-gpu of at least 1, --max-tokens of at least 2, --seed of at least 0; "
+                         f"found {flags.max_tokens_per_gpu}, {flags.max_tokens} and {flags.seed}")
+    directories = [flags.model] + [flags.compare] * (flags.compare is not None)
+    out, single = Path(flags.out), flags.out.endswith(".jsonl")
+    first = out if single else out / "pairs.jsonl"
+    paths = [first, first.with_name(f"{first.stem}-compare.jsonl")]
+    summary_path = out.with_suffix(".json") if single else out / "summary.json"
+    talks = os.environ.get("RANK", "0") == "0"
+    for path in [*paths, summary_path]:
+        if talks and path.exists():
+            raise InputError(f"--out: {path} exists; name another")
+    configs = [LlamaConfig.load(directory) for directory in directories]
+    max_tokens = min(resolve_max_tokens(flags.max_tokens, config) for config in configs)
+    (pairs, counts), *others = [encode_pairs(flags, directory, max_tokens) for directory in directories]
+    for directory, (of_other, _) in zip(directories[1:], others, strict=True):
+        for pair, same in zip(pairs, of_other, strict=False):
+            sides = ((pair.prompt, same.prompt), (pair.chosen, same.chosen), (pair.rejected, same.rejected))
+            if not all(np.array_equal(*side) for side in sides):
+                raise InputError(f"--compare {directory}: its tokenizer gives other ids than {flags.model}'s, first for "
+                                 f"{pair.place}; log-probs of other tokens do not compare")
+
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    device, dtype = place(flags.device, flags.precision)
+    of_models = []
+    for directory in directories:  # one after the other, each freed before the next
+        model = load_model(directory, dtype, device).requires_grad_(False)
+        of_models.append(pair_rows(pairs, pair_logps(model, pairs, flags.max_tokens_per_gpu, device)))
+        del model
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if not talks:
+        return
+    found = summarise(*of_models, seed=flags.seed)
+    facts = {"model": flags.model, "compare": flags.compare, "data": flags.data, "counts": counts, "pairs": len(pairs),
+             "tokens_w": sum(len(pair.chosen) for pair in pairs), "tokens_l": sum(len(pair.rejected) for pair in pairs),
+             "max_tokens": max_tokens, "dtype": str(dtype), "seed": flags.seed, "resamples": RESAMPLES,
+             **dict(zip(("measures", "compare_measures", "difference"), found, strict=False))}
+    try:
+        summary_path.parent.mkdir(parents=True, exist_ok=True)
+        for path, rows in zip(paths, of_models, strict=False):
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        summary_path.write_text(json.dumps(facts, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}") from None
+    print(f"{flags.data}: {len(pairs):,} pairs of {counts['read']:,} read; {facts['tokens_w']:,} chosen and "
+          f"{facts['tokens_l']:,} rejected tokens\n")
+    heads = [flags.model, flags.compare, "difference"][:len(found)]
+    width = max(30, *map(len, heads))
+    print(" " * 14 + "".join(f"{head:<{width + 2}}" for head in heads) + "[95% of resampled pairs]")
+    for name, text in MEASURES.items():
+        cells = ("{value:+.4f} [{low:+.4f}, {high:+.4f}]".format(**of[name]) for of in found)
+        print(f"{name:<14}" + "".join(f"{cell:<{width + 2}}" for cell in cells) + text)
 
 
 # ----------------------------------------------------------------------------------------------- equations 15 to 18
@@ -596,6 +741,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="cuda where there is one "
                          "for each process")
     command.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of weights and cache: "
+                         "bf16 on CUDA, fp32 on a CPU")
+
+    command = commands.add_parser("likelihood", help="log-probs of preference pairs", allow_abbrev=False)
+    command.set_defaults(command=likelihood)
+    command.add_argument("--model", required=True, metavar="DIR", help="Hugging Face directory of a Llama")
+    command.add_argument("--compare", metavar="DIR", help="a second model, on the same pairs")
+    command.add_argument("--data", required=True, metavar="FILE", help="preference pairs (formats: README)")
+    command.add_argument("--out", required=True, metavar="OUT", help="a directory, for pairs.jsonl and summary.json; or "
+                         "NAME.jsonl, with NAME.json beside it")
+    command.add_argument("--max-tokens", type=int, help="as in train.py [2048, or what the model takes if less]")
+    command.add_argument("--overlong", default="truncate", choices=("truncate", "drop"), help="as in train.py")
+    command.add_argument("--skip-bad-lines", action="store_true", help="as in train.py")
+    command.add_argument("--max-tokens-per-gpu", type=int, default=8192, help="as in train.py [8192]")
+    command.add_argument("--seed", type=int, default=0, help="of the bootstrap [0]")
+    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="cuda where there is one "
+                         "for each process")
+    command.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of all weights: "
                          "bf16 on CUDA, fp32 on a CPU")
 
     command = commands.add_parser("figures", help="the paper's figures, as PNG", allow_abbrev=False)
