@@ -380,8 +380,8 @@ def encode_pairs(flags: argparse.Namespace, directory: str, max_tokens: int) -> 
 @torch.no_grad()
 def pair_logps(model: Llama, pairs: list[Pair], max_tokens_per_gpu: int, device: torch.device) -> np.ndarray:
     """Log-probs of shape (pairs, 2, 2), float64, in nats: [pair, chosen or rejected, mean or sum]; all of them in
-    every process. Pairs are put into micro-batches as if there were one process, and these are shared, so that the numbers do not
-    depend on how many there are. Raises InputError where a pair alone is over max_tokens_per_gpu."""
+    every process. Pairs are put into micro-batches as if there were one process, and these are shared, so that the
+    numbers do not depend on how many there are. Raises InputError where a pair alone is over max_tokens_per_gpu."""
     sizes = np.array([pair.packed_tokens() for pair in pairs])
     logps = torch.zeros(len(pairs), 2, 2, dtype=torch.float64)
     for indexes in share(split_pairs(np.arange(len(pairs)), sizes, 1, max_tokens_per_gpu)[0]):
@@ -422,8 +422,8 @@ def measures(columns_PC: np.ndarray, weight_P: np.ndarray) -> np.ndarray:
 def summarise(rows: list[dict], other: list[dict] | None = None, seed: int = 0) -> list[dict]:
     """The measures of one model; of two on the same pairs, both and the differences (the first's less the other's).
 
-    Each measure is {"value", "low", "high"}: the limits are the 2.5% and 97.5% quantiles over RESAMPLES resamples of the
-    pairs, drawn with replacement, the same for both models, so that a difference's interval is that of paired data.
+    Each measure is {"value", "low", "high"}: the limits are the 2.5% and 97.5% quantiles over RESAMPLES resamples of
+    the pairs, drawn with replacement, the same for both models, so that a difference's interval is that of paired data.
     """
     names = [*list(MEASURES)[:-1], "tokens_w"]
     of_models = [np.array([[row[name] for name in names] for row in part]) for part in (rows, other) if part]
@@ -459,8 +459,8 @@ def likelihood(flags: argparse.Namespace) -> None:
         for pair, same in zip(pairs, of_other, strict=False):
             sides = ((pair.prompt, same.prompt), (pair.chosen, same.chosen), (pair.rejected, same.rejected))
             if not all(np.array_equal(*side) for side in sides):
-                raise InputError(f"--compare {directory}: its tokenizer gives other ids than {flags.model}'s, first for "
-                                 f"{pair.place}; log-probs of other tokens do not compare")
+                raise InputError(f"--compare {directory}: its tokenizer gives other ids than {flags.model}'s, first "
+                                 f"for {pair.place}; log-probs of other tokens do not compare")
 
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
@@ -748,8 +748,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--model", required=True, metavar="DIR", help="Hugging Face directory of a Llama")
     command.add_argument("--compare", metavar="DIR", help="a second model, on the same pairs")
     command.add_argument("--data", required=True, metavar="FILE", help="preference pairs (formats: README)")
-    command.add_argument("--out", required=True, metavar="OUT", help="a directory, for pairs.jsonl and summary.json; or "
-                         "NAME.jsonl, with NAME.json beside it")
+    command.add_argument("--out", required=True, metavar="OUT", help="a directory, for pairs.jsonl and summary.json, "
+                         "or NAME.jsonl, with NAME.json beside it")
     command.add_argument("--max-tokens", type=int, help="as in train.py [2048, or what the model takes if less]")
     command.add_argument("--overlong", default="truncate", choices=("truncate", "drop"), help="as in train.py")
     command.add_argument("--skip-bad-lines", action="store_true", help="as in train.py")

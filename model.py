@@ -487,14 +487,15 @@ class Llama(nn.Module):
         past = cache.past(torch.arange(len(tokens), device=device), position_B, mask_BN[:, None, None])
         return self._head(self._hidden(tokens_B, position_B, None, past))
 
-    def pack_linears(self) -> None:
-        """Makes every linear layer a PackedLinear where that is possible: for generation alone, on a CPU."""
+    def pack_linears(self, least: int = 2**18) -> None:
+        """Makes each linear layer of at least so many weights a PackedLinear: for generation in fp32 on a CPU. Does
+        nothing elsewhere. Small ones would lose more by oneDNN's longer calls than they win."""
         weight = self.model["embed_tokens"].weight
         if weight.dtype != torch.float32 or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
             return
         for module in list(self.modules()):
             for name, child in module.named_children():
-                if isinstance(child, nn.Linear):
+                if isinstance(child, nn.Linear) and child.weight.numel() >= least:
                     setattr(module, name, PackedLinear(child))
 
     def _hidden(self, tokens_T: Tensor, positions_T: Tensor, segments: Segments | None,
