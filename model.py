@@ -240,6 +240,11 @@ def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- cache
 
 
+# Rows of a step whose attention is one call, as long as their longest: on a CPU reading what is masked costs more than
+# calls do. On a GPU all rows are one.
+ROWS_AT_ONCE = 8
+
+
 class Past(NamedTuple):
     """One layer of a Cache, and where in it the tokens of the pass in progress belong."""
 
@@ -247,7 +252,7 @@ class Past(NamedTuple):
     v_BGNK: Tensor
     row_T: Tensor  # int64: the cache row of each token
     position_T: Tensor  # int64: its position in that row's sequence
-    mask_B11N: Tensor | None  # added to the scores of a step: 0 where a row has a token, -inf where it has none yet
+    masks: list[tuple[slice, Tensor]]  # for a step: rows, and what is added to their scores, (rows, 1, 1, keys)
 
     def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments | None) -> Tensor:
         """`attention`, the keys and values kept. Without segments T is B, one new token for each row, which attends to
@@ -256,11 +261,13 @@ class Past(NamedTuple):
         self.v_BGNK[self.row_T, :, self.position_T] = v_TGK
         if segments is not None:
             return attention(q_THK, k_TGK, v_TGK, segments)
-        rows, longest = len(q_THK), self.mask_B11N.shape[-1]
-        k_BGNK, v_BGNK = self.k_BGNK[:rows, :, :longest], self.v_BGNK[:rows, :, :longest]
         # The query heads that share a key head stand where SDPA expects tokens: no key is copied for them.
-        q_BGHK = q_THK.unflatten(1, (k_BGNK.shape[1], -1))
-        return F.scaled_dot_product_attention(q_BGHK, k_BGNK, v_BGNK, attn_mask=self.mask_B11N).flatten(1, 2)
+        q_BGHK = q_THK.unflatten(1, (self.k_BGNK.shape[1], -1))
+        outputs = []
+        for rows, mask in self.masks:
+            k, v = (x_BGNK[rows, :, :mask.shape[-1]] for x_BGNK in (self.k_BGNK, self.v_BGNK))
+            outputs.append(F.scaled_dot_product_attention(q_BGHK[rows], k, v, attn_mask=mask))
+        return torch.cat(outputs).flatten(1, 2)
 
 
 class Cache:
@@ -274,9 +281,9 @@ class Cache:
         self.layers = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.k_and_v = [tuple(layer) for layer in self.layers]  # views, made once
 
-    def past(self, row_T: Tensor, position_T: Tensor, mask_B11N: Tensor | None = None) -> list[Past]:
+    def past(self, row_T: Tensor, position_T: Tensor, masks: list[tuple[slice, Tensor]]) -> list[Past]:
         """What each block takes in one pass."""
-        return [Past(k_BGNK, v_BGNK, row_T, position_T, mask_B11N) for k_BGNK, v_BGNK in self.k_and_v]
+        return [Past(k_BGNK, v_BGNK, row_T, position_T, masks) for k_BGNK, v_BGNK in self.k_and_v]
 
     def move(self, source: int, target: int) -> None:
         """Puts a row in the place of another."""
@@ -474,17 +481,20 @@ class Llama(nn.Module):
         row_T = torch.repeat_interleave(torch.arange(row, row + len(prompts)), lengths).to(device)
         tokens_T = torch.tensor([token for prompt in prompts for token in prompt], device=device)
         segments = Segments(starts, starts, None, int(lengths.max()))
-        hidden_TD = self._hidden(tokens_T, position_T, segments, cache.past(row_T, position_T))
+        hidden_TD = self._hidden(tokens_T, position_T, segments, cache.past(row_T, position_T, []))
         return self._head(hidden_TD.index_select(0, ends[1:].to(device) - 1))
 
     def step(self, tokens: list[int], lengths: list[int], cache: Cache) -> Tensor:
         """Logits (B, V) of the next token of the cache's first B rows, once row b, which holds lengths[b] tokens, has
         got tokens[b] as well."""
-        device, longest = cache.layers.device, max(lengths) + 1
+        device, rows = cache.layers.device, len(tokens)
         tokens_B, position_B = torch.tensor([tokens, lengths], device=device)
-        beyond_BN = torch.arange(longest, device=device) > position_B[:, None]
+        beyond_BN = torch.arange(max(lengths) + 1, device=device) > position_B[:, None]
         mask_BN = cache.layers.new_zeros(beyond_BN.shape).masked_fill(beyond_BN, -math.inf)
-        past = cache.past(torch.arange(len(tokens), device=device), position_B, mask_BN[:, None, None])
+        at_once = rows if device.type == "cuda" else ROWS_AT_ONCE
+        parts = [slice(i, min(i + at_once, rows)) for i in range(0, rows, at_once)]
+        masks = [(part, mask_BN[part, None, None, :max(lengths[part]) + 1]) for part in parts]
+        past = cache.past(torch.arange(rows, device=device), position_B, masks)
         return self._head(self._hidden(tokens_B, position_B, None, past))
 
     def pack_linears(self, least: int = 2**18) -> None:
