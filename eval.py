@@ -1,5 +1,7 @@
-"""Evaluates: BLEU and ROUGE of answers; MT-Bench and Arena-Hard; the paper's tables and figures.
+"""Evaluates: answers, likelihoods, BLEU and ROUGE, MT-Bench and Arena-Hard; the paper's tables and figures.
 
+    python eval.py generate --model DIR --prompts FILE --out FILE        a model's answers; started again, it goes on
+    python eval.py likelihood --model DIR --data FILE --out DIR          how likely a model finds both sides of pairs
     python eval.py score --predictions FILE --json OUT           BLEU-4 and ROUGE of predictions against references
     python eval.py mt-bench answer --model DIR --questions question.jsonl --out ANSWERS          two turns each
     python eval.py mt-bench judge --answers ANSWERS --endpoint URL --judge-model NAME --out JUDGMENTS ...
@@ -11,8 +13,13 @@
     python eval.py figures --help                                its flags; `python eval.py --help` lists the commands
 
 In reading order
+    place, share, append_row        one process and many: torchrun starts them, a locked file joins what they write
+    Request, generate               continuations of token ids, in ragged batches over a cache of keys and values
+    load_generator, answer_prompts  the command: prompts -> answers, a row each
+    pair_logps, pair_rows           log-probs of both sides of preference pairs
+    summarise, likelihood           the command: means with intervals, of one model or of two on the same pairs
     tokens_13a ... bleu4_lf         BLEU-4 and ROUGE, conventional and as LLaMA-Factory computes them
-    score_rows, read_rows, score    the command: a table, and OUT
+    score_rows, read_predictions, score    the command: a table, and OUT
     answer                          a benchmark's questions to a model's answers
     Judge, open_judge, ask          one request to a judge, tried until it is answered, every reply kept
     judge_all                       many, several at once; judge_mt_bench and judge_arena_hard say which
@@ -24,6 +31,8 @@ In reading order
     figures                         the command: DIR/figure*.png and DIR/captions.md
     parse, main                     flags, and the exit code
 
+Under torchrun each process holds the whole model and takes its share of the rows.
+
 The benchmarks' questions, prompts and baseline answers are their own files; answers and judgments are written in the
 forms of FastChat and Arena-Hard v0.1, whose tools read them.
 
@@ -34,7 +43,9 @@ and has two panels more, in log-probabilities.
 """
 
 import argparse
+import contextlib
 import email.utils
+import fcntl
 import functools
 import hashlib
 import http.client
@@ -53,15 +64,463 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
+
+# OpenMP threads that wait spin by default, which makes a busy CPU many times slower; as in train.py.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import asft
-from model import InputError, read_json
+from data import (ChatFormat, Pair, Prompt, encode_preferences, pack, read_preferences, read_prompts,
+                  resolve_max_tokens, split_pairs)
+from model import Cache, InputError, Llama, LlamaConfig, check_weights, load_model, read_json
+
+# ---------------------------------------------------------------------------------------------- one process and many
+
+
+def place(device: str, precision: str) -> tuple[torch.device, torch.dtype]:
+    """Where this process computes and in which dtype: --device auto is this process's GPU where each process of this
+    machine has one, --precision auto is bf16 there and fp32 on a CPU. Raises InputError where there is no such GPU."""
+    devices, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda = devices >= wanted if device == "auto" else device == "cuda"
+    if cuda and devices < wanted:
+        raise InputError(f"--device cuda for {wanted} processes, but torch finds {devices} CUDA devices")
+    half = cuda if precision == "auto" else precision == "bf16"
+    here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    return here, torch.bfloat16 if half else torch.float32
+
+
+def share(items: list) -> list:
+    """The items of this process: every n-th under torchrun with n processes, all of them without."""
+    return items[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file of JSON lines, made if it is not there, that no other process holds meanwhile. What is written goes to its
+    end. A last line without its end is cut off: whoever wrote it was killed."""
+    try:
+        with open(path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            file.seek(0)
+            yield file
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+
+
+def append_row(path: str | Path, row: dict) -> None:
+    """Adds a row to a file of JSON lines, whole and at once, whatever other processes add to it."""
+    with locked(path) as file:
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+# --------------------------------------------------------------------------------------------------------- generation
+
+CACHE_TOKENS = 65_536  # 8 GiB for Llama-3-8B in bf16, at 128 KiB a token
+MAX_ROWS = 256  # of a batch: above, a step's logits take more memory than they save time
+PREFILL_TOKENS = 8192  # of prompts in one pass, which bounds its activations
+
+
+class Request(NamedTuple):
+    """A prompt to go on with."""
+
+    number: int  # of its row in its file: what is drawn depends on (seed, number, position in the answer) alone
+    prompt: list[int]  # token ids, BOS included
+    temperature: float = 0.0  # 0: the likeliest token, always
+    max_new_tokens: int = 512
+
+
+@dataclass
+class _Row:
+    """A request in the cache, and what it got so far."""
+
+    index: int
+    request: Request
+    new: list[int]
+    uniforms: np.ndarray  # one number in [0, 1) for each new token
+
+
+@torch.inference_mode()
+def generate(model: Llama, requests: list[Request], stop_ids: frozenset[int], *, top_p: float = 1.0, top_k: int = 0,
+             seed: int = 0, cache_tokens: int = CACHE_TOKENS) -> Iterator[tuple[int, list[int], str]]:
+    """Continues each request until it draws one of stop_ids or has max_new_tokens or as many as the model's context
+    takes. Yields (index into requests, new token ids without the stop token, "stop" or "length") as they finish.
+
+    A batch is as many rows as fit in a cache of cache_tokens tokens when each may grow to its full length (one at
+    least): longest first, so that rows of a batch are alike, and those that wait always fit in the place of one that
+    finished. A row's numbers depend on its neighbours by nothing but the rounding of matrix products, whose order of
+    summation differs with the number of rows.
+
+    top_p and top_k (0: off) as in `probabilities`. Two requests of equal number draw with the same random numbers.
+    """
+    context = model.config.max_position_embeddings
+
+    def full_length(i: int) -> int:
+        return min(len(requests[i].prompt) + requests[i].max_new_tokens, context)
+
+    roomy = [i for i in range(len(requests)) if full_length(i) > len(requests[i].prompt)]
+    for i in set(range(len(requests))) - set(roomy):
+        yield i, [], "length"
+    waiting = sorted(roomy, key=full_length)  # taken from the end
+    rows: list[_Row] = []  # row b of the cache is rows[b]'s
+    while waiting or rows:
+        if not rows:
+            cache, width = None, full_length(waiting[-1])  # the old one is freed before there is a new one
+            slots = max(1, min(len(waiting), cache_tokens // width, MAX_ROWS))
+            cache, filling = Cache(model, slots, width), True
+        # Refilled some rows at a time, since each time is a pass over the weights; and not with rows much shorter than
+        # the cache is wide, which wait for a narrower one.
+        filling, fresh = filling or 8 * len(rows) <= 7 * slots, []
+        while (filling and waiting and len(rows) + len(fresh) < slots and 2 * full_length(waiting[-1]) >= width
+               and sum(len(row.request.prompt) for row in fresh) < PREFILL_TOKENS):
+            index = waiting.pop()
+            rng = np.random.default_rng([seed, requests[index].number])
+            fresh.append(_Row(index, requests[index], [], rng.random(requests[index].max_new_tokens)))
+        filling = bool(fresh)
+
+        if fresh:
+            logits_BV = model.prefill([row.request.prompt for row in fresh], cache, len(rows))
+            rows += fresh
+        else:
+            lengths = [len(row.request.prompt) + len(row.new) - 1 for row in rows]
+            logits_BV = model.step([row.new[-1] for row in rows], lengths, cache)
+        first = len(rows) - len(logits_BV)  # the rows that were computed: the last ones
+        tokens = choose(logits_BV, [row.request.temperature for row in rows[first:]],
+                        [row.uniforms[len(row.new)] for row in rows[first:]], top_p, top_k)
+        for b in reversed(range(first, len(rows))):  # from the end: the last row takes the place of a finished one
+            row, stop = rows[b], tokens[b - first] in stop_ids
+            if not stop:
+                row.new.append(tokens[b - first])
+            if stop or len(row.request.prompt) + len(row.new) == full_length(row.index):
+                last = rows.pop()
+                if b < len(rows):
+                    rows[b] = last
+                    cache.move(len(rows), b)
+                yield row.index, row.new, "stop" if stop else "length"
+
+
+def choose(logits_BV: Tensor, temperatures: list[float], uniforms: list[float], top_p: float, top_k: int) -> list[int]:
+    """A token id for each row: the likeliest where its temperature is 0, else the one at the row's uniform number in
+    [0, 1) of the cumulated `probabilities`, which are summed in the vocabulary's order: a sum in order of probability
+    would jump where rounding swaps two tokens."""
+    best_B = logits_BV.argmax(-1)
+    if not any(temperatures):
+        return best_B.tolist()
+    temperature_B = torch.tensor(temperatures, device=best_B.device)
+    greedy_B = temperature_B == 0
+    total_BV = probabilities(logits_BV, temperature_B + greedy_B, top_p, top_k).double().cumsum(-1)
+    at_B1 = torch.tensor(uniforms, dtype=torch.float64, device=best_B.device)[:, None] * total_BV[:, -1:]
+    drawn_B = torch.searchsorted(total_BV, at_B1, right=True)[:, 0].clamp(max=total_BV.shape[-1] - 1)
+    return torch.where(greedy_B, best_B, drawn_B).tolist()
+
+
+def probabilities(logits_BV: Tensor, temperature_B: Tensor, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+    """What sampling draws from, at least fp32: the softmax at a temperature above 0, then its top_k likeliest tokens
+    (ties with the last one too; 0: all), then of these the fewest likeliest ones that together have top_p, each time
+    made to sum to 1 again. The order and the meaning are transformers' (TemperatureLogitsWarper, TopKLogitsWarper,
+    TopPLogitsWarper)."""
+    logits_BV = asft.at_least_fp32(logits_BV) / temperature_B[:, None]
+    if 0 < top_k < logits_BV.shape[-1]:
+        logits_BV = logits_BV.masked_fill(logits_BV < logits_BV.topk(top_k).values[:, -1:], -math.inf)
+    if top_p < 1:
+        sorted_BV, order_BV = logits_BV.sort(-1, descending=True)
+        sorted_BV = sorted_BV.softmax(-1)
+        beyond_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p  # those before a token have top_p already
+        logits_BV = logits_BV.masked_fill(beyond_BV.scatter(-1, order_BV, beyond_BV), -math.inf)
+    return logits_BV.softmax(-1)
+
+
+def load_generator(directory: str | Path, device: str = "auto",
+                   precision: str = "auto") -> tuple[Llama, ChatFormat, frozenset[int]]:
+    """A whole model on this process's device (see `place`), its chat format, and the ids at which an answer ends:
+    <|end_of_text|>, <|eot_id|>, <|eom_id|> where it exists, and what generation_config.json names. Raises InputError
+    for a directory that is no Hugging Face model with its tokenizer."""
+    here, dtype = place(device, precision)
+    chat = ChatFormat(directory)
+    path, more = Path(directory) / "generation_config.json", None
+    if path.exists():
+        config = read_json(path)
+        more = config.get("eos_token_id") if isinstance(config, dict) else config
+    more = [] if more is None else more if isinstance(more, list) else [more]
+    if not all(type(i) is int and i >= 0 for i in more):  # type(), since JSON's true is an int to isinstance
+        raise InputError(f"{path}: eos_token_id is {more!r}, wanted a token id or a list of them")
+    model = load_model(directory, dtype, here).requires_grad_(False)
+    model.pack_linears()
+    return model, chat, chat.stop_ids | set(more)
+
+
+def fingerprint(*paths: str | Path) -> str:
+    """A hash of what files hold, or of their absence, in this order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in map(Path, paths):
+        digest.update((path.stat().st_size if path.exists() else -1).to_bytes(8, "little", signed=True))
+        if path.exists():
+            with open(path, "rb") as file:
+                while block := file.read(1 << 24):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def read_rows(path: Path, file: IO[bytes]) -> list[dict]:
+    """The answers in a file that `locked` opened. Raises InputError, naming the line, for anything else."""
+    rows = []
+    for number, line in enumerate(file.read().split(b"\n")[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+            rows[-1]["index"] + 0
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path}:{number}: not an answer of this command: {line[:60]!r}") from None
+    return rows
+
+
+def claim_rows(out: Path, settings: dict) -> set[int]:
+    """The indexes of the answers in `out`, made under the same settings: OUT.json beside it holds them. Raises
+    InputError for answers made otherwise, naming the first setting that differs, and for a file of another origin."""
+    beside = Path(f"{out}.json")
+    with locked(out) as file:
+        rows = read_rows(out, file)
+        if not rows:
+            beside.write_text(json.dumps(settings, indent=2) + "\n")
+        elif not beside.exists():
+            raise InputError(f"--out {out}: {beside} is missing, which says how its rows were made; name another file")
+        found = read_json(beside)
+        found = found if isinstance(found, dict) else {}
+        for key, value in settings.items():
+            if found.get(key) != value:
+                raise InputError(f"--out {out} was made with {key} {found.get(key)}, not {value}; name another file")
+    return {row["index"] for row in rows}
+
+
+def order_rows(out: Path, count: int) -> list[dict] | None:
+    """Puts the answers in the order of their prompts, once all are there: for the process that wrote the last one."""
+    with locked(out) as file:
+        rows = read_rows(out, file)
+        if len(rows) < count:
+            return None
+        rows.sort(key=lambda row: row["index"])
+        aside = out.with_name(f".{out.name}.partial")
+        aside.write_bytes(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
+        aside.rename(out)
+    return rows
+
+
+def encode_prompts(prompts: list[Prompt], chat: ChatFormat, vocab_size: int) -> list[list[int]]:
+    """Token ids: of turns in the chat format, up to the header of the assistant's; of a plain text after BOS. Raises
+    InputError for ids that are not below vocab_size."""
+    texts = dict.fromkeys(text for p in prompts
+                          for text in ([p.prompt] if isinstance(p.prompt, str) else
+                                       [turn[1] for turn in p.prompt if isinstance(turn, tuple)]))
+    contents = dict(zip(texts, chat.encode(list(texts)), strict=True))
+    encoded = []
+    for p in prompts:
+        if isinstance(p.prompt, str):
+            ids = [chat.begin, *contents[p.prompt]]
+        else:
+            ids = chat.prompt(p.prompt, contents) if isinstance(p.prompt[0], tuple) else p.prompt
+        if max(ids) >= vocab_size:
+            raise InputError(f"{p.place}: token id {max(ids)} is not below the model's vocab_size {vocab_size}")
+        encoded.append(ids)
+    return encoded
+
+
+def answer_prompts(flags: argparse.Namespace) -> None:
+    """Writes the answers to --prompts as they come, and in the end in order; goes on where the same call stopped."""
+    for name, low, high in (("temperature", 0, math.inf), ("top_p", 1e-9, 1), ("top_k", 0, math.inf),
+                            ("seed", 0, math.inf), ("max_new_tokens", 1, math.inf), ("cache_tokens", 1, math.inf)):
+        if not low <= getattr(flags, name) <= high or getattr(flags, name) == math.inf:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(flags, name)}, wanted {low} or more"
+                             + f" and at most {high}" * (high < math.inf))
+    prompts, config, out = read_prompts(flags.prompts, flags.raw), LlamaConfig.load(flags.model), Path(flags.out)
+    files = [Path(flags.model) / name for name in ("config.json", "generation_config.json", "tokenizer.json")]
+    files += sorted(set(check_weights(flags.model, config).values()))
+    same = ("raw", "temperature", "top_p", "top_k", "seed", "max_new_tokens")
+    settings = {"model": fingerprint(*files), "prompts": fingerprint(flags.prompts),
+                "dtype": str(place(flags.device, flags.precision)[1]), **{name: getattr(flags, name) for name in same}}
+    done = claim_rows(out, settings)
+    model, chat, stop_ids = load_generator(flags.model, flags.device, flags.precision)
+    encoded = encode_prompts(prompts, chat, config.vocab_size)
+
+    def write(i: int, new: list[int], finish: str) -> None:
+        turns, reference = prompts[i].prompt, prompts[i].reference
+        if isinstance(turns[0], tuple):  # as it was asked, where that is one question
+            turns = turns[0][1] if len(turns) == 1 else [{"role": role, "content": text} for role, text in turns]
+        append_row(out, {"index": i, "prompt": turns, "prediction": chat.decode(new), "tokens": len(new),
+                         "finish": finish} | ({} if reference is None else {"reference": reference}))
+
+    mine, talks = [i for i in share(range(len(prompts))) if i not in done], os.environ.get("RANK", "0") == "0"
+    overlong = [i for i in mine if len(encoded[i]) >= config.max_position_embeddings]
+    for i in overlong:
+        write(i, [], "overlong")
+    mine = sorted(set(mine) - set(overlong))
+    if talks:
+        print(f"{flags.model}: {len(prompts):,} prompts, {len(done):,} of them answered before", flush=True)
+    requests = [Request(i, encoded[i], flags.temperature, flags.max_new_tokens) for i in mine]
+    started = said = time.monotonic()
+    tokens = 0
+    answers = generate(model, requests, stop_ids, top_p=flags.top_p, top_k=flags.top_k, seed=flags.seed,
+                       cache_tokens=flags.cache_tokens)
+    for count, (k, new, finish) in enumerate(answers, 1):
+        write(mine[k], new, finish)
+        tokens += len(new) + (finish == "stop")
+        now = time.monotonic()
+        if talks and (count == len(mine) or now - said > 5):
+            said = now
+            print(f"{count:,} of this process's {len(mine):,} answers, {tokens:,} tokens, "
+                  f"{tokens / (now - started):,.0f} tokens/s", flush=True)
+    if rows := order_rows(out, len(prompts)):
+        count = Counter(row["finish"] for row in rows)
+        mean = sum(row["tokens"] for row in rows) / len(rows)
+        print(f"{out}: {len(rows):,} rows, {mean:,.1f} tokens on average; {count['stop']:,} ended by a stop token, "
+              f"{count['length']:,} by --max-new-tokens or the context; {count['overlong']:,} left unanswered, whose "
+              f"prompt takes all {config.max_position_embeddings:,} tokens of the context", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------- likelihood
+
+RESAMPLES = 1000  # of the bootstrap: its 95% limits are then good to about a tenth of their distance
+
+
+def encode_pairs(flags: argparse.Namespace, directory: str, max_tokens: int) -> tuple[list[Pair], Counter]:
+    """The pairs of --data under a model's tokenizer, as train.py reads them, and what was dropped."""
+    counts = Counter()
+    preferences = read_preferences(flags.data, counts, flags.skip_bad_lines)
+    chat = ChatFormat(directory) if any(isinstance(p.chosen, str) for p in preferences) else None
+    vocab_size = LlamaConfig.load(directory).vocab_size
+    pairs = encode_preferences(preferences, chat, max_tokens, flags.overlong, counts, vocab_size)
+    if not pairs:
+        raise InputError(f"{flags.data}: no pair left to use ({dict(counts)})")
+    return pairs, counts
+
+
+@torch.no_grad()
+def pair_logps(model: Llama, pairs: list[Pair], max_tokens_per_gpu: int, device: torch.device) -> np.ndarray:
+    """Log-probs of shape (pairs, 2, 2), float64, in nats: [pair, chosen or rejected, mean or sum]; all of them in
+    every process. Pairs are put into micro-batches as if there were one process, and these are shared, so that the
+    numbers do not depend on how many there are. Raises InputError where a pair alone is over max_tokens_per_gpu."""
+    sizes = np.array([pair.packed_tokens() for pair in pairs])
+    logps = torch.zeros(len(pairs), 2, 2, dtype=torch.float64)
+    for indexes in share(split_pairs(np.arange(len(pairs)), sizes, 1, max_tokens_per_gpu)[0]):
+        batch = pack([pairs[i] for i in indexes]).to(device)
+        logps[indexes] = torch.stack(model(batch), -1).unflatten(0, (-1, 2)).double().cpu()
+    if dist.is_initialized():
+        dist.all_reduce(logps)
+    return logps.numpy()
+
+
+def pair_rows(pairs: list[Pair], logps: np.ndarray) -> list[dict]:
+    """What is written of each pair. margin is l_w - l_l, in nats per token; accuracy is 1 where that is above 0."""
+    rows = []
+    for pair, ((mean_w, sum_w), (mean_l, sum_l)) in zip(pairs, logps.tolist(), strict=True):
+        rows.append({"place": pair.place, "tokens_w": len(pair.chosen), "tokens_l": len(pair.rejected),
+                     "logp_w": mean_w, "logp_l": mean_l, "sum_logp_w": sum_w, "sum_logp_l": sum_l,
+                     "margin": mean_w - mean_l, "accuracy": float(mean_w > mean_l)})
+    return rows
+
+
+# What each line of the table is, in the order of the rows' columns.
+MEASURES = {
+    "logp_w": "mean token log-prob of the chosen response, nats; mean over pairs",
+    "logp_l": "of the rejected one",
+    "sum_logp_w": "summed log-prob of the chosen response, nats; mean over pairs",
+    "sum_logp_l": "of the rejected one",
+    "margin": "logp_w - logp_l, mean over pairs",
+    "accuracy": "share of pairs with a margin above 0",
+    "perplexity_w": "exp(-nats of all chosen responses / their tokens): a long response weighs more"}
+
+
+def measures(columns_PC: np.ndarray, weight_P: np.ndarray) -> np.ndarray:
+    """MEASURES over pairs that count weight_P times each. Columns: MEASURES without its last, tokens_w."""
+    mean_C = weight_P @ columns_PC / weight_P.sum()
+    return np.append(mean_C[:-1], np.exp(-mean_C[2] / mean_C[-1]))
+
+
+def summarise(rows: list[dict], other: list[dict] | None = None, seed: int = 0) -> list[dict]:
+    """The measures of one model; of two on the same pairs, both and the differences (the first's less the other's).
+
+    Each measure is {"value", "low", "high"}: the limits are the 2.5% and 97.5% quantiles over RESAMPLES resamples of
+    the pairs, drawn with replacement, the same for both models, so that a difference's interval is that of paired data.
+    """
+    names = [*list(MEASURES)[:-1], "tokens_w"]
+    of_models = [np.array([[row[name] for name in names] for row in part]) for part in (rows, other) if part]
+    rng, n, found = np.random.Generator(np.random.PCG64(seed)), len(rows), []
+    for i in range(RESAMPLES + 1):
+        weight_P = np.bincount(rng.integers(n, size=n), minlength=n) if i else np.ones(n)
+        of_each = [measures(columns_PC, weight_P) for columns_PC in of_models]
+        found.append(of_each + [of_each[0] - of_each[-1]] * (len(of_each) - 1))
+    value, resampled = np.array(found[0]), np.array(found[1:])
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+    return [{name: {"value": value[k, j], "low": low[k, j], "high": high[k, j]} for j, name in enumerate(MEASURES)}
+            for k in range(len(value))]
+
+
+def likelihood(flags: argparse.Namespace) -> None:
+    """Writes OUT/pairs.jsonl (and pairs-compare.jsonl) and OUT/summary.json, and prints the summary."""
+    if flags.max_tokens_per_gpu < 1 or flags.seed < 0 or (flags.max_tokens is not None and flags.max_tokens < 2):
+        raise InputError("wanted --max-tokens-per-gpu of at least 1, --max-tokens of at least 2, --seed of at least 0; "
+                         f"found {flags.max_tokens_per_gpu}, {flags.max_tokens} and {flags.seed}")
+    directories = [flags.model] + [flags.compare] * (flags.compare is not None)
+    out, single = Path(flags.out), flags.out.endswith(".jsonl")
+    first = out if single else out / "pairs.jsonl"
+    paths = [first, first.with_name(f"{first.stem}-compare.jsonl")]
+    summary_path = out.with_suffix(".json") if single else out / "summary.json"
+    talks = os.environ.get("RANK", "0") == "0"
+    for path in [*paths, summary_path]:
+        if talks and path.exists():
+            raise InputError(f"--out: {path} exists; name another")
+    configs = [LlamaConfig.load(directory) for directory in directories]
+    max_tokens = min(resolve_max_tokens(flags.max_tokens, config) for config in configs)
+    (pairs, counts), *others = [encode_pairs(flags, directory, max_tokens) for directory in directories]
+    for directory, (of_other, _) in zip(directories[1:], others, strict=True):
+        for pair, same in zip(pairs, of_other, strict=False):
+            sides = ((pair.prompt, same.prompt), (pair.chosen, same.chosen), (pair.rejected, same.rejected))
+            if not all(np.array_equal(*side) for side in sides):
+                raise InputError(f"--compare {directory}: its tokenizer gives other ids than {flags.model}'s, first "
+                                 f"for {pair.place}; log-probs of other tokens do not compare")
+
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    device, dtype = place(flags.device, flags.precision)
+    of_models = []
+    for directory in directories:  # one after the other, each freed before the next
+        model = load_model(directory, dtype, device).requires_grad_(False)
+        of_models.append(pair_rows(pairs, pair_logps(model, pairs, flags.max_tokens_per_gpu, device)))
+        del model
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if not talks:
+        return
+    found = summarise(*of_models, seed=flags.seed)
+    facts = {"model": flags.model, "compare": flags.compare, "data": flags.data, "counts": counts, "pairs": len(pairs),
+             "tokens_w": sum(len(pair.chosen) for pair in pairs), "tokens_l": sum(len(pair.rejected) for pair in pairs),
+             "max_tokens": max_tokens, "dtype": str(dtype), "seed": flags.seed, "resamples": RESAMPLES,
+             **dict(zip(("measures", "compare_measures", "difference"), found, strict=False))}
+    try:
+        summary_path.parent.mkdir(parents=True, exist_ok=True)
+        for path, rows in zip(paths, of_models, strict=False):
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        summary_path.write_text(json.dumps(facts, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}") from None
+    print(f"{flags.data}: {len(pairs):,} pairs of {counts['read']:,} read; {facts['tokens_w']:,} chosen and "
+          f"{facts['tokens_l']:,} rejected tokens\n")
+    heads = [flags.model, flags.compare, "difference"][:len(found)]
+    width = max(30, *map(len, heads))
+    print(" " * 14 + "".join(f"{head:<{width + 2}}" for head in heads) + "[95% of resampled pairs]")
+    for name, text in MEASURES.items():
+        cells = ("{value:+.4f} [{low:+.4f}, {high:+.4f}]".format(**of[name]) for of in found)
+        print(f"{name:<14}" + "".join(f"{cell:<{width + 2}}" for cell in cells) + text)
+
 
 def json_rows(path: str | Path, *keys: str, questions: dict | None = None) -> list[tuple[str, dict]]:
     """("file:line", row) of a JSONL file. InputError, naming the line, where it is no JSON object with these keys, or
@@ -255,7 +714,7 @@ def score_rows(rows: list[tuple[str, str]]) -> dict[str, float]:
     return dict(zip(names, scores, strict=True)) | {"count": len(rows)} | lengths
 
 
-def read_rows(path: Path) -> list[tuple[str, str]]:
+def read_predictions(path: Path) -> list[tuple[str, str]]:
     """(prediction, reference) of each row of a JSONL file. Raises InputError, naming file and line."""
     rows = []
     for place, row in json_rows(path, "prediction", "reference"):
@@ -271,7 +730,7 @@ def read_rows(path: Path) -> list[tuple[str, str]]:
 def score(flags: argparse.Namespace) -> None:
     """Prints both families with the lengths beside them, since both move with length; writes them with --json."""
     path = Path(flags.predictions)
-    rows = read_rows(path)
+    rows = read_predictions(path)
     try:
         if flags.json is not None:
             if Path(flags.json).exists() and path.samefile(flags.json):
@@ -292,52 +751,6 @@ def score(flags: argparse.Namespace) -> None:
     if chinese := sum(bool(re.search(f"[{HAN}]{{2}}", f"{prediction} {reference}")) for prediction, reference in rows):
         print(f"{chinese:,} of the rows hold Chinese, which jieba divides into words: ROUGE _lf is not LLaMA-Factory's")
 
-
-# >>>> Stand-in for the section on generation, for this branch's tests alone; the merge throws this block away.
-from data import ChatFormat  # noqa: E402
-from model import load_model  # noqa: E402
-
-
-class Request(NamedTuple):
-    number: int
-    prompt: list[int]
-    temperature: float = 0.0
-    max_new_tokens: int = 512
-
-
-@torch.no_grad()
-def generate(model, requests, stop_ids, *, top_p=1.0, top_k=0, seed=0, cache_tokens=None):
-    for k, request in enumerate(requests):
-        generator, ids, reason = torch.Generator().manual_seed(seed * 1_000_003 + request.number), [], "length"
-        for _ in range(request.max_new_tokens):
-            logits = model.logits(torch.tensor(request.prompt + ids))[-1]
-            if request.temperature:
-                best = int(torch.multinomial((logits / request.temperature).softmax(-1), 1, generator=generator))
-            else:
-                best = int(logits.argmax())
-            if best in stop_ids:
-                reason = "stop"
-                break
-            ids.append(best)
-        yield k, ids, reason
-
-
-def load_generator(directory, device="auto", precision="auto"):
-    chat = ChatFormat(directory)
-    return load_model(directory), chat, chat.stop_ids
-
-
-def share(items):
-    return items
-
-
-def append_row(path, row):
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-
-
-# <<<< End of the stand-in.
 
 
 # ------------------------------------------------------------------------------------------- mt-bench and arena-hard
@@ -1158,13 +1571,50 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    command = commands.add_parser("generate", help="a model's answers to prompts", allow_abbrev=False)
+    command.set_defaults(command=answer_prompts)
+    command.add_argument("--model", required=True, metavar="DIR", help="Hugging Face directory of a Llama")
+    command.add_argument("--prompts", required=True, metavar="FILE", help="JSONL of prompts (formats: README)")
+    command.add_argument("--out", required=True, metavar="FILE", help="JSONL of answers; FILE.json beside it says how "
+                         "they were made. The same call goes on where it was interrupted")
+    command.add_argument("--raw", action="store_true", help="go on with each prompt as plain text, after BOS, without "
+                         "the chat format")
+    command.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token, always [0]")
+    command.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest likeliest tokens that together "
+                         "have this probability [1: all]")
+    command.add_argument("--top-k", type=int, default=0, help="draw from so many likeliest tokens [0: all]")
+    command.add_argument("--seed", type=int, default=0, help="of what is drawn [0]")
+    command.add_argument("--max-new-tokens", type=int, default=512, help="of an answer [512]")
+    command.add_argument("--cache-tokens", type=int, default=CACHE_TOKENS, help="tokens of all rows of a batch "
+                         f"together: bounds memory, the answers stay the same [{CACHE_TOKENS}]")
+    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="cuda where there is one "
+                         "for each process")
+    command.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of weights and cache: "
+                         "bf16 on CUDA, fp32 on a CPU")
+
+    command = commands.add_parser("likelihood", help="log-probs of preference pairs", allow_abbrev=False)
+    command.set_defaults(command=likelihood)
+    command.add_argument("--model", required=True, metavar="DIR", help="Hugging Face directory of a Llama")
+    command.add_argument("--compare", metavar="DIR", help="a second model, on the same pairs")
+    command.add_argument("--data", required=True, metavar="FILE", help="preference pairs (formats: README)")
+    command.add_argument("--out", required=True, metavar="OUT", help="a directory, for pairs.jsonl and summary.json, "
+                         "or NAME.jsonl, with NAME.json beside it")
+    command.add_argument("--max-tokens", type=int, help="as in train.py [2048, or what the model takes if less]")
+    command.add_argument("--overlong", default="truncate", choices=("truncate", "drop"), help="as in train.py")
+    command.add_argument("--skip-bad-lines", action="store_true", help="as in train.py")
+    command.add_argument("--max-tokens-per-gpu", type=int, default=8192, help="as in train.py [8192]")
+    command.add_argument("--seed", type=int, default=0, help="of the bootstrap [0]")
+    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="cuda where there is one "
+                         "for each process")
+    command.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of all weights: "
+                         "bf16 on CUDA, fp32 on a CPU")
+
     command = commands.add_parser("score", help="BLEU-4 and ROUGE of predictions against references",
                                   allow_abbrev=False)
     command.set_defaults(command=score)
     command.add_argument("--predictions", required=True, metavar="FILE", help="JSONL rows with the strings prediction "
                          "and reference; other keys are ignored")
     command.add_argument("--json", metavar="OUT", help="file of the scores, as JSON; without it they are only printed")
-
 
     for bench, name, judge, report in ((MT_BENCH, "mt-bench", judge_mt_bench, report_mt_bench),
                                        (ARENA_HARD, "arena-hard", judge_arena_hard, report_arena_hard)):
@@ -1238,6 +1688,8 @@ def main(arguments: list[str] | None = None) -> int:
         flags.command(flags)
         return 0
     except InputError as error:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(10)  # most mistakes are found by all: when process 0 has said so, torchrun ends the others
         print(f"eval.py: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
@@ -1245,4 +1697,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # as in train.py: sys.exit lets gloo's threads race the interpreter's end

@@ -6,8 +6,10 @@ In reading order
     LlamaConfig         config.json, read strictly: what is not implemented here is refused by name
     Segments, attention which packed rows attend to which; one function for every device
     rope_tables, rotate rotary positions, with Llama 3.1's frequency scaling
+    Cache, Past         keys and values of sequences in the making, for generation alone
     RMSNorm, Attention, MLP, Block
     target_logps        the head: log-probs of the scored tokens without fp32 logits
+    PackedLinear        a linear layer for generation on a CPU
     Llama               module names are the checkpoint's keys, so there is no name map
     load_model, load_weights, save_model    Hugging Face directories, whole or one rank's rows of them
 
@@ -16,7 +18,7 @@ says where the sequences are. Norms, rotary tables and log-probs are computed in
 stays).
 
 Left out: dropout (Llama 3 has none), attention and MLP biases, rope types other than Llama 3's, quantised weights,
-Meta's own consolidated.*.pth layout (its q and k rows are in another order), and a KV cache for generation.
+Meta's own consolidated.*.pth layout (its q and k rows are in another order).
 """
 
 import inspect
@@ -29,6 +31,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -294,6 +297,59 @@ def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_THK.dtype)
 
 
+# ------------------------------------------------------------------------------------------------------------- cache
+
+
+# Rows of a step whose attention is one call, as long as their longest: on a CPU reading what is masked costs more than
+# calls do. On a GPU all rows are one.
+ROWS_AT_ONCE = 8
+
+
+class Past(NamedTuple):
+    """One layer of a Cache, and where in it the tokens of the pass in progress belong."""
+
+    k_BGNK: Tensor
+    v_BGNK: Tensor
+    row_T: Tensor  # int64: the cache row of each token
+    position_T: Tensor  # int64: its position in that row's sequence
+    masks: list[tuple[slice, Tensor]]  # for a step: rows, and what is added to their scores, (rows, 1, 1, keys)
+
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments | None) -> Tensor:
+        """`attention`, the keys and values kept. Without segments T is B, one new token for each row, which attends to
+        all that its row holds."""
+        self.k_BGNK[self.row_T, :, self.position_T] = k_TGK
+        self.v_BGNK[self.row_T, :, self.position_T] = v_TGK
+        if segments is not None:
+            return attention(q_THK, k_TGK, v_TGK, segments)
+        # The query heads that share a key head stand where SDPA expects tokens: no key is copied for them.
+        q_BGHK = q_THK.unflatten(1, (self.k_BGNK.shape[1], -1))
+        outputs = []
+        for rows, mask in self.masks:
+            k, v = (x_BGNK[rows, :, :mask.shape[-1]] for x_BGNK in (self.k_BGNK, self.v_BGNK))
+            outputs.append(F.scaled_dot_product_attention(q_BGHK[rows], k, v, attn_mask=mask))
+        return torch.cat(outputs).flatten(1, 2)
+
+
+class Cache:
+    """Keys and values of B sequences of at most N tokens, for every layer, allocated once. Row b holds one sequence
+    from its first token on; rows are of any length, and what lies beyond a row's end is masked."""
+
+    def __init__(self, model: "Llama", rows: int, tokens: int):
+        c, weight = model.config, model.model["embed_tokens"].weight
+        shape = (c.num_hidden_layers, 2, rows, c.num_key_value_heads, tokens, c.head_dim)
+        # Zeros, since a masked value counts 0 times what it is, and memory as it comes may hold NaN.
+        self.layers = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.k_and_v = [tuple(layer) for layer in self.layers]  # views, made once
+
+    def past(self, row_T: Tensor, position_T: Tensor, masks: list[tuple[slice, Tensor]]) -> list[Past]:
+        """What each block takes in one pass."""
+        return [Past(k_BGNK, v_BGNK, row_T, position_T, masks) for k_BGNK, v_BGNK in self.k_and_v]
+
+    def move(self, source: int, target: int) -> None:
+        """Puts a row in the place of another."""
+        self.layers[:, :, target] = self.layers[:, :, source]
+
+
 # ------------------------------------------------------------------------------------------------------------ blocks
 
 
@@ -322,10 +378,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
-    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
+    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], segments: Segments | None,
+                past: Past | None = None) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q_THK, k_TGK, v_TGK = (project(x_TD).unflatten(-1, (-1, self.head_dim)) for project in projections)
-        out_THK = attention(rotate(q_THK, *rope), rotate(k_TGK, *rope), v_TGK, segments)
+        attend = attention if past is None else past.attend
+        out_THK = attend(rotate(q_THK, *rope), rotate(k_TGK, *rope), v_TGK, segments)
         return self.o_proj(out_THK.flatten(-2))
 
 
@@ -366,8 +424,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, segments)
+    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], segments: Segments | None,
+                past: Past | None = None) -> Tensor:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, segments, past)
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
 
@@ -440,6 +499,21 @@ class Head(nn.Linear):
         return super().forward(hidden_SD) if target_S is None else target_logps(hidden_SD, self.weight, target_S)
 
 
+class PackedLinear(nn.Module):
+    """A linear layer in fp32 on a CPU that cannot be trained, its weight laid out once as oneDNN's kernels read it.
+
+    Generation multiplies every weight by a few rows at each step: there it takes 0.7 of nn.Linear's time, which MKL
+    computes (AMD EPYC, 32 rows). The two operators are those that torch's own compiler calls for frozen weights.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 32)
+
+    def forward(self, x_TD: Tensor, target_S: None = None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x_TD, self.weight, None, "none", [], "")
+
+
 # ------------------------------------------------------------------------------------------------------------- model
 
 
@@ -474,14 +548,53 @@ class Llama(nn.Module):
         positions_T = torch.arange(len(tokens_T), device=tokens_T.device)
         return self._head(self._hidden(tokens_T, positions_T, Segments(ends, ends, None, len(tokens_T))))
 
-    def _hidden(self, tokens_T: Tensor, positions_T: Tensor, segments: Segments) -> Tensor:
+    def prefill(self, prompts: list[list[int]], cache: Cache, row: int) -> Tensor:
+        """Logits (B, V) of the token after each of B prompts, of at least one token id each. One packed pass, without
+        padding; the prompts' keys and values go to the cache's rows row, row + 1, ..."""
+        device, lengths = cache.layers.device, torch.tensor([len(prompt) for prompt in prompts])
+        ends = F.pad(lengths.cumsum(0), (1, 0))
+        starts = ends.int().to(device)
+        position_T = torch.cat([torch.arange(n) for n in lengths]).to(device)
+        row_T = torch.repeat_interleave(torch.arange(row, row + len(prompts)), lengths).to(device)
+        tokens_T = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+        segments = Segments(starts, starts, None, int(lengths.max()))
+        hidden_TD = self._hidden(tokens_T, position_T, segments, cache.past(row_T, position_T, []))
+        return self._head(hidden_TD.index_select(0, ends[1:].to(device) - 1))
+
+    def step(self, tokens: list[int], lengths: list[int], cache: Cache) -> Tensor:
+        """Logits (B, V) of the next token of the cache's first B rows, once row b, which holds lengths[b] tokens, has
+        got tokens[b] as well."""
+        device, rows = cache.layers.device, len(tokens)
+        tokens_B, position_B = torch.tensor([tokens, lengths], device=device)
+        beyond_BN = torch.arange(max(lengths) + 1, device=device) > position_B[:, None]
+        mask_BN = cache.layers.new_zeros(beyond_BN.shape).masked_fill(beyond_BN, -math.inf)
+        at_once = rows if device.type == "cuda" else ROWS_AT_ONCE
+        parts = [slice(i, min(i + at_once, rows)) for i in range(0, rows, at_once)]
+        masks = [(part, mask_BN[part, None, None, :max(lengths[part]) + 1]) for part in parts]
+        past = cache.past(torch.arange(rows, device=device), position_B, masks)
+        return self._head(self._hidden(tokens_B, position_B, None, past))
+
+    def pack_linears(self, least: int = 2**18) -> None:
+        """Makes each linear layer of at least so many weights a PackedLinear: for generation in fp32 on a CPU. Does
+        nothing elsewhere. Small ones would lose more by oneDNN's longer calls than they win."""
+        weight = self.model["embed_tokens"].weight
+        if weight.dtype != torch.float32 or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return
+        for module in list(self.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.Linear) and child.weight.numel() >= least:
+                    setattr(module, name, PackedLinear(child))
+
+    def _hidden(self, tokens_T: Tensor, positions_T: Tensor, segments: Segments | None,
+                pasts: list[Past] | None = None) -> Tensor:
         x_TD = self.model["embed_tokens"](tokens_T)
         rope = rope_tables(self.config, positions_T)
-        for block in self.model["layers"]:
+        layers = self.model["layers"]
+        for block, past in zip(layers, pasts or [None] * len(layers), strict=True):
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x_TD = checkpoint(block, x_TD, rope, segments, use_reentrant=False)
             else:
-                x_TD = block(x_TD, rope, segments)
+                x_TD = block(x_TD, rope, segments, past)
         return x_TD
 
     def _head(self, hidden_SD: Tensor, target_S: Tensor | None = None) -> Tensor:

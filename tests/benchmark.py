@@ -5,6 +5,7 @@
     python tests/benchmark.py prepare DIR                   DIR/S, DIR/M: random models, tokenizers, pairs
     python tests/benchmark.py run DIR --out results.jsonl   every run, interleaved; started again, it goes on
     python tests/benchmark.py table results.jsonl           the table, in markdown
+    python tests/benchmark.py generate DIR                  answers: eval.py's generate beside transformers'
 
 Wants both requirements.txt installed; a peer that is not installed is left out. In reading order: what is compared
 (SIZES, PROFILES, OURS, PEERS); install; make_pairs, prepare; trl, llamafactory, liger, one (a peer in its own
@@ -391,13 +392,112 @@ Machine: {"; ".join(sorted({row["machine"] for row in rows}))}. {", ".join(sorte
 {", ".join(sorted({row["date"] for row in rows}))}.""")
 
 
+# ----------------------------------------------------------------------------------------------------------- generation
+
+GENERATE_SIZES = {  # 0.9 and 52 million parameters
+    "tiny": {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 352},
+    "mid": {"vocab_size": 32000, "hidden_size": 512, "num_hidden_layers": 7, "intermediate_size": 1408}}
+
+
+def generate(a: argparse.Namespace) -> None:
+    """Tokens per second of greedy answers, both programs on the same weights (fp32) and prompts. One process for each
+    run, by turns; in it a short run to warm up, then the one that is timed, from token ids to token ids.
+
+    Prompts are as long as those of PROFILES["uf"]. equal: each answer has 128 tokens, and no stop token. unequal: an
+    answer has from 16 to 240, 128 on average, as if a stop token had come: our requests' own limits; there a stopping
+    criterion, which tells the rows apart. The tokens of both programs are compared.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    for size, shape in GENERATE_SIZES.items():
+        if not (a.dir / f"generate-{size}").exists():
+            torch.manual_seed(0)
+            config = LlamaConfig(**shape, num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=2048,
+                                 initializer_range=0.05)
+            LlamaForCausalLM(config).save_pretrained(a.dir / f"generate-{size}")
+    runs: dict[tuple, dict[str, list]] = {}
+    settings = [x for x in product(a.sizes, a.batches, a.answers) if x[1:] != ("1", "unequal")]
+    for _, setting, program in product(range(a.rounds), settings, ("ours", "transformers")):
+        words = [sys.executable, __file__, "generate_one", program, a.dir / f"generate-{setting[0]}", *setting[1:]]
+        found = json.loads(subprocess.check_output(list(map(str, words)), stderr=subprocess.DEVNULL))
+        runs.setdefault(setting, {}).setdefault(program, []).append(found)
+        print(*setting, program, found, flush=True)
+    print("\n| model | batch | answers | ours, tokens/s | transformers | ratio | ratio of CPU seconds | same tokens | "
+          "most other load |\n" + "|---" * 9 + "|")
+    for setting, of in runs.items():
+        speeds, cpu = ({name: statistics.median(run[key] for run in found) for name, found in of.items()}
+                       for key in ("tokens_per_s", "cpu_s"))
+        hashes = {run["hash"] for found in of.values() for run in found}
+        load = max(run["other_load"] for found in of.values() for run in found)
+        print(f"| {' | '.join(map(str, setting))} | {speeds['ours']:,.0f} | {speeds['transformers']:,.0f} | "
+              f"{speeds['ours'] / speeds['transformers']:.2f} | {cpu['transformers'] / cpu['ours']:.2f} | "
+              f"{len(hashes) == 1} | {load:.2f} |")
+    print(f"\nMedians of {a.rounds}. {machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}.")
+
+
+def generate_one(a: argparse.Namespace) -> None:
+    import numpy as np
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import eval as evaluation  # first, since it sets how threads wait
+    import torch
+    from transformers import AutoModelForCausalLM, StoppingCriteria
+
+    from model import load_model
+
+    rng, vocab_size = np.random.default_rng(0), json.loads((a.model / "config.json").read_text())["vocab_size"]
+    (median, *_), (sigma, _) = PROFILES["uf"]
+    lengths = np.exp(math.log(median) + sigma * rng.standard_normal(a.batch)).astype(int).clip(8, MAX_TOKENS)
+    prompts = [rng.integers(0, vocab_size, n).tolist() for n in lengths]
+    limits = [128] * a.batch if a.answers == "equal" else rng.integers(16, 241, a.batch).tolist()
+    if a.program == "ours":
+        model = load_model(a.model).requires_grad_(False)
+        model.pack_linears()
+
+        def answer(limits: list[int]) -> list[list[int]]:
+            requests = [evaluation.Request(i, p, 0.0, n) for i, (p, n) in enumerate(zip(prompts, limits, strict=True))]
+            found = {i: new for i, new, _ in evaluation.generate(model, requests, frozenset())}
+            return [found[i] for i in range(a.batch)]
+    else:
+        model, longest = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32), max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+
+        class Limits(StoppingCriteria):
+            def __init__(self, limits: list[int]):
+                self.limits = torch.tensor(limits)
+
+            def __call__(self, ids, scores, **_):
+                return ids.shape[1] - longest >= self.limits
+
+        def answer(limits: list[int]) -> list[list[int]]:
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=max(limits), do_sample=False, pad_token_id=0,
+                                 eos_token_id=None, stopping_criteria=[Limits(limits)])[:, longest:].tolist()
+            return [new[:n] for new, n in zip(out, limits, strict=True)]
+
+    def seconds() -> tuple[float, float, float]:
+        """Now; of CPU, this process's and the whole machine's (stolen ones too)."""
+        user, nice, system, _idle, _io, *rest = Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+        spent = sum(map(int, (user, nice, system, *rest))) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), time.process_time(), spent
+
+    answer([4] * a.batch)
+    before = seconds()
+    found = answer(limits)
+    wall, own, busy = (x - y for x, y in zip(seconds(), before, strict=True))
+    print(json.dumps({"tokens_per_s": round(sum(limits) / wall, 1), "other_load": round(max(0.0, busy - own) / wall, 2),
+                      "hash": hashlib.sha256(json.dumps(found).encode()).hexdigest()[:8], "cpu_s": round(own, 2)}))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    of = {function: commands.add_parser(function.__name__) for function in (install, prepare, one, run, table)}
+    of = {function: commands.add_parser(function.__name__) for function in (install, prepare, one, run, table, generate,
+                                                                               generate_one)}
     for function, sub in of.items():
         sub.set_defaults(function=function)
-        if function in (install, prepare, run):
+        if function in (install, prepare, run, generate):
             sub.add_argument("dir", type=Path)
     of[install].add_argument("--llamafactory", action="store_true")
     for name, kind in {"job": str, "model": Path, "profile": str, "dtype": str, "steps": int, "out": Path}.items():
@@ -409,6 +509,11 @@ def main() -> int:
     for sub, (flag, known) in product((of[run], of[table]), {
             "--sizes": SIZES, "--profiles": PROFILES, "--dtypes": DTYPES, "--only": JOBS}.items()):
         sub.add_argument(flag, default=list(known), type=lambda text: text.split(","), help=",".join(known))
+    of[generate].add_argument("--rounds", type=int, default=3)
+    for flag, known in {"--sizes": GENERATE_SIZES, "--batches": ["32", "1"], "--answers": ["equal", "unequal"]}.items():
+        of[generate].add_argument(flag, default=list(known), type=lambda text: text.split(","))
+    for name, kind in {"program": str, "model": Path, "batch": int, "answers": str}.items():
+        of[generate_one].add_argument(name, type=kind)
     a = parser.parse_args()
     return a.function(a) or 0
 
