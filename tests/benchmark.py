@@ -6,6 +6,7 @@
     python tests/benchmark.py run DIR --out results.jsonl   every run, interleaved; started again, it goes on
     python tests/benchmark.py table results.jsonl           the table, in markdown
     python tests/benchmark.py generate DIR                  answers: eval.py's generate beside transformers'
+    python tests/benchmark.py startup TOKENIZER_DIR FILE    reading, checking and encoding 60,000 pairs of real text
 
 Wants both requirements.txt installed; a peer that is not installed is left out. In reading order: what is compared
 (SIZES, PROFILES, OURS, PEERS); install; make_pairs, prepare; trl, llamafactory, liger, one (a peer in its own
@@ -490,11 +491,32 @@ def generate_one(a: argparse.Namespace) -> None:
                       "hash": hashlib.sha256(json.dumps(found).encode()).hexdigest()[:8], "cpu_s": round(own, 2)}))
 
 
+def startup(a: argparse.Namespace) -> None:
+    """All that train.py does with a file of preferences before the first step, on the file's own rows over and over."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from data import ChatFormat, encode_preferences, read_preferences
+
+    lines = a.file.read_bytes().splitlines(keepends=True)
+    with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
+        for i in range(a.pairs):
+            file.write(lines[i % len(lines)])
+        file.flush()
+        before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, time.perf_counter()
+        preferences = read_preferences(file.name)
+        read_at = time.perf_counter()
+        pairs = encode_preferences(preferences, ChatFormat(a.tokenizer), 2048)
+        encoded_at, size = time.perf_counter(), file.tell() / 2**20
+    tokens = sum(pair.packed_tokens() for pair in pairs)
+    print(f"{a.pairs:,} rows, {size:.0f} MiB: read and checked in {read_at - started:.1f} s, encoded ({len(pairs):,} pairs, "
+          f"{tokens:,} tokens) in {encoded_at - read_at:.1f} s; peak memory "
+          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB, of which {before:.2f} before. {machine()}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     of = {function: commands.add_parser(function.__name__) for function in (install, prepare, one, run, table, generate,
-                                                                               generate_one)}
+                                                                               generate_one, startup)}
     for function, sub in of.items():
         sub.set_defaults(function=function)
         if function in (install, prepare, run, generate):
@@ -512,6 +534,9 @@ def main() -> int:
     of[generate].add_argument("--rounds", type=int, default=3)
     for flag, known in {"--sizes": GENERATE_SIZES, "--batches": ["32", "1"], "--answers": ["equal", "unequal"]}.items():
         of[generate].add_argument(flag, default=list(known), type=lambda text: text.split(","))
+    of[startup].add_argument("tokenizer", type=Path)
+    of[startup].add_argument("file", type=Path)
+    of[startup].add_argument("--pairs", type=int, default=60_000)
     for name, kind in {"program": str, "model": Path, "batch": int, "answers": str}.items():
         of[generate_one].add_argument(name, type=kind)
     a = parser.parse_args()

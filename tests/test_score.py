@@ -294,7 +294,7 @@ def test_rows_of_generate_blank_lines_and_a_byte_order_mark_are_read(tmp_path):
     more = {"index": 0, "prompt": [{"role": "user", "content": "Hi"}], "tokens": 3, "stopped": True}
     file = write_rows(tmp_path / "answers.jsonl", row("a\u2028b", "c\x85", **more), row("", ""))
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n\r\n"))
-    assert evaluation.read_rows(file) == [("a\u2028b", "c\x85"), ("", "")]
+    assert evaluation.read_predictions(file) == [("a\u2028b", "c\x85"), ("", "")]
 
 
 def test_chinese_is_said_to_be_divided_otherwise_than_by_jieba(tmp_path, capsys):
