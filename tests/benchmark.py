@@ -38,6 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from datetime import date
 from importlib.machinery import ModuleSpec
 from itertools import product
@@ -504,12 +505,16 @@ def startup(a: argparse.Namespace) -> None:
         before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, time.perf_counter()
         preferences = read_preferences(file.name)
         read_at = time.perf_counter()
+        # No text twice, for what occurs twice is encoded once.
+        preferences = [replace(p, prompt=[(role, f"{text} {i}") for role, text in p.prompt], chosen=f"{p.chosen} {i}",
+                               rejected=f"{p.rejected} {i}") for i, p in enumerate(preferences)]
         pairs = encode_preferences(preferences, ChatFormat(a.tokenizer), 2048)
         encoded_at, size = time.perf_counter(), file.tell() / 2**20
     tokens = sum(pair.packed_tokens() for pair in pairs)
-    print(f"{a.pairs:,} rows, {size:.0f} MiB: read and checked in {read_at - started:.1f} s, encoded ({len(pairs):,} pairs, "
-          f"{tokens:,} tokens) in {encoded_at - read_at:.1f} s; peak memory "
-          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB, of which {before:.2f} before. {machine()}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{a.pairs:,} rows, {size:.0f} MiB: read and checked in {read_at - started:.1f} s, encoded in "
+          f"{encoded_at - read_at:.1f} s ({len(pairs):,} pairs, {tokens:,} tokens); peak memory {peak:.2f} GiB, of which "
+          f"{before:.2f} before. {machine()}")
 
 
 def main() -> int:
