@@ -513,8 +513,8 @@ def startup(a: argparse.Namespace) -> None:
     tokens = sum(pair.packed_tokens() for pair in pairs)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{a.pairs:,} rows, {size:.0f} MiB: read and checked in {read_at - started:.1f} s, encoded in "
-          f"{encoded_at - read_at:.1f} s ({len(pairs):,} pairs, {tokens:,} tokens); peak memory {peak:.2f} GiB, of which "
-          f"{before:.2f} before. {machine()}")
+          f"{encoded_at - read_at:.1f} s ({len(pairs):,} pairs, {tokens:,} tokens); peak memory {peak:.2f} GiB, of "
+          f"which {before:.2f} before. {machine()}")
 
 
 def main() -> int:
