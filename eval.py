@@ -179,10 +179,11 @@ def generate(model: Llama, requests: list[Request], stop_ids: frozenset[int], *,
             cache, width = None, full_length(waiting[-1])  # the old one is freed before there is a new one
             slots = max(1, min(len(waiting), cache_tokens // width, MAX_ROWS))
             cache, filling = Cache(model, slots, width), True
-        # Refilled some rows at a time, since each time is a pass over the weights; and not with rows much shorter than
-        # the cache is wide, which wait for a narrower one.
+            least = 0 if slots == len(waiting) else width / 2
+        # Refilled some rows at a time, since each time is a pass over the weights; and, unless there is room for all,
+        # not with rows much shorter than the cache is wide, which wait for a narrower one with more rows.
         filling, fresh = filling or 8 * len(rows) <= 7 * slots, []
-        while (filling and waiting and len(rows) + len(fresh) < slots and 2 * full_length(waiting[-1]) >= width
+        while (filling and waiting and len(rows) + len(fresh) < slots and full_length(waiting[-1]) >= least
                and sum(len(row.request.prompt) for row in fresh) < PREFILL_TOKENS):
             index = waiting.pop()
             rng = np.random.default_rng([seed, requests[index].number])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from data import read_preferences
+from data import read_preferences, read_prompts
 
 README = (ROOT / "README.md").read_text()
 
@@ -56,3 +56,10 @@ def test_every_file_and_flag_that_the_readme_names_exists():
         assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
     for flag in set(re.findall(r"`(--[a-z-]+)", README)) - {"--help"}:
         assert re.search(rf"^    {flag[2:].replace('-', '_')}: ", help_text, re.M), flag
+
+
+def test_every_prompt_format_shown_is_read_as_the_same_question(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text(block("prompts"))
+    *texts, ids = read_prompts(tmp_path / "prompts.jsonl")
+    assert len(texts) == 4 and all(p.prompt[-1][1].startswith("Name a fruit.") for p in texts)
+    assert [p.reference for p in texts] == [None, "An apple.", None, "An apple."] and ids.prompt == [506, 65, 66]
