@@ -725,7 +725,8 @@ def save_model(model: Llama, directory: str | Path, *, dtype: torch.dtype = torc
     names = ["model.safetensors"] if len(files) == 1 else names
     if writer:
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        with naming(aside):
+            aside.mkdir(parents=True)
     for name, parameters in zip(names, files, strict=True):
         tensors = {}
         for key, parameter in parameters:
@@ -789,12 +790,14 @@ def finite(tensor: Tensor) -> bool:
 
 
 def flush(path: Path) -> None:
-    """Makes a written file, or a directory's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Makes a written file, or a directory's entries, survive a power cut. Raises InputError where it cannot: some disks
+    say only here that they are full."""
+    with naming(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _weight_files(directory: Path) -> dict[Path, set[str] | None]:

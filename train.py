@@ -17,8 +17,8 @@ In reading order
     Log                 the header, the line per step, OUT/metrics.jsonl
     claim_out, run, plan, main    a run's directory; a whole run; what it would take; the exit code
 
-Writes OUT/config.json, OUT/metrics.jsonl, OUT/eval.jsonl, OUT/checkpoints/, and at the end OUT/model/, which
-transformers and vLLM load.
+Writes OUT/config.json, OUT/metrics.jsonl, OUT/eval.jsonl, OUT/checkpoints/, OUT/reference.safetensors where a loss has
+a reference, and at the end OUT/model/, which transformers and vLLM load.
 
 Weights and AdamW's moments are kept in fp32, sharded over the processes; matrix products run in bf16 on CUDA and in
 fp32 on CPU (--precision). A step's pairs do not depend on the number of processes, and each weighs 1/pairs_per_step
@@ -89,7 +89,8 @@ PRESETS = {"paper": {"loss": "asft", "sft_weight": 1.0, "beta": 0.1, "temperatur
 LOSS_OPTIONS = {option for row in asft.LOSSES.values() for option in row.options}
 # What --resume may change. Weights and pairs may move, but their content is compared (fingerprint).
 MAY_CHANGE = {"model", "data", "eval_data", "reference_cache", "out", "resume", "save_every", "keep", "eval_every",
-              "max_tokens_per_gpu", "share_prompt", "device", "checkpoint_blocks", "compile", "replicas", "save_dtype"}
+              "max_tokens_per_gpu", "share_prompt", "device", "checkpoint_blocks", "compile", "replicas", "save_dtype",
+              "plan"}
 
 
 def flag(default, text: str, choices: tuple | None = None):
@@ -230,9 +231,8 @@ def parse(arguments: list[str] | None = None) -> Config:
     refused."""
     parser = _Parser(usage="python train.py [FLAGS]", description=__doc__, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    hints = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
-        kind = next(t for t in (typing.get_args(hints[field.name]) or (hints[field.name],)) if t is not type(None))
+        kind = kinds_of(field)[0]
         text = field.metadata["help"] + ("" if field.default in (None, "", False, True) else f" [{field.default}]")
         how: dict = {"type": kind, "choices": field.metadata["choices"]}
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
@@ -269,7 +269,7 @@ def parse(arguments: list[str] | None = None) -> Config:
 
 def recorded_flags(given: dict) -> dict | None:
     """The flags of the run that --resume names, or None where it is yet to begin; sets given["out"]."""
-    if given["resume"] and given.setdefault("out", given["resume"]) != given["resume"]:
+    if given["resume"] and Path(given.setdefault("out", given["resume"])) != Path(given["resume"]):
         raise InputError(f"--resume {given['resume']} and --out {given['out']} are two directories; leave one out")
     if "out" not in given:
         raise InputError("--resume wants the directory of a run, its own or --out's")
@@ -282,7 +282,17 @@ def recorded_flags(given: dict) -> dict | None:
     flags = facts.get("flags") if isinstance(facts, dict) else None
     if not isinstance(flags, dict) or flags.keys() != Config.__dataclass_fields__.keys():
         raise InputError(f"{path}: wanted the config.json of a run of this version of train.py")
+    for field in dataclasses.fields(Config):
+        value, choices = flags[field.name], field.metadata["choices"]
+        if type(value) not in kinds_of(field) or (choices and value is not None and value not in choices):
+            raise InputError(f"{path}: {field.name} is {shown(value)}, which no run of train.py writes")
     return flags
+
+
+def kinds_of(field: dataclasses.Field) -> tuple[type, ...]:
+    """The types of a field's values: str, or str and None, and so on."""
+    kind = typing.get_type_hints(Config)[field.name]
+    return typing.get_args(kind) or (kind,)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float, min_lr_ratio: float) -> float:
@@ -449,13 +459,14 @@ def file_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_cache(cache: Path, key: str, pairs: int) -> Tensor | None:
+def read_cache(cache: Path, key: str, parts: list[Data]) -> Tensor | None:
     """The reference log-probs in a --reference-cache; None where there is none yet. Raises InputError for a cache of
     another key, a file that is none, and a directory that cannot be written."""
     if not cache.exists():
         if not os.access(cache.parent, os.W_OK):
             raise InputError(f"--reference-cache {cache}: {cache.parent} is not a directory that can be written")
         return None
+    pairs = sum(len(part.pairs) for part in parts)
     with open_safetensors(cache) as file:
         found = (file.metadata() or {}).get("key")
         if found != key:
@@ -483,10 +494,15 @@ def attach_reference(config: Config, mesh: DeviceMesh, model: Llama, parts: list
                 logps[rows] += torch.stack(model(batch), -1).unflatten(0, (-1, 2)) * present_B[:, None, None]
         reshard(model)
         dist.all_reduce(logps)
+        if not finite(logps):
+            raise StoppedError("the starting model's log-probs, which the loss wants, are not finite")
         if dist.get_rank() == 0:
-            aside = cache.with_name(cache.name + ".partial")
-            save_file({"logps": logps.cpu()}, aside, metadata={"key": key})
-            aside.rename(cache)
+            aside = cache.with_name(f".{cache.name}.partial")
+            with naming(cache):
+                save_file({"logps": logps.cpu()}, aside, metadata={"key": key})
+                flush(aside)
+                aside.rename(cache)
+                flush(cache.parent)
     of_parts = logps.to(mesh.device_type).split([len(part.pairs) for part in parts])
     for part, of_part in zip(parts, of_parts, strict=True):
         part.reference = of_part
@@ -577,17 +593,19 @@ def largest_micro_batch(config: Config, data: Data, steps: int, processes: int) 
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C, while it lasts, ask to stop after the step; a second one stops at once."""
+    """SIGTERM and Ctrl-C, while it lasts, ask to stop after the step; a second one stops at once. But within a second
+    it is the same request: a scheduler tells torchrun and its processes, and torchrun tells them again."""
 
     def __enter__(self) -> "StopRequest":
-        self.number = 0
+        self.number, self.since = 0, 0.0
         self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def ask(self, number: int, _frame) -> None:
-        if self.number:
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > 1:
             os._exit(128 + number)
-        self.number = number
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
@@ -595,7 +613,7 @@ class StopRequest:
 
 
 def train(config: Config, model: Llama, optimizer: torch.optim.AdamW, data: Data, held_out: Data | None, log: "Log",
-          mesh: DeviceMesh, steps: int, done: int, stop: StopRequest) -> None:
+          mesh: DeviceMesh, steps: int, done: int, identity: str, stop: StopRequest) -> None:
     """Runs the steps after the first `done`. One step: draw, forward, loss, backward, clip, rate, update, log."""
     rank, world = dist.get_rank(), dist.get_world_size()
     steps_per_epoch = -(-len(data.pairs) // config.pairs_per_step)
@@ -630,31 +648,30 @@ def train(config: Config, model: Llama, optimizer: torch.optim.AdamW, data: Data
         seconds = time.perf_counter() - started
         tokens = int(data.sizes[drawn].sum())
         left += (seconds - left) / min(step + 1 - done, 20)  # of one step, averaged over the last ones
-        peak_and_signal = torch.tensor([peak_memory_gib(), stop.number], device=data.device)
-        dist.all_reduce(peak_and_signal, dist.ReduceOp.MAX)
-        peak, asked_by = peak_and_signal.tolist()
+        peak = torch.tensor(peak_memory_gib(), device=data.device)
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
         row = {"step": step + 1, "epoch": round((step + 1) / steps_per_epoch, 4), **means, "lr": rate,
                "grad_norm": norm, "pairs": len(drawn), "tokens": tokens, "seconds": seconds,
                "tokens_per_s": tokens / seconds, "pairs_per_s": len(drawn) / seconds,
-               "peak_memory_gib": peak}
+               "peak_memory_gib": float(peak)}
         log.step(row, steps, left * (steps - step - 1))
         wanted = step + 1 == steps or (config.eval_every and (step + 1) % config.eval_every == 0)
         if held_out is not None and wanted:
             row |= evaluate(model, held_out, log, step + 1)
         log.metrics(row)
-        if step + 1 < steps and (asked_by or (config.save_every and (step + 1) % config.save_every == 0)):
-            save_checkpoint(log.out, step + 1, model, optimizer, mesh, config.keep)
-            if asked_by:
-                name = signal.Signals(int(asked_by)).name
+        asked = torch.tensor(stop.number, device=data.device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        if step + 1 < steps and (asked or (config.save_every and (step + 1) % config.save_every == 0)):
+            save_checkpoint(log.out, step + 1, identity, model, optimizer, mesh, config.keep)
+            if asked:
+                name = signal.Signals(int(asked)).name
                 log.say(f"\nstopped by {name} after step {step + 1} of {steps}; go on with --resume {log.out}")
-                raise StoppedError(name, 128 + int(asked_by))
+                raise StoppedError(name, 128 + int(asked))
 
 
 def stop_non_finite(step: int, loss: float, norm: float, suspects: list[str], drawn: list[str]) -> typing.NoReturn:
     """Raises StoppedError everywhere, naming the pairs whose loss is not finite, or all of the step if none is."""
-    everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everywhere, suspects)
-    named = [place for places in everywhere for place in places] or drawn
+    named = [place for places in together(lambda: suspects) for place in places] or drawn
     more = f" and {len(named) - 20} more" if len(named) > 20 else ""
     raise StoppedError(f"step {step}: loss {loss}, gradient norm {norm}; stopped before the update. Pairs: "
                   f"{', '.join(named[:20])}{more}")
@@ -692,9 +709,9 @@ def answer(model: Llama, chat: ChatFormat, prompt: np.ndarray, device: str, max_
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
-# OUT/checkpoints/step-000200/ has a file per process, of its rows of every weight and moment, and checkpoint.json, with
-# their checksums. It is written under a hidden name and renamed when all of it is on the disk. safetensors and JSON:
-# nothing in it can execute.
+# OUT/checkpoints/step-000200/ has a file per process (of the first replica), with its rows of every weight and moment,
+# and checkpoint.json, with their checksums. It is written under a hidden name and renamed when all of it is on the
+# disk. safetensors and JSON: nothing in it can execute.
 
 
 def trained_tensors(model: Llama, optimizer: torch.optim.AdamW) -> list[tuple[str, Tensor]]:
@@ -710,10 +727,10 @@ def stop_unless_finite(tensors: list[tuple[str, Tensor]], step: int) -> None:
         raise StoppedError(f"after step {step} {named[0]} is not finite ({len(named)} such tensors); not saved")
 
 
-def save_checkpoint(out: Path, step: int, model: Llama, optimizer: torch.optim.AdamW, mesh: DeviceMesh,
+def save_checkpoint(out: Path, step: int, identity: str, model: Llama, optimizer: torch.optim.AdamW, mesh: DeviceMesh,
                     keep: int) -> None:
-    """OUT/checkpoints/step-..., by all processes; then removes all but the newest `keep`. Raises InputError where it
-    cannot be written: the earlier ones stay whole."""
+    """OUT/checkpoints/step-..., by all processes; then removes all but the newest `keep`. Raises StoppedError for a
+    value that is not finite, and InputError where it cannot be written: the earlier ones stay whole."""
     tensors = trained_tensors(model, optimizer)
     stop_unless_finite(tensors, step)
     home, name = out / "checkpoints", f"step-{step:06d}"
@@ -734,11 +751,12 @@ def save_checkpoint(out: Path, step: int, model: Llama, optimizer: torch.optim.A
     def finish() -> None:
         for log in out.glob("*.jsonl"):
             flush(log)  # the rows of its steps must not be lost where the checkpoint is not
-        facts = {"step": step, "files": {name: digest for of_process in digests for name, digest in of_process.items()}}
+        files = {name: digest for of_process in digests for name, digest in of_process.items()}
+        facts = {"step": step, "run": identity, "files": files}
         write_whole(aside / "checkpoint.json", json.dumps(facts | {"checksum": checksum(facts)}, indent=2) + "\n")
         aside.rename(home / name)
         flush(home)
-        for old in sorted(home.glob("step-*"))[:-keep]:
+        for old in checkpoints(out)[:-keep]:
             hidden = old.rename(old.with_name(f".{old.name}.old"))
             shutil.rmtree(hidden)
 
@@ -786,39 +804,56 @@ def write_whole(path: Path, text: str) -> None:
         flush(path.parent)
 
 
-def newest_checkpoint(out: Path, log: "Log") -> tuple[Path | None, int]:
-    """The newest checkpoint that is whole, byte for byte, and its step; (None, 0) where there is none at all. Newer
-    ones are named and set aside; raises InputError where none is whole."""
-    found = on_first_process(lambda: sorted((out / "checkpoints").glob("step-*"), reverse=True))
+class DamagedError(InputError):
+    """A checkpoint that is not what was written."""
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Those in OUT, newest last."""
+    return sorted((out / "checkpoints").glob("step-*"), key=lambda path: (len(path.name), path.name))
+
+
+def newest_checkpoint(out: Path, identity: str, log: "Log") -> tuple[Path | None, dict]:
+    """The newest checkpoint that is whole, byte for byte, and its checkpoint.json; (None, {"step": 0}) where there is
+    none at all. Newer ones are named and set aside. Raises InputError where none is whole, one cannot be read, or it is
+    another run's."""
+    found = on_first_process(lambda: checkpoints(out))[::-1]
     for i, path in enumerate(found):
         try:
-            step = together(functools.partial(checked_step, path))[0]
-        except InputError as error:
+            facts = together(functools.partial(checked_facts, path))[0]
+        except DamagedError as error:
             log.say(f"{error}; trying the checkpoint before")
             continue
-        if dist.get_rank() == 0:
-            for bad in found[:i]:
-                bad.rename(bad.with_name(f"damaged-{bad.name}"))
-        return path, step
+        if facts["run"] != identity:
+            raise InputError(f"{path}: of a run with other flags, pairs or weights than {out / 'config.json'} says")
+        for bad in found[:i] if dist.get_rank() == 0 else ():
+            aside = bad.with_name(f"damaged-{bad.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            bad.rename(aside)
+        return path, facts
     if found:
-        raise InputError(f"{out / 'checkpoints'}: none of {len(found)} checkpoints is whole; to begin again, remove it")
-    return None, 0
+        raise InputError(f"{out / 'checkpoints'}: none of {len(found)} checkpoints is whole")
+    return None, {"step": 0}
 
 
-def checked_step(path: Path) -> int:
-    """The step of a checkpoint, of whose files each process checks its share. Raises InputError naming the damage."""
-    facts = read_json(path / "checkpoint.json", "a whole checkpoint")
-    if not isinstance(facts, dict) or facts.pop("checksum", None) != checksum(facts):
-        raise InputError(f"{path / 'checkpoint.json'}: damaged (its checksum differs)")
-    for name in sorted(facts["files"])[dist.get_rank()::dist.get_world_size()]:
-        if file_checksum(path / name) != facts["files"][name]:
-            raise InputError(f"{path / name}: damaged (its checksum differs)")
-    return facts["step"]
+def checked_facts(path: Path) -> dict:
+    """A checkpoint's checkpoint.json; each process checks its share of the files. Raises DamagedError naming one."""
+    name = "checkpoint.json"
+    try:
+        facts = json.loads((path / name).read_bytes())
+        if facts.pop("checksum") != checksum(facts):
+            raise ValueError("its checksum differs")
+        for name in sorted(facts["files"])[dist.get_rank()::dist.get_world_size()]:
+            if file_checksum(path / name) != facts["files"][name]:
+                raise ValueError("its checksum differs")
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{path / name}: damaged ({getattr(error, 'strerror', None) or error})") from None
+    return facts
 
 
-def load_checkpoint(path: Path, step: int, model: Llama, optimizer: torch.optim.AdamW) -> None:
+def load_checkpoint(path: Path, facts: dict, model: Llama, optimizer: torch.optim.AdamW) -> None:
     """Fills weights and moments, each process its own rows, from a checkpoint of any number of processes."""
-    files = [safetensors.safe_open(file, "pt") for file in sorted(path.glob("*.safetensors"))]
+    files = [open_safetensors(path / name) for name in sorted(facts["files"])]
     for key, tensor in trained_tensors(model, optimizer):
         local, rows = local_rows(tensor.detach())
         for i, file in enumerate(files):
@@ -828,7 +863,7 @@ def load_checkpoint(path: Path, step: int, model: Llama, optimizer: torch.optim.
                 part = file.get_slice(key)[first - stored.start:last - stored.start]
                 local[first - rows.start:last - rows.start] = part
     for state in optimizer.state.values():
-        state["step"].fill_(step)
+        state["step"].fill_(facts["step"])
 
 
 # -------------------------------------------------------------------------------------------------------------- logging
@@ -853,8 +888,8 @@ class Log:
             print(text, flush=True)
 
     def header(self, config: Config, mesh: DeviceMesh, model: Llama, parts: list[Data], counts: list[Counter],
-               steps: int, marks: dict[str, str]) -> None:
-        """Prints what will run, and writes it to OUT/config.json."""
+               steps: int) -> dict:
+        """Prints what will run, and returns what OUT/config.json says of it."""
         llama, data, processes = model.config, parts[0], dist.get_world_size()
         parameters = sum(p.numel() for p in model.parameters())
         cuda, half = mesh.device_type == "cuda", compute_dtype(config, mesh) == torch.bfloat16
@@ -879,10 +914,11 @@ class Log:
             self.say(textwrap.fill(text, 118, initial_indent=f"  {name:<11}", subsequent_indent=" " * 13,
                                    break_long_words=False, break_on_hyphens=False))
         modules = (torch, tokenizers, safetensors, np)
-        facts = {"flags": vars(config), "data": counts[0], "eval_data": counts[1] if config.eval_data else None,
-                 "steps": steps, "parameters": parameters, "processes": processes, "device": device,
-                 "fingerprint": marks,
-                 "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in modules}}
+        return {"flags": vars(config), "data": counts[0], "eval_data": counts[1] if config.eval_data else None,
+                "steps": steps, "parameters": parameters, "processes": processes, "device": device,
+                "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in modules}}
+
+    def config(self, facts: dict) -> None:
         if self.active:
             write_whole(self.out / "config.json", json.dumps(facts, indent=2) + "\n")
 
@@ -907,13 +943,19 @@ class Log:
         self.say(("\r\x1b[K" if self.moving else "") + text.format(step=step, **row))
 
     def rewind(self, done: int) -> None:
-        """Forgets what is logged of the steps after `done`, which will run again."""
+        """Forgets what is logged of the steps after `done`, which will run again. Raises InputError where the others
+        are not all there."""
         for name in ("metrics.jsonl", "eval.jsonl") if self.active else ():
             path, kept = self.out / name, []
-            for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-                if not line.endswith("\n") or json.loads(line)["step"] > done or (done == 0 and name == "eval.jsonl"):
-                    break
+            for line in path.read_text().splitlines(keepends=True) if path.exists() and done else []:
+                try:
+                    if json.loads(line)["step"] > done:
+                        break
+                except (ValueError, LookupError, TypeError):
+                    break  # cut short by the end of the process; else rows are missing, which is found below
                 kept.append(line)
+            if name == "metrics.jsonl" and len(kept) != done:
+                raise InputError(f"{path}: {len(kept)} whole rows up to step {done}, of which there is a checkpoint")
             write_whole(path, "".join(kept))
 
     def _append(self, name: str, row: dict) -> None:
@@ -925,24 +967,18 @@ class Log:
 # -------------------------------------------------------------------------------------------------------------- the run
 
 
-def claim_out(config: Config, marks: dict[str, str], pairs: int) -> tuple[Path, Tensor | None]:
-    """For process 0: takes the run's directory, new, or of the run to go on with, whose fingerprint must be this one's;
-    and what is cached of reference log-probs. Raises InputError; a directory is made only when nothing else is wrong.
-    """
+def claim_out(config: Config, marks: dict[str, str]) -> Path:
+    """For process 0: takes the run's directory, new, or of the run to go on with, whose fingerprint must be this one's.
+    Raises InputError."""
     out = Path(config.out or f"runs/{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3])
-    facts = read_json(out / "config.json") if config.resume is not None and (out / "config.json").exists() else None
-    if facts is not None:
-        there = facts.get("fingerprint") or {}
-        for name in marks.keys() | there.keys():
-            if marks.get(name) != there.get(name):
-                raise InputError(f"--resume {out}: other {name} than the run began with ({marks.get(name)}, began with "
-                                 f"{there.get(name)})")
+    if config.resume is not None and (out / "config.json").exists():
+        there = read_json(out / "config.json").get("fingerprint")
+        for name in sorted(marks):
+            if not isinstance(there, dict) or marks[name] != there.get(name):
+                raise InputError(f"--resume {out}: other {name} than the run began with")
     elif out.exists() and (not out.is_dir() or any(path.name[0] != "." for path in out.iterdir())):
         raise InputError(f"--out {out} is not empty; a new run wants a fresh directory, its own is gone on with by "
                          "--resume")
-    logps = None
-    if config.loss_row.reference and config.reference == "precompute" and (facts or config.reference_cache):
-        logps = read_cache(reference_cache(config, out), cache_key(marks), pairs)
     try:
         out.mkdir(parents=True, exist_ok=True)
         fcntl.lockf(os.open(out / ".lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it ends
@@ -950,15 +986,7 @@ def claim_out(config: Config, marks: dict[str, str], pairs: int) -> tuple[Path, 
         raise InputError(f"--out {out}: another process is training there") from None
     except OSError as error:
         raise InputError(f"--out {out}: {error.strerror}") from None
-    return out, logps
-
-
-def reference_cache(config: Config, out: Path) -> Path:
-    return Path(config.reference_cache or out / "reference.safetensors")
-
-
-def cache_key(marks: dict[str, str]) -> str:
-    return " ".join(marks.values())
+    return out
 
 
 def describe(counts: Counter) -> str:
@@ -973,42 +1001,55 @@ def run(config: Config) -> None:
     llama = LlamaConfig.load(config.model)
     config = dataclasses.replace(config, max_tokens=resolve_max_tokens(config.max_tokens, llama))
     if config.plan:
-        return plan(config, llama, config.plan)
+        plan(config, llama, config.plan)
+        return
     check_weights(config.model, llama)
     mesh = start_processes(config)
     parts, counts, chat = read_data(config, llama, mesh.device_type)
     data, held_out = parts[0], parts[1] if config.eval_data else None
     marks = on_first_process(lambda: fingerprint(config, mesh, parts))
-    out, logps = on_first_process(lambda: claim_out(config, marks, sum(len(part.pairs) for part in parts)))
+    key, logps, cached = " ".join(marks.values()), None, config.loss_row.reference and config.reference == "precompute"
+    if cached and config.reference_cache:  # before a directory is made: it may be the wrong one
+        logps = on_first_process(lambda: read_cache(Path(config.reference_cache), key, parts))
+    out = on_first_process(lambda: claim_out(config, marks))
     log, steps = Log(out, dist.get_rank() == 0), count_steps(config, data)
     if on_first_process((out / "model").exists):
-        return log.say(f"{out} is finished: its model is {out / 'model'}")
+        log.say(f"{out} is finished: its model is {out / 'model'}")
+        return
     model = build_model(config, mesh)
-    log.header(config, mesh, model, parts, counts, steps, marks)
+    facts = log.header(config, mesh, model, parts, counts, steps) | {"fingerprint": marks}
+    identity = checksum(marks | {name: value for name, value in vars(config).items() if name not in MAY_CHANGE})
+    if not on_first_process((out / "config.json").exists):
+        log.config(facts)
     if config.loss_row.reference:
-        attach_reference(config, mesh, model, parts, cache_key(marks), logps, reference_cache(config, out))
+        cache = Path(config.reference_cache or out / "reference.safetensors")
+        if cached and logps is None:
+            logps = on_first_process(lambda: read_cache(cache, key, parts))
+        attach_reference(config, mesh, model, parts, key, logps, cache)
     optimizer = make_optimizer(config, model)
     rehearse(config, model, data, steps)
-    checkpoint, done = newest_checkpoint(out, log)
+    checkpoint, state = newest_checkpoint(out, identity, log)
     if config.resume is not None:
-        log.rewind(done)
+        log.rewind(state["step"])
+        log.config(facts)
         log.say(f"going on from {checkpoint}" if checkpoint else "no checkpoint yet: beginning with the first step")
     asked = held_out.pairs[:config.samples] if held_out is not None and chat is not None else []
     if checkpoint:
-        load_checkpoint(checkpoint, done, model, optimizer)
+        load_checkpoint(checkpoint, state, model, optimizer)
     elif held_out is not None:
         before = [answer(model, chat, pair.prompt, mesh.device_type) for pair in asked]
         evaluate(model, held_out, log, 0, before)
-    with StopRequest() as stop:
-        train(config, model, optimizer, data, held_out, log, mesh, steps, done, stop)
-    stop_unless_finite([(key, tensor) for key, tensor in model.named_parameters()], steps)
-    if asked:
+    with StopRequest() as stop:  # of the export too: the first signal lets it finish
+        train(config, model, optimizer, data, held_out, log, mesh, steps, state["step"], identity, stop)
+        stop_unless_finite(list(model.named_parameters()), steps)
         after = [answer(model, chat, pair.prompt, mesh.device_type) for pair in asked]
-        before = on_first_process(lambda: json.loads((out / "eval.jsonl").read_text().split("\n")[0])["answers"])
+        dtype = torch.bfloat16 if config.save_dtype == "bf16" else torch.float32
+        on_first_process(lambda: [flush(path) for path in out.glob("*.jsonl")])
+        save_model(model, out / "model", dtype=dtype, source=config.model)
+    if asked and log.active:
+        before = json.loads((out / "eval.jsonl").read_text().split("\n")[0])["answers"]
         for pair, old, new in zip(asked, before, after, strict=True):
             log.say(f"\n  prompt  {show(chat.last_turn(pair.prompt))}\n  before  {show(old)}\n  after   {show(new)}")
-    dtype = torch.bfloat16 if config.save_dtype == "bf16" else torch.float32
-    save_model(model, out / "model", dtype=dtype, source=config.model)
     log.say(f"\nsaved {out / 'model'} ({config.save_dtype}); metrics in {out / 'metrics.jsonl'}")
 
 
@@ -1100,6 +1141,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run(parse(arguments))
         return 0
+    except KeyboardInterrupt:  # before training, where there is nothing to save
+        return 130
+    except OSError as error:
+        print(f"train.py: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr, flush=True)
+        return 2
     except (InputError, StoppedError) as error:
         code = error.code if isinstance(error, StoppedError) else 2
         if code < 128:  # a signal: process 0 has said so

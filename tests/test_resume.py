@@ -150,6 +150,55 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(start, whole, 
         "damaged-step-000006", "step-000004", "step-000006"]
 
 
+def test_a_copy_beside_a_checkpoints_files_is_not_read(start, whole, tmp_path):  # noqa: F811
+    shutil.copytree(whole, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/model")
+    home = tmp_path / "out/checkpoints/step-000006"
+    shutil.copy(home / "00000-of-00001.safetensors", home / "00000-of-00001 copy.safetensors")
+    assert train.main(["--resume", str(tmp_path / "out")]) == 0
+    assert weights(tmp_path / "out") == weights(whole)
+
+
+def test_a_step_whose_checkpoint_is_damaged_twice_is_no_obstacle(start, whole, tmp_path):  # noqa: F811
+    shutil.copytree(whole, tmp_path / "out")
+    for _ in range(2):
+        shutil.rmtree(tmp_path / "out/model")
+        flip_a_bit(tmp_path / "out/checkpoints/step-000006/00000-of-00001.safetensors")
+        assert train.main(["--resume", str(tmp_path / "out")]) == 0
+    assert weights(tmp_path / "out") == weights(whole)
+
+
+def test_the_newest_checkpoint_is_the_one_of_the_highest_step_whatever_its_digits(tmp_path):
+    for step in (999_800, 1_000_000, 200):
+        (tmp_path / f"checkpoints/step-{step:06d}").mkdir(parents=True)
+    assert [path.name for path in train.checkpoints(tmp_path)] == ["step-000200", "step-999800", "step-1000000"]
+
+
+def test_a_checkpoint_of_another_run_and_lost_log_rows_are_refused(start, whole, tmp_path, capsys):  # noqa: F811
+    assert run(start, tmp_path / "other", "--lr", "2e-2") == 0
+    shutil.copytree(whole, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/model")
+    shutil.rmtree(tmp_path / "out/checkpoints/step-000006")
+    shutil.copytree(tmp_path / "other/checkpoints/step-000006", tmp_path / "out/checkpoints/step-000006")
+    assert train.main(["--resume", str(tmp_path / "out")]) == 2
+    assert "step-000006: of a run with other flags" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out/checkpoints/step-000006")
+    lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "out/metrics.jsonl").write_text("".join(lines[1:]))
+    assert train.main(["--resume", str(tmp_path / "out")]) == 2
+    assert "metrics.jsonl: 3 whole rows up to step 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key, value", [("lr", "1e-5"), ("loss", "nope"), ("shuffle", 1), ("model", None)])
+def test_a_recorded_flag_that_no_run_writes_is_refused(start, whole, tmp_path, capsys, key, value):  # noqa: F811
+    shutil.copytree(whole, tmp_path / "out")
+    facts = json.loads((tmp_path / "out/config.json").read_text())
+    facts["flags"][key] = value
+    (tmp_path / "out/config.json").write_text(json.dumps(facts))
+    assert train.main(["--resume", str(tmp_path / "out")]) == 2
+    assert f"config.json: {key} is" in capsys.readouterr().err
+
+
 def test_where_no_checkpoint_is_whole_the_run_says_so_and_changes_nothing(start, whole, tmp_path, capsys):  # noqa: F811
     shutil.copytree(whole, tmp_path / "out")
     shutil.rmtree(tmp_path / "out/model")
@@ -209,14 +258,37 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_a_code_of_its_own(start,
     assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == [f"step-{step:06d}"]
 
 
-def test_a_second_signal_stops_at_once(start, tmp_path):  # noqa: F811
-    # Stopped between the two, so that both are there before the step can end.
-    process = popen(*flags(start, tmp_path / "out", *LONG))
-    for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
-        process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT)
-    assert not list((tmp_path / "out").glob("checkpoints/step-*"))
+def test_a_second_signal_stops_at_once_but_within_a_second_it_is_the_same_request(monkeypatch):
+    class Ended(BaseException):
+        pass
+
+    def end(code):
+        raise Ended(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    before = signal.getsignal(signal.SIGTERM)
+    with train.StopRequest() as stop:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):  # of a scheduler, torchrun, and torchrun again
+            signal.raise_signal(number)
+        assert stop.number == signal.SIGTERM
+        now = 101.5
+        with pytest.raises(Ended, match="130"):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_while_the_model_is_exported_lets_it_finish(start, tmp_path, monkeypatch):  # noqa: F811
+    inner = train.save_model
+
+    def save_model(*arguments, **named):
+        signal.raise_signal(signal.SIGTERM)
+        inner(*arguments, **named)
+
+    monkeypatch.setattr(train, "save_model", save_model)
+    assert run(start, tmp_path / "out") == 0
+    assert (tmp_path / "out/model/model.safetensors").exists()
 
 
 def test_torchrun_recovers_by_itself_when_a_worker_is_killed(start, whole, tmp_path):  # noqa: F811
