@@ -323,7 +323,7 @@ def check_export(a: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM
 
     directory, dtype = a.scratch / "out/model", torch.bfloat16 if a.device == "cuda" else torch.float32
-    ids = torch.from_numpy(make_pairs(a, "uf")[1][0].chosen).repeat(300)[:300].to(a.device)
+    ids = torch.from_numpy(np.concatenate([pair.chosen for pair in make_pairs(a, "uf")[1]])[:300]).to(a.device)
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(a.device)(ids[None]).logits[0]
     ours = of_model.load_model(directory, dtype, a.device).logits(ids)
     theirs, ours = (logits.float().log_softmax(-1) for logits in (theirs, ours))
