@@ -107,7 +107,7 @@ def make_model(a: argparse.Namespace, name: str) -> Path:
             file = f"model-{len(places):05d}.safetensors"
             save_file(tensors, home / file, metadata={"format": "pt"})
             places, tensors = places | dict.fromkeys(tensors, file), {}
-    (home / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (home / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     shutil.copy(ROOT / "examples/model/tokenizer.json", home)
     (home / "config.json").write_text(json.dumps(config.to_dict(torch.bfloat16)))
     return home
