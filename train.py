@@ -15,7 +15,7 @@ In reading order
     save_checkpoint, newest_checkpoint, load_checkpoint    what a run that is killed goes on from
     evaluate, answer    held-out loss, margin and accuracy; greedy answers to a few held-out prompts
     Log                 the header, the line per step, OUT/metrics.jsonl
-    claim_out, run, plan, main    a run's directory; a whole run; what it would take; the exit code
+    claim_out, run, plan, forward_flops, main    a run's directory; a whole run; what it would take; the exit code
 
 Writes OUT/config.json, OUT/metrics.jsonl, OUT/eval.jsonl, OUT/checkpoints/, OUT/reference.safetensors where a loss has
 a reference, and at the end OUT/model/, which transformers and vLLM load.
@@ -1111,23 +1111,32 @@ def plan(config: Config, llama: LlamaConfig, gpus: int) -> None:
             optimizer.step()
         (peak,) = tracker.get_tracker_snapshot("peak").values()
 
-    shapes = {key: math.prod(shape) for key, shape in expected_shapes(llama).items()}
-    in_blocks = sum(size for key, size in shapes.items() if "_proj" in key)
-    seen = sum(len(p.prompt) * (len(p.prompt) + 1) / 2 + sum(len(r) * (len(p.prompt) + (len(r) + 1) / 2)
-               for r in (p.chosen, p.rejected)) for p in data.pairs)  # (query, key) pairs of the attention
-    responses = sum(len(p.chosen) + len(p.rejected) for p in data.pairs)
-    forward = 2 * in_blocks * data.sizes.sum() + 2 * llama.vocab_size * llama.hidden_size * responses
-    forward += 4 * llama.num_hidden_layers * llama.num_attention_heads * llama.head_dim * seen
+    parameters = sum(math.prod(shape) for shape in expected_shapes(llama).values())
+    flops = 3 * forward_flops(llama, data.pairs, config.share_prompt)
     a_step = config.pairs_per_step / len(data.pairs)
     kinds = {str(kind).split(".")[-1].lower().replace("_", " "): size / 2**30 for kind, size in peak.items() if size}
     total = kinds.pop("total")
     print(f"{config.model} on {gpus} GPU{'s' * (gpus > 1)}, {config.data}\n"
-          f"  parameters  {sum(shapes.values()):,}\n"
+          f"  parameters  {parameters:,}\n"
           f"  steps       {steps:,} of {config.pairs_per_step} pairs, {data.sizes.sum() * a_step:,.0f} tokens a step, "
           f"at most {data.sizes[largest].sum():,} a micro-batch\n"
-          f"  FLOPs       {3 * forward * a_step:.3g} a step (forward and backward; recomputation not counted)\n"
+          f"  FLOPs       {flops * a_step:.3g} a step (forward and backward; recomputation not counted)\n"
           f"  memory      {total:.1f} GiB at the peak, on each GPU: "
           + ", ".join(f"{name} {size:.1f}" for name, size in kinds.items() if size >= 0.05))
+
+
+def forward_flops(llama: LlamaConfig, pairs: list[Pair], share_prompt: bool) -> int:
+    """Of a forward pass: two a weight and token that meet (in the head scored tokens alone), and of attention what the
+    mask lets through. Backward has twice as many."""
+    in_blocks = sum(math.prod(shape) for key, shape in expected_shapes(llama).items() if "_proj" in key)
+    tokens = sum(pair.packed_tokens(share_prompt) for pair in pairs)
+    scored = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+    seen, prompts = 0, 1 if share_prompt else 2  # (query, key) pairs; how often a prompt is computed
+    for pair in pairs:
+        n_p, *responses = map(len, (pair.prompt, pair.chosen, pair.rejected))
+        seen += prompts * n_p * (n_p + 1) // 2 + sum(n * n_p + n * (n + 1) // 2 for n in responses)
+    attention = 4 * llama.num_hidden_layers * llama.num_attention_heads * llama.head_dim * seen
+    return 2 * in_blocks * tokens + 2 * llama.vocab_size * llama.hidden_size * scored + attention
 
 
 def show(text: str) -> str:
