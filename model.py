@@ -790,8 +790,8 @@ def finite(tensor: Tensor) -> bool:
 
 
 def flush(path: Path) -> None:
-    """Makes a written file, or a directory's entries, survive a power cut. Raises InputError where it cannot: some disks
-    say only here that they are full."""
+    """Makes a written file, or a directory's entries, survive a power cut. Raises InputError where it cannot: some say
+    only here that they are full."""
     with naming(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
