@@ -10,7 +10,7 @@
     python eval.py tables --runs NAME=DIR ...                    the paper's tables, from what --json wrote
     python eval.py figures --out DIR                             Figure 1, which wants no run
     python eval.py figures --out DIR --runs RUN NAME=RUN ...     Figure 2 as well; each RUN is an --out of train.py
-    python eval.py figures --help                                its flags; `python eval.py --help` lists the commands
+    python eval.py --help                                        the commands; `python eval.py COMMAND --help` its flags
 
 In reading order
     place, share, append_row        one process and many: torchrun starts them, a locked file joins what they write
@@ -104,25 +104,38 @@ def share(items: list) -> list:
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[IO[bytes]]:
     """A file of JSON lines, made if it is not there, that no other process holds meanwhile. What is written goes to its
-    end. A last line without its end is cut off: whoever wrote it was killed."""
+    end. A last row without its end is cut off, since whoever wrote it was killed; a line that no command here writes
+    stays, and is an InputError."""
     try:
         with open(path, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if file.tell():
+            if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 if file.read() != b"\n":
                     file.seek(0)
-                    file.truncate(file.read().rfind(b"\n") + 1)
+                    text = file.read()
+                    last = text[text.rfind(b"\n") + 1:]
+                    if not any(last.startswith(start[:len(last)]) for start in FIRST_KEYS):
+                        raise InputError(f"{path}: its last line is no row of this command; name another file")
+                    file.truncate(len(text) - len(last))
             file.seek(0)
             yield file
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
 
 
+FIRST_KEYS = (b'{"index": ', b'{"question_id": ')  # what each row that is written here begins with
+
+
 def append_row(path: str | Path, row: dict) -> None:
     """Adds a row to a file of JSON lines, whole and at once, whatever other processes add to it."""
     with locked(path) as file:
-        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        file.write(json_line(row))
+
+
+def json_line(row: dict) -> bytes:
+    """A row as it is written. Half a surrogate pair, as a reply cut short may end in, stays JSON's escape of it."""
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 # --------------------------------------------------------------------------------------------------------- generation
@@ -187,7 +200,7 @@ def generate(model: Llama, requests: list[Request], stop_ids: frozenset[int], *,
                and sum(len(row.request.prompt) for row in fresh) < PREFILL_TOKENS):
             index = waiting.pop()
             rng = np.random.default_rng([seed, requests[index].number])
-            fresh.append(_Row(index, requests[index], [], rng.random(requests[index].max_new_tokens)))
+            fresh.append(_Row(index, requests[index], [], rng.random(full_length(index) - len(requests[index].prompt))))
         filling = bool(fresh)
 
         if fresh:
@@ -306,12 +319,12 @@ def claim_rows(out: Path, settings: dict) -> set[int]:
 def order_rows(out: Path, count: int) -> list[dict] | None:
     """Puts the answers in the order of their prompts, once all are there: for the process that wrote the last one."""
     with locked(out) as file:
-        rows = read_rows(out, file)
-        if len(rows) < count:
+        found = {row["index"]: row for row in read_rows(out, file)}
+        if len(found) < count:
             return None
-        rows.sort(key=lambda row: row["index"])
+        rows = [found[i] for i in sorted(found)]
         aside = out.with_name(f".{out.name}.partial")
-        aside.write_bytes(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
+        aside.write_bytes(b"".join(map(json_line, rows)))
         aside.rename(out)
     return rows
 
@@ -521,6 +534,18 @@ def likelihood(flags: argparse.Namespace) -> None:
     for name, text in MEASURES.items():
         cells = ("{value:+.4f} [{low:+.4f}, {high:+.4f}]".format(**of[name]) for of in found)
         print(f"{name:<14}" + "".join(f"{cell:<{width + 2}}" for cell in cells) + text)
+
+
+def write_json(path: str | Path, value: dict, *read: str | Path) -> None:
+    """Writes --json, making its directory. InputError where that fails, or would replace a file that was read."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and any(path.samefile(other) for other in read):
+            raise InputError(f"--json {path} is a file that was read; name another")
+        path.write_text(json.dumps(value, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"--json {path}: {error.strerror}") from None
 
 
 def json_rows(path: str | Path, *keys: str, questions: dict | None = None) -> list[tuple[str, dict]]:
@@ -753,7 +778,6 @@ def score(flags: argparse.Namespace) -> None:
         print(f"{chinese:,} of the rows hold Chinese, which jieba divides into words: ROUGE _lf is not LLaMA-Factory's")
 
 
-
 # ------------------------------------------------------------------------------------------- mt-bench and arena-hard
 
 MT_TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "reasoning": 0.0, "math": 0.0, "coding": 0.0, "extraction": 0.0,
@@ -852,7 +876,10 @@ def answer(flags: argparse.Namespace) -> None:
     the file answers already are left; those whose prompt fills the context are counted and not answered.
     """
     bench, questions, out = flags.bench, read_questions(flags.questions, flags.bench), Path(flags.out)
-    name = flags.model_id or Path(flags.model).resolve().name
+    home = Path(flags.model).resolve()
+    name = flags.model_id or (home.parent.name if home.name == "model" else home.name)  # train.py's are OUT/model
+    if flags.seed < 0:
+        raise InputError(f"--seed is {flags.seed}, wanted 0 or more")
     if os.environ.get("RANK", "0") == "0":
         go_on_with(out)
     there, done = read_answers(out, bench, questions) if out.exists() else (None, {})
@@ -940,6 +967,13 @@ def open_judge(flags: argparse.Namespace, temperature: float, max_tokens: int) -
                  kept, opener, threading.Event())
 
 
+def hide(text: str, key: str) -> str:
+    """Without the key, which some endpoints quote; one shorter than 8 is no secret, but may be a word of a reply."""
+    for form in (key, key.replace("/", r"\/"), json.dumps(key)[1:-1]) if len(key) >= 8 else ():
+        text = text.replace(form, "[key]")
+    return text
+
+
 def reply_of(body: str) -> str | None:
     """The text in a body of the chat protocol, or None."""
     try:
@@ -978,12 +1012,10 @@ def ask(judge: Judge, messages: list[dict], about: dict) -> str:
         try:
             request = urllib.request.Request(judge.url, data, headers)
             with judge.opener.open(request, timeout=judge.timeout) as response:
-                body = response.read().decode(errors="replace")
-            if len(judge.key) >= 8:  # some endpoints quote it; a shorter one is no secret, but may be a word of a reply
-                body = body.replace(judge.key, "[key]")
+                body = hide(response.read().decode(errors="replace"), judge.key)
             status, asked = response.status, seconds_asked(response.headers["Retry-After"])
         except (OSError, http.client.HTTPException) as error:
-            reason = str(getattr(error, "reason", error)) or type(error).__name__
+            reason = hide(str(getattr(error, "reason", error)), judge.key) or type(error).__name__
         else:
             append_row(judge.raw, about | {"request": digest, "status": status, "body": body, "tstamp": time.time()})
             reason, again = f"HTTP {status}", status in (200, 408, 429) or status >= 500
@@ -1273,10 +1305,7 @@ def write_report(flags: argparse.Namespace, report: dict, scores: dict, counts: 
     rows += [[kind, *(str(counts[name, kind]) for name in scores)] for kind in kinds]
     print(table([f"{report['benchmark']}, {report['judge'] or 'battles'}", *scores], rows))
     if flags.json:
-        try:
-            Path(flags.json).write_text(json.dumps(report, indent=2) + "\n")
-        except OSError as error:
-            raise InputError(f"--json {flags.json}: {error.strerror}") from None
+        write_json(flags.json, report, *(flags.judgments or [flags.battles]))
 
 
 def cell(score: dict | None, form: str = "{:.2f}") -> str:
@@ -1303,6 +1332,8 @@ def tables(flags: argparse.Namespace) -> None:
              "Table 2. BLEU and ROUGE after training on HH-RLHF": {},
              "Table 3. BLEU and ROUGE after training on UltraFeedback": {}, "Likelihoods (not in the paper)": {}}
     judged, after_hh, after_uf, likelihoods = found.values()
+    if not flags.runs and not flags.hh_runs:
+        raise InputError("wanted --runs or --hh-runs")
     for texts, overlap in ((flags.runs, after_uf), (flags.hh_runs, after_hh)):
         for text in texts:
             name, _, rest = text.partition("=")
@@ -1313,8 +1344,13 @@ def tables(flags: argparse.Namespace) -> None:
             overlap[name] = dict.fromkeys(OVERLAP, "-") | number_cells(directory / "score.json", OVERLAP)
             if overlap is after_uf:  # what the paper had judged
                 judged[name] = judged_cells(directory, name)
-            if cells := number_cells(directory / "likelihood.json"):
-                likelihoods[name + " (HH-RLHF)" * (overlap is after_hh)] = cells
+            if (path := directory / "likelihood.json").is_file():
+                try:
+                    likelihoods[name + " (HH-RLHF)" * (overlap is after_hh)] = {
+                        key: "{value:.4f} [{low:.4f}, {high:.4f}]".format(**of)
+                        for key, of in read_json(path)["measures"].items()}
+                except (KeyError, TypeError, AttributeError, ValueError):
+                    raise InputError(f"{path}: wanted what `likelihood --out .../likelihood.jsonl` writes") from None
     for title, models in found.items():
         if models:
             columns = list(dict.fromkeys(column for cells in models.values() for column in cells))
@@ -1332,18 +1368,18 @@ def judged_cells(directory: Path, name: str) -> dict[str, str]:
             models = report["models"]
             model = models[name] if name in models or len(models) > 1 else next(iter(models.values()))
             cells[f"{report['benchmark']}, {report['judge'] or 'battles'}"] = cell(next(iter(model["scores"].values())))
-        except (KeyError, TypeError, AttributeError, StopIteration):
+        except (KeyError, TypeError, AttributeError, ValueError, StopIteration):
             raise InputError(f"{path}: wanted a report's --json, of one model or with {name} among several") from None
     return cells
 
 
-def number_cells(path: Path, keys: tuple[str, ...] | None = None) -> dict[str, str]:
-    """The numbers of a JSON object, all or those named; none where there is no such file."""
+def number_cells(path: Path, keys: tuple[str, ...]) -> dict[str, str]:
+    """These numbers of a JSON object; none where there is no such file."""
     values = read_json(path) if path.is_file() else {}
     if not isinstance(values, dict):
         raise InputError(f"{path}: wanted a JSON object of numbers")
     return {key: f"{value:.2f}" for key, value in values.items()
-            if type(value) in (int, float) and (keys is None or key in keys)}
+            if type(value) in (int, float) and key in keys}
 
 
 # ----------------------------------------------------------------------------------------------- equations 15 to 18
@@ -1628,8 +1664,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--questions", required=True, metavar="FILE", help="the benchmark's question.jsonl")
         command.add_argument("--out", required=True, metavar="FILE", help="answers; those it has already are left")
         command.add_argument("--model-id", metavar="NAME", help="whom the rows stand for [the directory's name]")
-        command.add_argument("--device", default="auto", help="cpu, cuda or auto [auto]")
-        command.add_argument("--precision", default="auto", help="fp32, bf16 or auto [auto]")
+        command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="as of generate")
+        command.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="as of generate")
         command.add_argument("--seed", type=int, default=0, help="of sampling, where the temperature is above 0 [0]")
 
         command = steps.add_parser("judge", help="judgments of answers, by an endpoint", allow_abbrev=False)

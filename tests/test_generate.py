@@ -398,7 +398,7 @@ def test_mistakes_of_the_command_line_get_one_line(prompt_file, tmp_path, capsys
 
 def test_rows_of_several_processes_are_each_whole_and_half_a_line_of_a_killed_one_is_cut_off(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"kept": 1}\n{"half')
+    path.write_text('{"kept": 1}\n{"index": 2, "half')
     children = []
     for k in range(3):
         if (child := os.fork()) == 0:
@@ -420,3 +420,12 @@ def test_processes_share_items_without_rest_or_repetition(monkeypatch):
         monkeypatch.setenv("RANK", str(rank))
         shares.append(share(list(range(5))))
     assert shares == [[0, 3], [1, 4], [2]]
+
+
+def test_a_file_of_another_origin_is_left_as_it_is_and_half_a_surrogate_pair_is_written_as_json_has_it(tmp_path):
+    (tmp_path / "notes.txt").write_text("my only notes")
+    with pytest.raises(evaluation.InputError, match="notes.txt: its last line is no row of this command"):
+        evaluation.append_row(tmp_path / "notes.txt", {"index": 0})
+    assert (tmp_path / "notes.txt").read_text() == "my only notes"
+    evaluation.append_row(tmp_path / "rows.jsonl", {"index": 0, "prediction": "cut \ud83d"})
+    assert json.loads((tmp_path / "rows.jsonl").read_bytes()) == {"index": 0, "prediction": "cut \ud83d"}

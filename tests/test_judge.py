@@ -14,9 +14,10 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import REAL, ROOT, needs_real
+from conftest import REAL, ROOT, needs_real, tiny_model
 
 import eval as evaluation
+from model import save_model
 
 KEY = "sk-not-to-be-seen-1234567890"
 QUESTIONS = {81: ("writing", ["Write a line.", "Shorten it."]), 111: ("math", ["1+1?", "And plus 1?"]),
@@ -785,7 +786,11 @@ def test_tables_put_models_side_by_side_with_a_dash_where_nothing_is(tmp_path, c
                             str(tmp_path / "b/arena_hard.json")]) == 0
     (tmp_path / "b/score.json").write_text('{"bleu4_lf": 37.7, "rouge1": 12.345, "count": 3}')
     (tmp_path / "h/score.json").write_text('{"bleu4_lf": 42.4}')
-    (tmp_path / "h/likelihood.json").write_text('{"margin": 0.25, "file": "x"}')
+    save_model(tiny_model(), tmp_path / "model")
+    write(tmp_path / "pairs.jsonl", [{"prompt_ids": [0, i], "chosen_ids": [i, 4], "rejected_ids": [5]} for i in (2, 3)])
+    assert evaluation.main(["likelihood", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "pairs.jsonl"),
+                            "--out", str(tmp_path / "h/likelihood.jsonl")]) == 0
+    measured = json.loads((tmp_path / "h/likelihood.json").read_text())["measures"]
     capsys.readouterr()
     assert evaluation.main(["tables", "--runs", f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}", "--hh-runs",
                             f"a={tmp_path / 'h'}"]) == 0
@@ -798,7 +803,22 @@ def test_tables_put_models_side_by_side_with_a_dash_where_nothing_is(tmp_path, c
                        ["b", "-", "-", "50.00 [50.00, 50.00]"]]
     assert two[0][:3] == ["model", "bleu4_lf", "rouge1_lf"] and two[2][:3] == ["a", "42.40", "-"]
     assert [row[:2] for row in three[2:]] == [["a", "-"], ["b", "37.70"]] and three[3][6] == "12.35"
-    assert likelihoods == [["model", "margin"], likelihoods[1], ["a (HH-RLHF)", "0.25"]]
+    assert likelihoods[0] == ["model", *measured] and likelihoods[2][0] == "a (HH-RLHF)"
+    assert [cell.split()[0] for cell in likelihoods[2][1:]] == [f"{of['value']:.4f}" for of in measured.values()]
+
+
+def test_a_report_does_not_replace_the_judgments_it_read(tmp_path, capsys):
+    write(tmp_path / "j.jsonl", [rating(81, 1, 7, "a")])
+    before = (tmp_path / "j.jsonl").read_bytes()
+    error = complaint(capsys, evaluation.main(["mt-bench", "report", "--judgments", str(tmp_path / "j.jsonl"), "--json",
+                                               str(tmp_path / "j.jsonl")]))
+    assert "is a file that was read" in error and (tmp_path / "j.jsonl").read_bytes() == before
+
+
+def test_a_key_is_hidden_in_every_form_that_json_gives_it():
+    for body in ("sk/abc/defghij", r"sk\/abc\/defghij"):
+        assert evaluation.hide(f'"{body}"', "sk/abc/defghij") == '"[key]"'
+    assert evaluation.hide("a key", "key") == "a key"  # too short to be a secret
 
 
 def test_tables_name_what_they_cannot_read(tmp_path, capsys):
