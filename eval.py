@@ -1663,7 +1663,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face model directory")
         command.add_argument("--questions", required=True, metavar="FILE", help="the benchmark's question.jsonl")
         command.add_argument("--out", required=True, metavar="FILE", help="answers; those it has already are left")
-        command.add_argument("--model-id", metavar="NAME", help="whom the rows stand for [the directory's name]")
+        command.add_argument("--model-id", metavar="NAME", help="whom the rows stand for [the directory's "
+                             "name; of OUT/model, OUT's]")
         command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="as of generate")
         command.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="as of generate")
         command.add_argument("--seed", type=int, default=0, help="of sampling, where the temperature is above 0 [0]")

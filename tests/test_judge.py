@@ -890,17 +890,17 @@ def test_arena_hard_is_answered_greedily_with_the_number_of_tokens(arena, spoken
     from data import ChatFormat
 
     assert turn == {"content": "Yes 0.", "token_len": len(ChatFormat(MODEL).encode([" Yes 0.\n"])[0])}
-    assert {row["model_id"] for row in rows} == {"model"}
+    assert {row["model_id"] for row in rows} == {"examples"}
 
 
 def test_questions_that_are_answered_are_left_and_others_keep_their_random_stream(mt, spoken, capsys):
     out = mt.where / "new/answers.jsonl"
     out.parent.mkdir()
-    write(out, answers({111: ["a", "b"]}, "model"))
+    write(out, answers({111: ["a", "b"]}, "examples"))
     assert evaluation.main(answer_flags(mt)) == 0
     assert [[r.number for r in requests] for requests in spoken] == [[0, 2], [3, 5]]
     assert [row["question_id"] for row in rows_of(out)][0] == 111 and len(rows_of(out)) == 3
-    assert "2 of 3 questions answered by model, 1 there before" in capsys.readouterr().out
+    assert "2 of 3 questions answered by examples, 1 there before" in capsys.readouterr().out
 
 
 def test_a_prompt_without_room_is_skipped_and_counted(mt, spoken, capsys):
@@ -909,13 +909,13 @@ def test_a_prompt_without_room_is_skipped_and_counted(mt, spoken, capsys):
     assert evaluation.main(answer_flags(mt)) == 0
     assert [len(requests) for requests in spoken] == [2, 1]
     assert [row["question_id"] for row in rows_of(mt.where / "new/answers.jsonl")] == [141]
-    assert "1 of 3 questions answered by model, 0 there before; 2 skipped" in capsys.readouterr().out
+    assert "1 of 3 questions answered by examples, 0 there before; 2 skipped" in capsys.readouterr().out
 
 
 def test_answers_of_another_model_or_to_other_questions_are_refused_and_kept(mt, spoken, capsys):
     out = mt.where / "new/answers.jsonl"
     out.parent.mkdir()
-    for rows in (answers({111: ["a", "b"]}, "else"), answers({999: ["a", "b"]}, "model")):
+    for rows in (answers({111: ["a", "b"]}, "else"), answers({999: ["a", "b"]}, "examples")):
         before = write(out, rows).read_bytes()
         assert str(out) in complaint(capsys, evaluation.main(answer_flags(mt)))
         assert out.read_bytes() == before
