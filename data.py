@@ -278,6 +278,7 @@ def read_prompts(path: str | Path, raw: bool = False) -> list[Prompt]:
         messages                 a list of messages; likewise
         instruction [, input]    `system` and `history` may stand beside
         prompt_ids               token ids, used as they are
+        chosen                   a preference in any form of `read_preferences`: its prompt, and `chosen` as reference
 
     and perhaps `reference` or `output`, an answer to compare with. A string is a user's turn, or an HH transcript that
     ends with "Assistant:"; with `raw` it is a text to go on with, unchanged, and turns are refused. Raises InputError,
@@ -301,6 +302,11 @@ def _prompt(record: object, raw: bool) -> tuple[Turns | str | list[int], str | N
     """(prompt, reference) of a row; ValueError if it is none."""
     if not isinstance(record, dict):
         raise ValueError(f"a row is a string or a JSON object, found {shown(record)}")
+    if "chosen" in record:
+        turns, reference, _ = _sides(record | {"rejected": record["chosen"]})
+        if raw or not turns or turns[-1][0] != "user":
+            raise ValueError("found a preference whose prompt does not end with the user's turn, or --raw")
+        return turns, reference
     kinds = [key for key in PROMPT_KEYS if key in record]
     if len(kinds) != 1:
         raise ValueError(f"found {shown(', '.join(sorted(record)))}, wanted one of the keys {', '.join(PROMPT_KEYS)}")

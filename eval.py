@@ -107,6 +107,7 @@ def locked(path: str | Path) -> Iterator[IO[bytes]]:
     end. A last row without its end is cut off, since whoever wrote it was killed; a line that no command here writes
     stays, and is an InputError."""
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if file.seek(0, os.SEEK_END):
@@ -882,7 +883,8 @@ def answer(flags: argparse.Namespace) -> None:
         raise InputError(f"--seed is {flags.seed}, wanted 0 or more")
     if os.environ.get("RANK", "0") == "0":
         go_on_with(out)
-    there, done = read_answers(out, bench, questions) if out.exists() else (None, {})
+    with locked(out):  # not while another process is in the middle of a row
+        there, done = read_answers(out, bench, questions)
     if there not in (None, name):
         raise InputError(f"--out {out}: answers of {there!r}, wanted {name!r} (--model-id) or a fresh file")
     # Shared out before the answered ones are left out: else what one process has just written moves another's share.

@@ -21,7 +21,7 @@ from conftest import LLAMA31, REAL, ROOT, needs_real, tiny_model
 from test_model import refusal
 
 import eval as evaluation
-from data import ChatFormat, read_prompts
+from data import ChatFormat, read_preferences, read_prompts
 from eval import Request, append_row, choose, generate, load_generator, probabilities, share
 from model import Cache, save_model
 
@@ -429,3 +429,11 @@ def test_a_file_of_another_origin_is_left_as_it_is_and_half_a_surrogate_pair_is_
     assert (tmp_path / "notes.txt").read_text() == "my only notes"
     evaluation.append_row(tmp_path / "rows.jsonl", {"index": 0, "prediction": "cut \ud83d"})
     assert json.loads((tmp_path / "rows.jsonl").read_bytes()) == {"index": 0, "prediction": "cut \ud83d"}
+
+
+def test_preferences_are_prompts_with_their_chosen_answers_as_references():
+    prompts = read_prompts(ROOT / "examples/heldout.jsonl")
+    rows = [json.loads(line) for line in (ROOT / "examples/heldout.jsonl").read_text().splitlines()]
+    assert [p.reference for p in prompts] == [read_preferences(ROOT / "examples/heldout.jsonl")[i].chosen
+                                              for i in range(len(rows))]
+    assert prompts[0].prompt[-1][0] == "user" and prompts[0].prompt[-1][1] in json.dumps(rows[0])

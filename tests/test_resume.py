@@ -1,5 +1,7 @@
 """A run that is killed, stopped or starved goes on from its last checkpoint, and ends with the same bits."""
 
+# ruff: noqa: F811
+
 import json
 import os
 import resource
@@ -32,13 +34,13 @@ def weights(out):
     return (out / "model/model.safetensors").read_bytes()
 
 
-def run(start, out, *more):  # noqa: F811
+def run(start, out, *more):
     return train.main([str(flag) for flag in flags(start, out, *STEPS, "--eval-data", start / "heldout.jsonl",
                                                    "--eval-every", 3, *more)])
 
 
 @pytest.fixture(scope="module")
-def whole(start, tmp_path_factory):  # noqa: F811
+def whole(start, tmp_path_factory):
     """The same run, uninterrupted."""
     out = tmp_path_factory.mktemp("whole") / "out"
     assert run(start, out) == 0
@@ -62,7 +64,7 @@ def killed_at(monkeypatch, step):
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 7])
-def test_a_run_killed_in_any_step_ends_with_the_bits_of_one_that_was_not(start, whole, tmp_path, monkeypatch,  # noqa: F811
+def test_a_run_killed_in_any_step_ends_with_the_bits_of_one_that_was_not(start, whole, tmp_path, monkeypatch,
                                                                          step):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killed_at(patch, step)
@@ -76,7 +78,7 @@ def test_a_run_killed_in_any_step_ends_with_the_bits_of_one_that_was_not(start, 
 
 
 @pytest.mark.parametrize("loss", [["dpo"], ["dpo", "--reference", "live"]])
-def test_a_reference_is_the_starting_model_after_a_resume_too(start, tmp_path, monkeypatch, loss):  # noqa: F811
+def test_a_reference_is_the_starting_model_after_a_resume_too(start, tmp_path, monkeypatch, loss):
     assert run(start, tmp_path / "whole", "--loss", *loss) == 0
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killed_at(patch, 6)
@@ -87,7 +89,7 @@ def test_a_reference_is_the_starting_model_after_a_resume_too(start, tmp_path, m
 
 
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (3, 2)])
-def test_a_run_goes_on_with_another_number_of_processes(start, whole, tmp_path, before, after):  # noqa: F811
+def test_a_run_goes_on_with_another_number_of_processes(start, whole, tmp_path, before, after):
     out = tmp_path / "out"
     given = [*flags(start, out, *STEPS, "--eval-data", start / "heldout.jsonl", "--eval-every", 3), "--keep", 9]
     done = run_train(*given, processes=before)
@@ -102,7 +104,7 @@ def test_a_run_goes_on_with_another_number_of_processes(start, whole, tmp_path, 
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-5) for key in theirs)
 
 
-def test_a_checkpoint_holds_every_weight_and_moment_and_only_the_newest_are_kept(start, tmp_path):  # noqa: F811
+def test_a_checkpoint_holds_every_weight_and_moment_and_only_the_newest_are_kept(start, tmp_path):
     assert run(start, tmp_path / "out", "--keep", 2) == 0
     home = tmp_path / "out/checkpoints"
     assert sorted(path.name for path in home.iterdir()) == ["step-000004", "step-000006"]
@@ -133,7 +135,7 @@ def flip_a_bit(path):
 
 @pytest.mark.parametrize("file", ["00000-of-00001.safetensors", "checkpoint.json"])
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, os.remove])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(start, whole, tmp_path, capsys, file,  # noqa: F811
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(start, whole, tmp_path, capsys, file,
                                                                   damage):
     shutil.copytree(whole, tmp_path / "out")
     shutil.rmtree(tmp_path / "out/model")
@@ -151,7 +153,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(start, whole, 
         "damaged-step-000006", "step-000004", "step-000006"]
 
 
-def test_a_copy_beside_a_checkpoints_files_is_not_read(start, whole, tmp_path):  # noqa: F811
+def test_a_copy_beside_a_checkpoints_files_is_not_read(start, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "out")
     shutil.rmtree(tmp_path / "out/model")
     home = tmp_path / "out/checkpoints/step-000006"
@@ -160,7 +162,7 @@ def test_a_copy_beside_a_checkpoints_files_is_not_read(start, whole, tmp_path): 
     assert weights(tmp_path / "out") == weights(whole)
 
 
-def test_a_step_whose_checkpoint_is_damaged_twice_is_no_obstacle(start, whole, tmp_path):  # noqa: F811
+def test_a_step_whose_checkpoint_is_damaged_twice_is_no_obstacle(start, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "out")
     for _ in range(2):
         shutil.rmtree(tmp_path / "out/model")
@@ -175,7 +177,7 @@ def test_the_newest_checkpoint_is_the_one_of_the_highest_step_whatever_its_digit
     assert [path.name for path in train.checkpoints(tmp_path)] == ["step-000200", "step-999800", "step-1000000"]
 
 
-def test_a_checkpoint_of_another_run_and_lost_log_rows_are_refused(start, whole, tmp_path, capsys):  # noqa: F811
+def test_a_checkpoint_of_another_run_and_lost_log_rows_are_refused(start, whole, tmp_path, capsys):
     assert run(start, tmp_path / "other", "--lr", "2e-2") == 0
     shutil.copytree(whole, tmp_path / "out")
     shutil.rmtree(tmp_path / "out/model")
@@ -191,7 +193,7 @@ def test_a_checkpoint_of_another_run_and_lost_log_rows_are_refused(start, whole,
 
 
 @pytest.mark.parametrize("key, value", [("lr", "1e-5"), ("loss", "nope"), ("shuffle", 1), ("model", None)])
-def test_a_recorded_flag_that_no_run_writes_is_refused(start, whole, tmp_path, capsys, key, value):  # noqa: F811
+def test_a_recorded_flag_that_no_run_writes_is_refused(start, whole, tmp_path, capsys, key, value):
     shutil.copytree(whole, tmp_path / "out")
     facts = json.loads((tmp_path / "out/config.json").read_text())
     facts["flags"][key] = value
@@ -200,7 +202,7 @@ def test_a_recorded_flag_that_no_run_writes_is_refused(start, whole, tmp_path, c
     assert f"config.json: {key} is" in capsys.readouterr().err
 
 
-def test_where_no_checkpoint_is_whole_the_run_says_so_and_changes_nothing(start, whole, tmp_path, capsys):  # noqa: F811
+def test_where_no_checkpoint_is_whole_the_run_says_so_and_changes_nothing(start, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "out")
     shutil.rmtree(tmp_path / "out/model")
     for path in (tmp_path / "out/checkpoints").glob("*/*.safetensors"):
@@ -210,7 +212,7 @@ def test_where_no_checkpoint_is_whole_the_run_says_so_and_changes_nothing(start,
     assert rows(tmp_path / "out") == rows(whole)
 
 
-def test_what_a_kill_while_saving_leaves_is_never_taken_for_a_checkpoint(start, whole, tmp_path, monkeypatch):  # noqa: F811
+def test_what_a_kill_while_saving_leaves_is_never_taken_for_a_checkpoint(start, whole, tmp_path, monkeypatch):
     inner = train.write_tensors
 
     def write_half(path, tensors):
@@ -249,7 +251,7 @@ LONG = ["--epochs", 20000, "--save-every", 0]  # would take minutes
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_step_saves_and_ends_with_a_code_of_its_own(start, tmp_path, number, code):  # noqa: F811
+def test_a_signal_finishes_the_step_saves_and_ends_with_a_code_of_its_own(start, tmp_path, number, code):
     process = popen(*flags(start, tmp_path / "out", *LONG))
     process.send_signal(number)
     said, complaint = process.communicate(timeout=60)
@@ -280,7 +282,7 @@ def test_a_second_signal_stops_at_once_but_within_a_second_it_is_the_same_reques
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_signal_while_the_model_is_exported_lets_it_finish(start, tmp_path, monkeypatch):  # noqa: F811
+def test_a_signal_while_the_model_is_exported_lets_it_finish(start, tmp_path, monkeypatch):
     inner = train.save_model
 
     def save_model(*arguments, **named):
@@ -292,7 +294,7 @@ def test_a_signal_while_the_model_is_exported_lets_it_finish(start, tmp_path, mo
     assert (tmp_path / "out/model/model.safetensors").exists()
 
 
-def test_torchrun_recovers_by_itself_when_a_worker_is_killed(start, whole, tmp_path):  # noqa: F811
+def test_torchrun_recovers_by_itself_when_a_worker_is_killed(start, whole, tmp_path):
     out = tmp_path / "out"
     process = popen(*flags(start, out, *STEPS, "--eval-data", start / "heldout.jsonl", "--eval-every", 3),
                     "--resume", processes=2, wait_for="held-out after 3")
@@ -322,7 +324,7 @@ def test_torchrun_recovers_by_itself_when_a_worker_is_killed(start, whole, tmp_p
     (["--model", "OTHER"], "other weights than the run began with"),
     (["--out", "/absent"], "two directories"),
 ])
-def test_what_would_change_the_run_is_refused_by_name(start, whole, tmp_path, capsys, changed, said):  # noqa: F811
+def test_what_would_change_the_run_is_refused_by_name(start, whole, tmp_path, capsys, changed, said):
     shutil.copytree(whole, tmp_path / "out")
     shutil.rmtree(tmp_path / "out/model")
     write_pairs(tmp_path / "other.jsonl", random_pairs(LENGTHS, seed=9))
@@ -337,7 +339,7 @@ def test_what_would_change_the_run_is_refused_by_name(start, whole, tmp_path, ca
     assert after.items() - before.items() <= {(tmp_path / "out/.lock", b"")}
 
 
-def test_a_file_changed_or_deleted_underneath_is_noticed(start, tmp_path, capsys):  # noqa: F811
+def test_a_file_changed_or_deleted_underneath_is_noticed(start, tmp_path, capsys):
     shutil.copytree(start, tmp_path / "start")
     assert run(tmp_path / "start", tmp_path / "out") == 0
     shutil.rmtree(tmp_path / "out/model")
@@ -349,7 +351,7 @@ def test_a_file_changed_or_deleted_underneath_is_noticed(start, tmp_path, capsys
     assert "pairs.jsonl: No such file" in capsys.readouterr().err
 
 
-def test_flags_that_do_not_change_the_run_may_change(start, whole, tmp_path):  # noqa: F811
+def test_flags_that_do_not_change_the_run_may_change(start, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "out")
     shutil.rmtree(tmp_path / "out/model")
     shutil.copytree(start, tmp_path / "moved")
@@ -362,7 +364,7 @@ def test_flags_that_do_not_change_the_run_may_change(start, whole, tmp_path):  #
     assert json.loads((tmp_path / "out/config.json").read_text())["flags"]["max_tokens_per_gpu"] == 40
 
 
-def test_resume_with_out_begins_a_run_that_is_not_there_yet(start, whole, tmp_path, capsys):  # noqa: F811
+def test_resume_with_out_begins_a_run_that_is_not_there_yet(start, whole, tmp_path, capsys):
     assert run(start, tmp_path / "out", "--resume") == 0
     assert weights(tmp_path / "out") == weights(whole)
     assert train.main(["--resume", str(tmp_path / "absent")]) == 2
@@ -371,7 +373,7 @@ def test_resume_with_out_begins_a_run_that_is_not_there_yet(start, whole, tmp_pa
     assert "--resume wants the directory of a run" in capsys.readouterr().err
 
 
-def test_a_finished_run_is_left_as_it_is(start, whole, capsys):  # noqa: F811
+def test_a_finished_run_is_left_as_it_is(start, whole, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file() and path.name != ".lock"}
     assert train.main(["--resume", str(whole)]) == 0
     assert "is finished" in capsys.readouterr().out
@@ -379,7 +381,7 @@ def test_a_finished_run_is_left_as_it_is(start, whole, capsys):  # noqa: F811
                       if path.is_file() and path.name != ".lock"}
 
 
-def test_an_out_that_is_not_a_run_or_that_another_process_trains_in_is_refused(start, tmp_path, capsys):  # noqa: F811
+def test_an_out_that_is_not_a_run_or_that_another_process_trains_in_is_refused(start, tmp_path, capsys):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/mine.txt").write_text("keep")
     assert run(start, tmp_path / "notes", "--resume") == 2
@@ -399,7 +401,7 @@ def test_an_out_that_is_not_a_run_or_that_another_process_trains_in_is_refused(s
 # --------------------------------------------------------------------------------------------- disk, memory and numbers
 
 
-def test_a_full_disk_is_one_clear_error_and_earlier_checkpoints_stay_whole(start, whole, tmp_path, monkeypatch,  # noqa: F811
+def test_a_full_disk_is_one_clear_error_and_earlier_checkpoints_stay_whole(start, whole, tmp_path, monkeypatch,
                                                                            capsys):
     inner = os.fsync
 
@@ -418,7 +420,7 @@ def test_a_full_disk_is_one_clear_error_and_earlier_checkpoints_stay_whole(start
     assert weights(tmp_path / "out") == weights(whole)
 
 
-def test_a_file_limit_while_exporting_leaves_no_half_model(start, tmp_path):  # noqa: F811
+def test_a_file_limit_while_exporting_leaves_no_half_model(start, tmp_path):
     limit = 40_000  # bytes: config and logs fit, weights do not
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *map(str, flags(start, tmp_path / "out", "--max-steps", 1))],
@@ -444,7 +446,7 @@ def test_memory_that_is_not_there_is_missed_before_the_first_step_and_the_flag_t
     assert not (tmp_path / "out/metrics.jsonl").exists()
 
 
-def test_no_value_that_is_not_finite_is_ever_saved(start, tmp_path, capsys):  # noqa: F811
+def test_no_value_that_is_not_finite_is_ever_saved(start, tmp_path, capsys):
     assert run(start, tmp_path / "out", "--lr", "1e39", "--save-every", 1) == 1
     assert "after step 1 weight." in (said := capsys.readouterr().err) and "is not finite" in said
     assert not list((tmp_path / "out").glob("checkpoints/step-*")) and not (tmp_path / "out/model").exists()
@@ -452,7 +454,7 @@ def test_no_value_that_is_not_finite_is_ever_saved(start, tmp_path, capsys):  # 
     assert not (tmp_path / "end/model").exists()
 
 
-def test_nothing_in_a_checkpoint_can_execute(start, whole):  # noqa: F811
+def test_nothing_in_a_checkpoint_can_execute(start, whole):
     files = [path for path in (whole / "checkpoints").rglob("*") if path.is_file()]
     for path in files:
         if path.suffix == ".json":
