@@ -22,7 +22,7 @@ from test_model import refusal
 
 import eval as evaluation
 from data import ChatFormat, read_prompts
-from eval import Request, append_row, choose, generate, load_generator, probabilities, share
+from eval import Request, append_row, choose, generate, load_generator, locked, probabilities, share
 from model import Cache, save_model
 
 EXAMPLE = ROOT / "examples" / "model"
@@ -126,6 +126,17 @@ def test_an_answer_ends_at_its_limit_or_at_the_models_context_whichever_comes_fi
         0: (4, "length"), 1: (6, "length"), 2: (0, "length"), 3: (1, "length"), 4: (0, "length")}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda_in_bf16_a_step_gives_the_logits_of_a_full_pass_in_fp32_on_the_cpu_up_to_rounding():
+    model, prompts = tiny_model().requires_grad_(False), prompts_of((4, 40, 1))
+    full = [model.logits(torch.tensor(p + [7]))[-1] for p in prompts]
+    model.to("cuda", torch.bfloat16)
+    cache = Cache(model, 3, 48)
+    model.prefill(prompts, cache, 0)
+    logits = model.step([7, 7, 7], [4, 40, 1], cache).float().cpu()
+    assert (logits - torch.stack(full)).abs().max() < 0.05 * torch.stack(full).abs().max()
+
+
 @needs_real
 def test_a_trained_model_generates_the_story_that_its_authors_documented_whatever_stands_beside_it():
     model, chat, stop_ids = load_generator(REAL / "stories260K")
@@ -165,6 +176,7 @@ def test_evenly_spread_uniform_numbers_draw_each_token_as_often_as_its_probabili
     weights = [math.exp(x / 0.8) for x in (0.0, 1.0, -math.inf, 2.0, 0.5)]
     assert all(abs(drawn[i] / 10_000 - w / sum(weights)) <= 1e-4 for i, w in enumerate(weights)) and 2 not in drawn
     assert choose(logits.expand(3, -1), [1.0, 0.0, 1.0], [0.0, 0.1, 1 - 2**-53], 1.0, 0) == [0, 3, 4]
+    assert choose(torch.tensor([[-math.inf, 0.0]]), [1.0], [0.0], 1.0, 0) == [1]  # never one of probability 0
 
 
 def test_what_is_drawn_depends_on_seed_row_number_and_position_alone():
@@ -410,6 +422,17 @@ def test_rows_of_several_processes_are_each_whole_and_half_a_line_of_a_killed_on
     first, *rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert first == {"kept": 1} and {row["text"] for row in rows} == {"é" * 5000}
     assert {(row["process"], row["row"]) for row in rows} == {(k, i) for k in range(3) for i in range(60)}
+
+
+def test_a_row_waits_while_another_process_has_the_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with locked(path):
+        if (child := os.fork()) == 0:
+            append_row(path, {"row": 1})
+            os._exit(0)
+        time.sleep(0.3)
+        assert path.read_bytes() == b""
+    assert os.waitpid(child, 0)[1] == 0 and path.read_bytes() == b'{"row": 1}\n'
 
 
 def test_processes_share_items_without_rest_or_repetition(monkeypatch):
