@@ -425,11 +425,14 @@ def test_rows_of_several_processes_are_each_whole_and_half_a_line_of_a_killed_on
 
 
 def test_a_row_waits_while_another_process_has_the_file(tmp_path):
-    path = tmp_path / "rows.jsonl"
+    path, (start, go) = tmp_path / "rows.jsonl", os.pipe()
+    if (child := os.fork()) == 0:  # before the file is open: a child would hold what its parent has locked
+        signal.alarm(20)
+        os.read(start, 1)
+        append_row(path, {"row": 1})
+        os._exit(0)
     with locked(path):
-        if (child := os.fork()) == 0:
-            append_row(path, {"row": 1})
-            os._exit(0)
+        os.write(go, b"!")
         time.sleep(0.3)
         assert path.read_bytes() == b""
     assert os.waitpid(child, 0)[1] == 0 and path.read_bytes() == b'{"row": 1}\n'
