@@ -93,6 +93,8 @@ def place(device: str, precision: str) -> tuple[torch.device, torch.dtype]:
         raise InputError(f"--device cuda for {wanted} processes, but torch finds {devices} CUDA devices")
     half = cuda if precision == "auto" else precision == "bf16"
     here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(here)
     return here, torch.bfloat16 if half else torch.float32
 
 

@@ -14,8 +14,8 @@ In reading order
     load_model, load_weights, save_model    Hugging Face directories, whole or one rank's rows of them
 
 The model has no padding, no attention mask and no batch axis: everything is a row of T packed tokens, and `Segments`
-says where the sequences are. Norms, rotary tables and log-probs are computed in fp32 whatever the weights are (float64
-stays).
+says where the sequences are. (A step of generation alone has rows, and a mask over their cache.) Norms, rotary tables
+and log-probs are computed in fp32 whatever the weights are (float64 stays).
 
 Left out: dropout (Llama 3 has none), attention and MLP biases, rope types other than Llama 3's, quantised weights,
 Meta's own consolidated.*.pth layout (its q and k rows are in another order).

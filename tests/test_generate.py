@@ -8,8 +8,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 
@@ -22,7 +20,7 @@ from test_model import refusal
 
 import eval as evaluation
 from data import ChatFormat, read_preferences, read_prompts
-from eval import Request, append_row, choose, generate, load_generator, probabilities, share
+from eval import Request, append_row, choose, generate, load_generator, locked, probabilities, share
 from model import Cache, save_model
 
 EXAMPLE = ROOT / "examples" / "model"
@@ -126,6 +124,17 @@ def test_an_answer_ends_at_its_limit_or_at_the_models_context_whichever_comes_fi
         0: (4, "length"), 1: (6, "length"), 2: (0, "length"), 3: (1, "length"), 4: (0, "length")}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda_in_bf16_a_step_gives_the_logits_of_a_full_pass_in_fp32_on_the_cpu_up_to_rounding():
+    model, prompts = tiny_model().requires_grad_(False), prompts_of((4, 40, 1))
+    full = [model.logits(torch.tensor(p + [7]))[-1] for p in prompts]
+    model.to("cuda", torch.bfloat16)
+    cache = Cache(model, 3, 48)
+    model.prefill(prompts, cache, 0)
+    logits = model.step([7, 7, 7], [4, 40, 1], cache).float().cpu()
+    assert (logits - torch.stack(full)).abs().max() < 0.05 * torch.stack(full).abs().max()
+
+
 @needs_real
 def test_a_trained_model_generates_the_story_that_its_authors_documented_whatever_stands_beside_it():
     model, chat, stop_ids = load_generator(REAL / "stories260K")
@@ -165,6 +174,7 @@ def test_evenly_spread_uniform_numbers_draw_each_token_as_often_as_its_probabili
     weights = [math.exp(x / 0.8) for x in (0.0, 1.0, -math.inf, 2.0, 0.5)]
     assert all(abs(drawn[i] / 10_000 - w / sum(weights)) <= 1e-4 for i, w in enumerate(weights)) and 2 not in drawn
     assert choose(logits.expand(3, -1), [1.0, 0.0, 1.0], [0.0, 0.1, 1 - 2**-53], 1.0, 0) == [0, 3, 4]
+    assert choose(torch.tensor([[-math.inf, 0.0]]), [1.0], [0.0], 1.0, 0) == [1]  # never one of probability 0
 
 
 def test_what_is_drawn_depends_on_seed_row_number_and_position_alone():
@@ -332,21 +342,26 @@ def test_a_file_that_was_cut_anywhere_is_completed_to_the_same_bytes_and_kept_ro
     assert out.read_bytes() == content and asked[1] == set()
 
 
+def forked(action, **environment) -> int:
+    """A process that does it and ends; its id. (A fork of this one: no new interpreter has to load torch.)"""
+    if (child := os.fork()) == 0:
+        signal.alarm(60)
+        os.environ |= environment
+        os._exit(action() or 0)
+    return child
+
+
 def test_a_run_killed_in_the_middle_goes_on_on_two_processes_to_the_same_bytes(whole, prompt_file, tmp_path):
     out = tmp_path / "o.jsonl"
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    words = [str(ROOT / "eval.py"), *command(prompt_file, out)]
-    with subprocess.Popen([sys.executable, *words], env=environment, stdout=subprocess.PIPE) as process:
-        while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < 3):
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    done = out.read_bytes().count(b"\n")
-    assert 3 <= done < 23
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run([*torchrun, *words], env=environment, capture_output=True, text=True, timeout=100)
-    assert result.returncode == 0, result.stderr
+    child = forked(lambda: evaluation.main(command(prompt_file, out)))
+    while not out.exists() or out.read_bytes().count(b"\n") < 3:
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert 3 <= out.read_bytes().count(b"\n") < 23
+    ranks = [forked(lambda: evaluation.main(command(prompt_file, out)), RANK=rank, WORLD_SIZE="2") for rank in "01"]
+    assert [os.waitpid(rank, 0)[1] for rank in ranks] == [0, 0]
     assert out.read_bytes() == whole[0].read_bytes()
-    assert result.stdout.count("23 rows") >= 1 and "answered before" in result.stdout
 
 
 @pytest.mark.parametrize("change, complaint", [
@@ -399,17 +414,27 @@ def test_mistakes_of_the_command_line_get_one_line(prompt_file, tmp_path, capsys
 def test_rows_of_several_processes_are_each_whole_and_half_a_line_of_a_killed_one_is_cut_off(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"kept": 1}\n{"index": 2, "half')
-    children = []
-    for k in range(3):
-        if (child := os.fork()) == 0:
-            for i in range(60):
-                append_row(path, {"process": k, "row": i, "text": "é" * 5000})
-            os._exit(0)
-        children.append(child)
+
+    def write(k):
+        for i in range(60):
+            append_row(path, {"process": k, "row": i, "text": "é" * 5000})
+
+    children = [forked(lambda k=k: write(k)) for k in range(3)]
     assert all(os.waitpid(child, 0)[1] == 0 for child in children)
     first, *rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert first == {"kept": 1} and {row["text"] for row in rows} == {"é" * 5000}
     assert {(row["process"], row["row"]) for row in rows} == {(k, i) for k in range(3) for i in range(60)}
+
+
+def test_a_row_waits_while_another_process_has_the_file(tmp_path):
+    path, (start, go) = tmp_path / "rows.jsonl", os.pipe()
+    # Forked before the file is open: a child would hold what its parent has locked.
+    child = forked(lambda: os.read(start, 1) and append_row(path, {"row": 1}))
+    with locked(path):
+        os.write(go, b"!")
+        time.sleep(0.3)
+        assert path.read_bytes() == b""
+    assert os.waitpid(child, 0)[1] == 0 and path.read_bytes() == b'{"row": 1}\n'
 
 
 def test_processes_share_items_without_rest_or_repetition(monkeypatch):
