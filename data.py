@@ -68,7 +68,7 @@ def read_preferences(path: str | Path, counts: Counter | None = None, skip_bad_l
     """
     path, counts = Path(path), Counter() if counts is None else counts
     preferences, bad = [], []
-    for line, record in _records(path):
+    for line, record in read_records(path):
         place = f"{path}:{line}"
         counts["read"] += 1
         try:
@@ -90,7 +90,7 @@ def read_preferences(path: str | Path, counts: Counter | None = None, skip_bad_l
     return preferences
 
 
-def _records(path: Path) -> Iterator[tuple[int, object]]:
+def read_records(path: Path) -> Iterator[tuple[int, object]]:
     """(line number, parsed record, or the ValueError that parsing it gave)."""
     raw = read_start(path, -1, "a JSONL or JSONL.gz file")
     if raw[:2] == b"\x1f\x8b":
@@ -285,7 +285,7 @@ def read_prompts(path: str | Path, raw: bool = False) -> list[Prompt]:
     naming file and line, at the first row that is none of these, has another key, or whose prompt is empty.
     """
     prompts = []
-    for line, record in _records(Path(path)):
+    for line, record in read_records(Path(path)):
         place = f"{path}:{line}"
         try:
             if isinstance(record, ValueError):

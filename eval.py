@@ -13,7 +13,8 @@
     python eval.py --help                                        the commands; `python eval.py COMMAND --help` its flags
 
 In reading order
-    place, share, append_row        one process and many: torchrun starts them, a locked file joins what they write
+    share, locked, append_row       one process and many: torchrun starts them, a locked file joins what they write
+    json_rows, write_json           rows in, results out
     Request, generate               continuations of token ids, in ragged batches over a cache of keys and values
     load_generator, answer_prompts  the command: prompts -> answers, a row each
     pair_logps, pair_rows           log-probs of both sides of preference pairs
@@ -77,25 +78,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 import asft
-from data import (ChatFormat, Pair, Prompt, encode_preferences, pack, read_preferences, read_prompts,
+from data import (ChatFormat, Pair, Prompt, encode_preferences, pack, read_preferences, read_prompts, read_records,
                   resolve_max_tokens, split_pairs)
-from model import Cache, InputError, Llama, LlamaConfig, check_weights, load_model, read_json
+from model import (Cache, InputError, Llama, LlamaConfig, check_weights, choose_device, files_checksum, load_model,
+                   read_json, shown)
 
-# ---------------------------------------------------------------------------------------------- one process and many
-
-
-def place(device: str, precision: str) -> tuple[torch.device, torch.dtype]:
-    """Where this process computes and in which dtype: --device auto is this process's GPU where each process of this
-    machine has one, --precision auto is bf16 there and fp32 on a CPU. Raises InputError where there is no such GPU."""
-    devices, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cuda = devices >= wanted if device == "auto" else device == "cuda"
-    if cuda and devices < wanted:
-        raise InputError(f"--device cuda for {wanted} processes, but torch finds {devices} CUDA devices")
-    half = cuda if precision == "auto" else precision == "bf16"
-    here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(here)
-    return here, torch.bfloat16 if half else torch.float32
+# ----------------------------------------------------------------------------------- files that several processes write
 
 
 def share(items: list) -> list:
@@ -105,9 +93,9 @@ def share(items: list) -> list:
 
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[IO[bytes]]:
-    """A file of JSON lines, made if it is not there, that no other process holds meanwhile. What is written goes to its
-    end. A last row without its end is cut off, since whoever wrote it was killed; a line that no command here writes
-    stays, and is an InputError."""
+    """A file of JSON lines, made with its directory if it is not there, that no other process holds meanwhile. What is
+    written goes to its end. A last row without its end is completed if it is whole, and else cut off, since whoever
+    wrote it was killed; what no command here writes stays, and is an InputError."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:
@@ -115,12 +103,7 @@ def locked(path: str | Path) -> Iterator[IO[bytes]]:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 if file.read() != b"\n":
-                    file.seek(0)
-                    text = file.read()
-                    last = text[text.rfind(b"\n") + 1:]
-                    if not any(last.startswith(start[:len(last)]) for start in FIRST_KEYS):
-                        raise InputError(f"{path}: its last line is no row of this command; name another file")
-                    file.truncate(len(text) - len(last))
+                    mend(path, file)
             file.seek(0)
             yield file
     except OSError as error:
@@ -128,6 +111,26 @@ def locked(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 FIRST_KEYS = (b'{"index": ', b'{"question_id": ')  # what each row that is written here begins with
+
+
+def mend(path: str | Path, file: IO[bytes]) -> None:
+    """Ends a file's last line, or takes it away: see `locked`."""
+    file.seek(0)
+    text = file.read()
+    last = text[text.rfind(b"\n") + 1:]
+    try:
+        json.loads(last)
+        file.write(b"\n")
+    except ValueError:
+        if not any(last.startswith(start[:len(last)]) for start in FIRST_KEYS):
+            raise InputError(f"{path}: its last line is no row of this command; name another file") from None
+        file.truncate(len(text) - len(last))
+
+
+def named(text: str) -> tuple[str, Path]:
+    """NAME=DIR, or a directory without a name of its own ("")."""
+    name, _, rest = text.partition("=")
+    return (name, Path(rest)) if rest and not Path(text).is_dir() else ("", Path(text))
 
 
 def append_row(path: str | Path, row: dict) -> None:
@@ -139,6 +142,36 @@ def append_row(path: str | Path, row: dict) -> None:
 def json_line(row: dict) -> bytes:
     """A row as it is written. Half a surrogate pair, as a reply cut short may end in, stays JSON's escape of it."""
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def write_json(path: str | Path, value: dict, *read: str | Path) -> None:
+    """Writes --json, making its directory. InputError where that fails, or would replace a file that was read."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and any(path.samefile(other) for other in read):
+            raise InputError(f"--json {path} is a file that was read; name another")
+        path.write_text(json.dumps(value, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"--json {path}: {error.strerror}") from None
+
+
+def json_rows(path: str | Path, *keys: str, questions: dict | None = None) -> list[tuple[str, dict]]:
+    """("file:line", row) of a JSONL file. InputError, naming the line, where it is no JSON object with these keys, or
+    its question_id is none of the questions."""
+    rows = []
+    for line, row in read_records(Path(path)):
+        place = f"{path}:{line}"
+        if isinstance(row, ValueError):
+            raise InputError(f"{place}: {row}")
+        if lacks := [key for key in keys if not isinstance(row, dict) or key not in row]:
+            raise InputError(f"{place}: {', '.join(lacks)} is missing; wanted a JSON object with {', '.join(keys)}; "
+                             f"found {shown(row)}")
+        number = row.get("question_id", 0)
+        if not isinstance(number, int | str) or (questions and number not in questions):
+            raise InputError(f"{place}: question_id {shown(number)} is none of the questions'")
+        rows.append((place, row))
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------------- generation
@@ -260,10 +293,10 @@ def probabilities(logits_BV: Tensor, temperature_B: Tensor, top_p: float = 1.0, 
 
 def load_generator(directory: str | Path, device: str = "auto",
                    precision: str = "auto") -> tuple[Llama, ChatFormat, frozenset[int]]:
-    """A whole model on this process's device (see `place`), its chat format, and the ids at which an answer ends:
-    <|end_of_text|>, <|eot_id|>, <|eom_id|> where it exists, and what generation_config.json names. Raises InputError
+    """A whole model on this process's device, its chat format, and the ids at which an answer ends: <|end_of_text|>,
+    <|eot_id|>, <|eom_id|> where it exists, and what generation_config.json names. Raises InputError
     for a directory that is no Hugging Face model with its tokenizer."""
-    here, dtype = place(device, precision)
+    here, dtype = choose_device(device, precision)
     chat = ChatFormat(directory)
     path, more = Path(directory) / "generation_config.json", None
     if path.exists():
@@ -277,27 +310,13 @@ def load_generator(directory: str | Path, device: str = "auto",
     return model, chat, chat.stop_ids | set(more)
 
 
-def fingerprint(*paths: str | Path) -> str:
-    """A hash of what files hold, or of their absence, in this order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in map(Path, paths):
-        digest.update((path.stat().st_size if path.exists() else -1).to_bytes(8, "little", signed=True))
-        if path.exists():
-            with open(path, "rb") as file:
-                while block := file.read(1 << 24):
-                    digest.update(block)
-    return digest.hexdigest()
-
-
-def read_rows(path: Path, file: IO[bytes]) -> list[dict]:
-    """The answers in a file that `locked` opened. Raises InputError, naming the line, for anything else."""
-    rows = []
-    for number, line in enumerate(file.read().split(b"\n")[:-1], 1):
-        try:
-            rows.append(json.loads(line))
-            rows[-1]["index"] + 0
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path}:{number}: not an answer of this command: {line[:60]!r}") from None
+def answered(out: Path) -> dict[int, dict]:
+    """The answers in a file, by index."""
+    rows = {}
+    for place, row in json_rows(out, "index", "prediction", "tokens", "finish"):
+        if type(row["index"]) is not int:
+            raise InputError(f"{place}: not an answer of this command")
+        rows[row["index"]] = row
     return rows
 
 
@@ -305,8 +324,8 @@ def claim_rows(out: Path, settings: dict) -> set[int]:
     """The indexes of the answers in `out`, made under the same settings: OUT.json beside it holds them. Raises
     InputError for answers made otherwise, naming the first setting that differs, and for a file of another origin."""
     beside = Path(f"{out}.json")
-    with locked(out) as file:
-        rows = read_rows(out, file)
+    with locked(out):
+        rows = answered(out)
         if not rows:
             beside.write_text(json.dumps(settings, indent=2) + "\n")
         elif not beside.exists():
@@ -316,13 +335,13 @@ def claim_rows(out: Path, settings: dict) -> set[int]:
         for key, value in settings.items():
             if found.get(key) != value:
                 raise InputError(f"--out {out} was made with {key} {found.get(key)}, not {value}; name another file")
-    return {row["index"] for row in rows}
+    return set(rows)
 
 
 def order_rows(out: Path, count: int) -> list[dict] | None:
     """Puts the answers in the order of their prompts, once all are there: for the process that wrote the last one."""
-    with locked(out) as file:
-        found = {row["index"]: row for row in read_rows(out, file)}
+    with locked(out):
+        found = answered(out)
         if len(found) < count:
             return None
         rows = [found[i] for i in sorted(found)]
@@ -362,8 +381,9 @@ def answer_prompts(flags: argparse.Namespace) -> None:
     files = [Path(flags.model) / name for name in ("config.json", "generation_config.json", "tokenizer.json")]
     files += sorted(set(check_weights(flags.model, config).values()))
     same = ("raw", "temperature", "top_p", "top_k", "seed", "max_new_tokens")
-    settings = {"model": fingerprint(*files), "prompts": fingerprint(flags.prompts),
-                "dtype": str(place(flags.device, flags.precision)[1]), **{name: getattr(flags, name) for name in same}}
+    dtype = choose_device(flags.device, flags.precision)[1]
+    settings = {"model": files_checksum(files), "prompts": files_checksum([flags.prompts]), "dtype": str(dtype),
+                **{name: getattr(flags, name) for name in same}}
     done = claim_rows(out, settings)
     model, chat, stop_ids = load_generator(flags.model, flags.device, flags.precision)
     encoded = encode_prompts(prompts, chat, config.vocab_size)
@@ -405,7 +425,7 @@ def answer_prompts(flags: argparse.Namespace) -> None:
 
 # --------------------------------------------------------------------------------------------------------- likelihood
 
-RESAMPLES = 1000  # of the bootstrap: its 95% limits are then good to about a tenth of their distance
+RESAMPLES = 2000  # of a bootstrap
 
 
 def encode_pairs(flags: argparse.Namespace, directory: str, max_tokens: int) -> tuple[list[Pair], Counter]:
@@ -456,29 +476,33 @@ MEASURES = {
     "perplexity_w": "exp(-nats of all chosen responses / their tokens): a long response weighs more"}
 
 
-def measures(columns_PC: np.ndarray, weight_P: np.ndarray) -> np.ndarray:
-    """MEASURES over pairs that count weight_P times each. Columns: MEASURES without its last, tokens_w."""
-    mean_C = weight_P @ columns_PC / weight_P.sum()
-    return np.append(mean_C[:-1], np.exp(-mean_C[2] / mean_C[-1]))
+def measures(columns_MPC: np.ndarray, weight_P: np.ndarray) -> np.ndarray:
+    """MEASURES of each model over pairs that count weight_P times each, and the first's less the second's. Columns:
+    MEASURES without its last, tokens_w."""
+    mean_MC = weight_P @ columns_MPC / weight_P.sum()
+    of_each = np.column_stack([mean_MC[:, :-1], np.exp(-mean_MC[:, 2] / mean_MC[:, -1])])
+    return np.vstack([of_each, of_each[:1] - of_each[1:]])
+
+
+def bootstrap(statistic: Callable[[np.ndarray], object], n: int, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """statistic(weight_N) of n units that count once each, and its 95% limits: the 2.5% and 97.5% quantiles over
+    RESAMPLES resamplings of the units, with replacement; a NaN, where nothing counts, is left out."""
+    rng = np.random.default_rng(seed)
+    drawn = [statistic(np.bincount(rng.integers(n, size=n), minlength=n)) for _ in range(RESAMPLES)]
+    return np.asarray(statistic(np.ones(n))), *np.nanquantile(drawn, [0.025, 0.975], axis=0)
 
 
 def summarise(rows: list[dict], other: list[dict] | None = None, seed: int = 0) -> list[dict]:
     """The measures of one model; of two on the same pairs, both and the differences (the first's less the other's).
 
-    Each measure is {"value", "low", "high"}: the limits are the 2.5% and 97.5% quantiles over RESAMPLES resamples of
-    the pairs, drawn with replacement, the same for both models, so that a difference's interval is that of paired data.
+    Each measure is {"value", "low", "high"}, as `bootstrap` gives them over pairs, the same resamples for both models,
+    so that a difference's interval is that of paired data.
     """
     names = [*list(MEASURES)[:-1], "tokens_w"]
-    of_models = [np.array([[row[name] for name in names] for row in part]) for part in (rows, other) if part]
-    rng, n, found = np.random.Generator(np.random.PCG64(seed)), len(rows), []
-    for i in range(RESAMPLES + 1):
-        weight_P = np.bincount(rng.integers(n, size=n), minlength=n) if i else np.ones(n)
-        of_each = [measures(columns_PC, weight_P) for columns_PC in of_models]
-        found.append(of_each + [of_each[0] - of_each[-1]] * (len(of_each) - 1))
-    value, resampled = np.array(found[0]), np.array(found[1:])
-    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
-    return [{name: {"value": value[k, j], "low": low[k, j], "high": high[k, j]} for j, name in enumerate(MEASURES)}
-            for k in range(len(value))]
+    columns_MPC = np.array([[[row[name] for name in names] for row in part] for part in (rows, other) if part])
+    found = np.stack(bootstrap(lambda weight_P: measures(columns_MPC, weight_P), len(rows), seed), -1)
+    return [{name: dict(zip(("value", "low", "high"), limits, strict=True))
+             for name, limits in zip(MEASURES, of_one, strict=True)} for of_one in found.tolist()]
 
 
 def likelihood(flags: argparse.Namespace) -> None:
@@ -507,7 +531,7 @@ def likelihood(flags: argparse.Namespace) -> None:
 
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    device, dtype = place(flags.device, flags.precision)
+    device, dtype = choose_device(flags.device, flags.precision)
     of_models = []
     for directory in directories:  # one after the other, each freed before the next
         model = load_model(directory, dtype, device).requires_grad_(False)
@@ -537,44 +561,6 @@ def likelihood(flags: argparse.Namespace) -> None:
     for name, text in MEASURES.items():
         cells = ("{value:+.4f} [{low:+.4f}, {high:+.4f}]".format(**of[name]) for of in found)
         print(f"{name:<14}" + "".join(f"{cell:<{width + 2}}" for cell in cells) + text)
-
-
-def write_json(path: str | Path, value: dict, *read: str | Path) -> None:
-    """Writes --json, making its directory. InputError where that fails, or would replace a file that was read."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and any(path.samefile(other) for other in read):
-            raise InputError(f"--json {path} is a file that was read; name another")
-        path.write_text(json.dumps(value, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"--json {path}: {error.strerror}") from None
-
-
-def json_rows(path: str | Path, *keys: str, questions: dict | None = None) -> list[tuple[str, dict]]:
-    """("file:line", row) of a JSONL file. InputError, naming the line, where it is no JSON object with these keys, or
-    its question_id is none of the questions."""
-    try:
-        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; wanted a JSONL file") from None
-    rows = []
-    for at, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}:{at}: not JSON ({error})") from None
-        if not isinstance(row, dict) or not row.keys() >= set(keys):
-            lacks = ", ".join(key for key in keys if not isinstance(row, dict) or key not in row)
-            raise InputError(f"{path}:{at}: {lacks} is missing; wanted a JSON object with {', '.join(keys)}; found "
-                             f"{ascii(line)[2:62]}")
-        number = row.get("question_id", 0)
-        if not isinstance(number, int | str) or (questions and number not in questions):
-            raise InputError(f"{path}:{at}: question_id {ascii(number)[:60]} is none of the questions'")
-        rows.append((f"{path}:{at}", row))
-    return rows
 
 
 # -------------------------------------------------------------------------------------------------------------- score
@@ -760,16 +746,7 @@ def score(flags: argparse.Namespace) -> None:
     """Prints both families with the lengths beside them, since both move with length; writes them with --json."""
     path = Path(flags.predictions)
     rows = read_predictions(path)
-    try:
-        if flags.json is not None:
-            if Path(flags.json).exists() and path.samefile(flags.json):
-                raise InputError(f"--json {flags.json} is the file of the predictions")
-            open(flags.json, "a").close()  # fails now rather than after the work; what is in it stays till then
-        scores = score_rows(rows)
-        if flags.json is not None:
-            Path(flags.json).write_text(json.dumps(scores, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"--json {flags.json}: {error.strerror}") from None
+    scores = score_rows(rows)
     print(f"{path}: {len(rows):,} rows\n{'':12}  BLEU-4  ROUGE-1  ROUGE-2  ROUGE-L    "
           "mean length: prediction  reference")
     # Each family with the lengths in the unit that its BLEU counts.
@@ -779,6 +756,8 @@ def score(flags: argparse.Namespace) -> None:
         print("{:12}{:8.2f}{:9.2f}{:9.2f}{:9.2f}{:27,.1f}{:11,.1f}  {}".format(family, *values, unit))
     if chinese := sum(bool(re.search(f"[{HAN}]{{2}}", f"{prediction} {reference}")) for prediction, reference in rows):
         print(f"{chinese:,} of the rows hold Chinese, which jieba divides into words: ROUGE _lf is not LLaMA-Factory's")
+    if flags.json is not None:
+        write_json(flags.json, scores, path)
 
 
 # ------------------------------------------------------------------------------------------- mt-bench and arena-hard
@@ -807,6 +786,8 @@ MT_BENCH, ARENA_HARD = Bench("MT-Bench", 2, 1024), Bench("Arena-Hard", 1, 4096)
 
 
 class Question(NamedTuple):
+    """Of a benchmark: what is asked, turn after turn."""
+
     id: int | str
     category: str
     turns: list[str]
@@ -851,26 +832,6 @@ def read_answers(path: str | Path, bench: Bench, questions: dict) -> tuple[str |
     return model, answers
 
 
-def go_on_with(path: Path) -> None:
-    """Makes a file ready for more rows: it exists, and does not end in the middle of one. An interruption may have cut
-    the last row; the part is removed, and its work done again."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab+") as file:
-            file.seek(0)
-            text = file.read()
-            last = text[text.rfind(b"\n") + 1:]
-            try:
-                if last and json.loads(last):
-                    file.write(b"\n")
-            except ValueError:
-                if last.startswith(b'{"question_id"'):  # ours, then; anything else is for json_rows to complain of
-                    file.truncate(len(text) - len(last))
-                    print(f"{path}: the last row was cut short; removed", flush=True)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; wanted a file to write to") from None
-
-
 def answer(flags: argparse.Namespace) -> None:
     """Answers a benchmark's questions, as FastChat or Arena-Hard write them, each when its last turn is done.
 
@@ -883,8 +844,6 @@ def answer(flags: argparse.Namespace) -> None:
     name = flags.model_id or (home.parent.name if home.name == "model" else home.name)  # train.py's are OUT/model
     if flags.seed < 0:
         raise InputError(f"--seed is {flags.seed}, wanted 0 or more")
-    if os.environ.get("RANK", "0") == "0":
-        go_on_with(out)
     with locked(out):  # not while another process is in the middle of a row
         there, done = read_answers(out, bench, questions)
     if there not in (None, name):
@@ -965,7 +924,8 @@ def open_judge(flags: argparse.Namespace, temperature: float, max_tokens: int) -
     except (OSError, http.client.HTTPException):
         pass  # it was reached; the requests themselves are tried again
     raw = Path(f"{flags.out}.raw")
-    go_on_with(raw)
+    with locked(raw):  # mended, made
+        pass
     kept = {row["request"]: reply for _, row in json_rows(raw, "request", "body") if (reply := reply_of(row["body"]))}
     return Judge(address, flags.judge_model, key, temperature, max_tokens, flags.timeout, flags.tries, flags.wait, raw,
                  kept, opener, threading.Event())
@@ -1047,7 +1007,8 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: dict[tuple, Job], key
     paid for is kept. Raises InputError where --out is another judge's or judges other answers.
     """
     out, done = Path(flags.out), set()
-    go_on_with(out)
+    with locked(out):
+        pass
     for place, row in json_rows(out, "model", "judge", *keys):
         found = row["judge"][0] if isinstance(row["judge"], list) and row["judge"] else row["judge"]
         if found != flags.judge_model:
@@ -1186,16 +1147,18 @@ def play(model: str, number: int | str, system: str, users: list[str], judge: Ju
 # ---- what came out
 
 
-def bootstrap(sums: list[float], counts: list[int]) -> dict[str, float] | None:
-    """sum(sums)/sum(counts) and its 95% interval: percentiles over 2,000 resamplings of the units, which are questions
-    (MT-Bench) or battles (Arena-Hard). None where nothing counts."""
-    sums_Q, counts_Q = np.array(sums, dtype=np.float64), np.array(counts, dtype=np.float64)
-    if not counts_Q.sum():
+def mean_score(sums: list[float], counts: list[int]) -> dict[str, float] | None:
+    """sum(sums)/sum(counts) and its 95% interval over the units, which are questions (MT-Bench) or battles
+    (Arena-Hard). None where nothing counts."""
+    units_2Q = np.array([sums, counts], dtype=np.float64)
+
+    def ratio(weight_Q: np.ndarray) -> float:
+        total, count = units_2Q @ weight_Q
+        return total / count if count else math.nan
+
+    if not sum(counts):
         return None
-    drawn = np.random.default_rng(0).integers(0, len(sums_Q), (2000, len(sums_Q)))
-    totals = counts_Q[drawn].sum(1)
-    low, high = np.percentile(sums_Q[drawn].sum(1)[totals > 0] / totals[totals > 0], [2.5, 97.5])
-    return {"score": float(sums_Q.sum() / counts_Q.sum()), "low": float(low), "high": float(high)}
+    return dict(zip(("score", "low", "high"), map(float, bootstrap(ratio, len(sums))), strict=True))
 
 
 def read_judgments(flags: argparse.Namespace, questions: dict | None, report: dict,
@@ -1234,7 +1197,7 @@ def report_mt_bench(flags: argparse.Namespace) -> None:
     def mean(scores: dict, turns: tuple[int, ...], category: str | None = None) -> dict | None:
         per_question = [[scores[q.id, turn] for turn in turns if scores.get((q.id, turn)) is not None]
                         for q in questions.values() if category in (None, q.category)]
-        return bootstrap([sum(of_one) for of_one in per_question], [len(of_one) for of_one in per_question])
+        return mean_score([sum(of_one) for of_one in per_question], [len(of_one) for of_one in per_question])
 
     categories = dict.fromkeys(question.category for question in questions.values())
     scores = {name: {"overall": mean(of_model, (1, 2)), "turn 1": mean(of_model, (1,)), "turn 2": mean(of_model, (2,))}
@@ -1274,7 +1237,7 @@ def report_arena_hard(flags: argparse.Namespace) -> None:
         counts[name, "missing"] += 2 * asked
     if flags.battles:
         (points, counts), kinds = read_battles(flags, questions), ("battles", "unparsed")
-    scores = {name: {"win rate": bootstrap([100 * won for won in of_model], [1] * len(of_model))}
+    scores = {name: {"win rate": mean_score([100 * won for won in of_model], [1] * len(of_model))}
               for name, of_model in points.items()}
     write_report(flags, report, scores, counts, "{:.2f}", *kinds)
 
@@ -1313,6 +1276,7 @@ def write_report(flags: argparse.Namespace, report: dict, scores: dict, counts: 
 
 
 def cell(score: dict | None, form: str = "{:.2f}") -> str:
+    """A score and its interval as a table shows them; a dash for none."""
     return "-" if score is None else f"{form.format(score['score'])} [{score['low']:.2f}, {score['high']:.2f}]"
 
 
@@ -1340,8 +1304,8 @@ def tables(flags: argparse.Namespace) -> None:
         raise InputError("wanted --runs or --hh-runs")
     for texts, overlap in ((flags.runs, after_uf), (flags.hh_runs, after_hh)):
         for text in texts:
-            name, _, rest = text.partition("=")
-            directory = Path(rest or text)
+            name, directory = named(text)
+            name = name or str(directory)
             if not directory.is_dir() or name in overlap:
                 raise InputError(f"{text}: {'a second' if name in overlap else 'no'} directory of that name; wanted "
                                  "NAME=DIR, with what the other commands wrote")
@@ -1437,9 +1401,7 @@ class Run(NamedTuple):
 
 def read_run(text: str) -> Run:
     """DIR, labelled by its loss, or NAME=DIR. Raises InputError, naming file and line."""
-    name, _, rest = text.partition("=")
-    named = bool(rest) and not Path(text).is_dir()
-    path = Path(rest if named else text)
+    name, path = named(text)
     if not (path / "config.json").is_file():
         raise InputError(f"--runs {text}: {path} has no config.json; wanted a directory that train.py wrote")
     facts = read_json(path / "config.json")
@@ -1448,30 +1410,18 @@ def read_run(text: str) -> Run:
         label = f"{loss}, {reference}" if asft.LOSSES[loss].reference else loss
     except (KeyError, TypeError):
         raise InputError(f"{path / 'config.json'}: no flags of train.py; wanted its config.json") from None
-    return Run(name if named else label, str(device), **read_metrics(path / "metrics.jsonl"))
+    return Run(name or label, str(device), **read_metrics(path / "metrics.jsonl"))
 
 
 def read_metrics(path: Path) -> dict[str, list[float]]:
     """The columns of a metrics.jsonl."""
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'not text'}; wanted train.py's") from None
-    columns: dict[str, list[float]] = {name: [] for name in COLUMNS}
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            values = [float(row[name]) for name in COLUMNS]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            values = [math.nan]
-        if not all(map(math.isfinite, values)):
-            raise InputError(f"{path}:{number}: wanted an object with the numbers {', '.join(COLUMNS)}; found "
-                             f"{line[:60]!r}")
-        for name, value in zip(COLUMNS, values, strict=True):
-            columns[name].append(value)
-    if not lines:
+    rows = json_rows(path, *COLUMNS)
+    for place, row in rows:
+        if not all(type(row[name]) in (int, float) and math.isfinite(row[name]) for name in COLUMNS):
+            raise InputError(f"{place}: wanted an object with the numbers {', '.join(COLUMNS)}; found {shown(row)}")
+    if not rows:
         raise InputError(f"{path}: no step in it")
-    return columns
+    return {name: [float(row[name]) for _, row in rows] for name in COLUMNS}
 
 
 # ------------------------------------------------------------------------------------------------------------ figures
@@ -1606,6 +1556,15 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} ({self.prog} --help)")
 
 
+def add_model(command: argparse.ArgumentParser) -> None:
+    """The flags of each command that computes."""
+    command.add_argument("--model", required=True, metavar="DIR", help="Hugging Face directory of a Llama")
+    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="cuda where there is "
+                         "one for each process")
+    command.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of all weights: bf16 "
+                         "on CUDA, fp32 on a CPU")
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command's flags, and the command itself as `command`."""
     parser = _Parser(prog="python eval.py", description=__doc__, allow_abbrev=False,
@@ -1614,7 +1573,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
     command = commands.add_parser("generate", help="a model's answers to prompts", allow_abbrev=False)
     command.set_defaults(command=answer_prompts)
-    command.add_argument("--model", required=True, metavar="DIR", help="Hugging Face directory of a Llama")
+    add_model(command)
     command.add_argument("--prompts", required=True, metavar="FILE", help="JSONL of prompts (formats: README)")
     command.add_argument("--out", required=True, metavar="FILE", help="JSONL of answers; FILE.json beside it says how "
                          "they were made. The same call goes on where it was interrupted")
@@ -1628,14 +1587,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--max-new-tokens", type=int, default=512, help="of an answer [512]")
     command.add_argument("--cache-tokens", type=int, default=CACHE_TOKENS, help="tokens of all rows of a batch "
                          f"together: bounds memory, the answers stay the same [{CACHE_TOKENS}]")
-    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="cuda where there is one "
-                         "for each process")
-    command.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of weights and cache: "
-                         "bf16 on CUDA, fp32 on a CPU")
 
     command = commands.add_parser("likelihood", help="log-probs of preference pairs", allow_abbrev=False)
     command.set_defaults(command=likelihood)
-    command.add_argument("--model", required=True, metavar="DIR", help="Hugging Face directory of a Llama")
+    add_model(command)
     command.add_argument("--compare", metavar="DIR", help="a second model, on the same pairs")
     command.add_argument("--data", required=True, metavar="FILE", help="preference pairs (formats: README)")
     command.add_argument("--out", required=True, metavar="OUT", help="a directory, for pairs.jsonl and summary.json, "
@@ -1645,10 +1600,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--skip-bad-lines", action="store_true", help="as in train.py")
     command.add_argument("--max-tokens-per-gpu", type=int, default=8192, help="as in train.py [8192]")
     command.add_argument("--seed", type=int, default=0, help="of the bootstrap [0]")
-    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="cuda where there is one "
-                         "for each process")
-    command.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of all weights: "
-                         "bf16 on CUDA, fp32 on a CPU")
 
     command = commands.add_parser("score", help="BLEU-4 and ROUGE of predictions against references",
                                   allow_abbrev=False)
@@ -1664,13 +1615,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
         command = steps.add_parser("answer", help="answers of a model", allow_abbrev=False)
         command.set_defaults(command=answer, bench=bench)
-        command.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face model directory")
+        add_model(command)
         command.add_argument("--questions", required=True, metavar="FILE", help="the benchmark's question.jsonl")
         command.add_argument("--out", required=True, metavar="FILE", help="answers; those it has already are left")
         command.add_argument("--model-id", metavar="NAME", help="whom the rows stand for [the directory's "
                              "name; of OUT/model, OUT's]")
-        command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="as of generate")
-        command.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="as of generate")
         command.add_argument("--seed", type=int, default=0, help="of sampling, where the temperature is above 0 [0]")
 
         command = steps.add_parser("judge", help="judgments of answers, by an endpoint", allow_abbrev=False)

@@ -21,13 +21,15 @@ Left out: dropout (Llama 3 has none), attention and MLP biases, rope types other
 Meta's own consolidated.*.pth layout (its q and k rows are in another order).
 """
 
+import hashlib
 import inspect
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -787,6 +789,36 @@ def naming(path: Path) -> Iterator[None]:
 def finite(tensor: Tensor) -> bool:
     """Whether every number of it is. aminmax passes NaN on, and makes no copy of the tensor's size."""
     return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def file_checksum(path: str | Path) -> str:
+    """A hash of what a file holds."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def files_checksum(paths: Iterable[str | Path]) -> str:
+    """A hash of what several hold, in this order; of one that is not there, that it is not. They are read at once."""
+    with ThreadPoolExecutor() as threads:
+        found = threads.map(lambda path: file_checksum(path) if Path(path).exists() else "none", paths)
+    return hashlib.blake2b(" ".join(found).encode(), digest_size=16).hexdigest()
+
+
+def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtype]:
+    """Where this process computes, and the dtype of matrix products: --device auto is this process's GPU where each
+    process of this machine has one, --precision auto is bf16 there and fp32 on a CPU. Makes that GPU the current one.
+    Raises InputError where there is none."""
+    devices, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda = devices >= wanted if device == "auto" else device == "cuda"
+    if cuda and devices < wanted:
+        raise InputError(f"--device cuda for {wanted} processes, but torch finds {devices} CUDA devices")
+    here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(here)
+    return here, torch.bfloat16 if precision == "bf16" or (cuda and precision == "auto") else torch.float32
 
 
 def flush(path: Path) -> None:

@@ -48,7 +48,6 @@ import textwrap
 import time
 import typing
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -72,8 +71,9 @@ from torch.distributed.tensor import DTensor
 import asft
 from data import (Batch, ChatFormat, Pair, encode_preferences, pack, plan_step, read_preferences, resolve_max_tokens,
                   split_pairs)
-from model import (InputError, Llama, LlamaConfig, check_weights, expected_shapes, finite, flush, load_weights,
-                   local_rows, naming, open_safetensors, read_json, rows_of_rank, save_model, shown)
+from model import (InputError, Llama, LlamaConfig, check_weights, choose_device, expected_shapes, file_checksum,
+                   files_checksum, finite, flush, load_weights, local_rows, naming, open_safetensors, read_json,
+                   rows_of_rank, save_model, shown)
 
 # ------------------------------------------------------------------------------------------------------ configuration
 
@@ -313,12 +313,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float, min_l
 
 def start_processes(config: Config) -> DeviceMesh:
     """Joins the process group that torchrun made, or a group of one, and returns the mesh to shard over."""
-    devices, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cuda = devices >= wanted if config.device == "auto" else config.device == "cuda"
-    if cuda and devices < wanted:
-        raise InputError(f"--device cuda for {wanted} processes, but torch finds {devices} CUDA devices")
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    cuda = choose_device(config.device, config.precision)[0].type == "cuda"
     # Saturated losses give subnormal gradients, on which a CPU is ten times slower.
     torch.set_flush_denormal(True)
     store, rank, world = dist.HashStore(), 0, 1
@@ -393,16 +388,10 @@ def build_model(config: Config, mesh: DeviceMesh) -> Llama:
     if on[config.compile]:
         for block in model.model["layers"]:
             block.compile(dynamic=True)
-    shard(model, mesh, compute_dtype(config, mesh))
+    shard(model, mesh, choose_device(config.device, config.precision)[1])
     model.to_empty(device=mesh.device_type)
     load_weights(model, config.model)
     return model
-
-
-def compute_dtype(config: Config, mesh: DeviceMesh) -> torch.dtype:
-    """The dtype of matrix products; everything else is fp32."""
-    half = mesh.device_type == "cuda" if config.precision == "auto" else config.precision == "bf16"
-    return torch.bfloat16 if half else torch.float32
 
 
 # --------------------------------------------------------------------------------------------------------- forward pass
@@ -436,27 +425,18 @@ class Data:
         return self.reference(batch) if live else self.reference[rows].flatten(0, 1).unbind(-1)
 
 
-def fingerprint(config: Config, mesh: DeviceMesh, parts: list[Data]) -> dict[str, str]:
+def fingerprint(config: Config, parts: list[Data]) -> dict[str, str]:
     """What a run's numbers depend on, its flags aside: hashes of the weights that it starts from and of the very
     tokens, and the precision."""
     files = sorted(set(check_weights(config.model, LlamaConfig.load(config.model)).values()))
-    with ThreadPoolExecutor() as threads:
-        digests = threads.map(file_checksum, [Path(config.model) / "config.json", *files])
-    found = {"weights": hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()}
+    found = {"weights": files_checksum([Path(config.model) / "config.json", *files])}
     for name, part in zip(("pairs", "held-out pairs"), parts, strict=False):
         digest = hashlib.blake2b(digest_size=16)
         for ids in (ids for pair in part.pairs for ids in (pair.prompt, pair.chosen, pair.rejected)):
             digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
         found[name] = digest.hexdigest()
-    return found | {"precision": str(compute_dtype(config, mesh)).removeprefix("torch.")}
-
-
-def file_checksum(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+    dtype = choose_device(config.device, config.precision)[1]
+    return found | {"precision": str(dtype).removeprefix("torch.")}
 
 
 def read_cache(cache: Path, key: str, parts: list[Data]) -> Tensor | None:
@@ -791,6 +771,7 @@ def write_tensors(path: Path, tensors: list[tuple[str, Tensor]]) -> str:
 
 
 def checksum(facts: dict) -> str:
+    """Of what a JSON object says, in whatever order."""
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -892,8 +873,9 @@ class Log:
         """Prints what will run, and returns what OUT/config.json says of it."""
         llama, data, processes = model.config, parts[0], dist.get_world_size()
         parameters = sum(p.numel() for p in model.parameters())
-        cuda, half = mesh.device_type == "cuda", compute_dtype(config, mesh) == torch.bfloat16
-        device = torch.cuda.get_device_name() if cuda else f"CPU ({torch.get_num_threads()} threads)"
+        here, dtype = choose_device(config.device, config.precision)
+        products = "bf16" if dtype == torch.bfloat16 else "fp32"
+        device = torch.cuda.get_device_name() if here.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
         responses = sum(len(p.chosen) + len(p.rejected) for p in data.pairs)
         lines = {
             "model": f"{config.model}: {parameters:,} parameters, {llama.num_hidden_layers} layers, width "
@@ -905,7 +887,7 @@ class Log:
                       f"pair, at most {data.sizes.max():,}",
             "steps": f"{steps:,} of {config.pairs_per_step} pairs; warm-up to {config.lr:g}, then cosine to "
                     f"{config.min_lr_ratio * config.lr:g}",
-            "precision": f"fp32 weights and moments, {'bf16' if half else 'fp32'} products, fp32 losses",
+            "precision": f"fp32 weights and moments, {products} products, fp32 losses",
             "devices": f"{processes} x {device}",
             "out": str(self.out),
             "flags": config.command_line()}
@@ -1007,7 +989,7 @@ def run(config: Config) -> None:
     mesh = start_processes(config)
     parts, counts, chat = read_data(config, llama, mesh.device_type)
     data, held_out = parts[0], parts[1] if config.eval_data else None
-    marks = on_first_process(lambda: fingerprint(config, mesh, parts))
+    marks = on_first_process(lambda: fingerprint(config, parts))
     key, logps, cached = " ".join(marks.values()), None, config.loss_row.reference and config.reference == "precompute"
     if cached and config.reference_cache:  # before a directory is made: it may be the wrong one
         logps = on_first_process(lambda: read_cache(Path(config.reference_cache), key, parts))

@@ -177,8 +177,8 @@ def test_two_runs_of_one_label_are_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("lines", "place"), [
-    (["{}"], ":1: "), (['{"step": 1'], ":1: "), (["[]"], ":1: "), ([None, '{"step": "x"}'], ":2: "),
-    ([None, "", None], ":2: "), ([None, '{"step": 2, "margin": NaN, "seconds": 1, "peak_memory_gib": 1}'], ":2: "),
+    (["{}"], ":1: "), (['{"step": 1'], ":1: "), (["[]"], "no step"), ([None, '{"step": "x"}'], ":2: "),
+    (["[1]"], ":1: "), ([None, '{"step": 2, "margin": NaN, "seconds": 1, "peak_memory_gib": 1}'], ":2: "),
     ([], "no step"),
 ])
 def test_malformed_metrics_are_named_by_file_and_line(tmp_path, capsys, lines, place):

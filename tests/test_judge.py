@@ -525,13 +525,12 @@ def test_interrupted_it_keeps_every_reply_and_the_next_run_asks_only_for_what_is
     assert len(rows_of(either.out)) == (6 if either.bench == "mt-bench" else 3)
 
 
-def test_a_row_that_was_cut_short_is_removed_and_made_again_and_a_missing_newline_is_mended(mt, serve, capsys):
+def test_a_row_that_was_cut_short_is_removed_and_made_again_and_a_missing_newline_is_mended(mt, serve):
     endpoint = serve(lambda payload, count: BOTH)
     assert mt.judge(endpoint) == 0
     whole = mt.out.read_bytes()
     mt.out.write_bytes(whole[:-20])
     assert mt.judge(endpoint) == 0
-    assert "cut short" in capsys.readouterr().out
     assert len(rows_of(mt.out)) == 6 and len(endpoint.asked) == 6  # from the raw replies
     mt.out.write_bytes(whole[:-1])
     assert mt.judge(endpoint) == 0
@@ -541,7 +540,7 @@ def test_a_row_that_was_cut_short_is_removed_and_made_again_and_a_missing_newlin
 def test_a_file_that_is_not_ours_is_not_touched(mt, serve, capsys):
     mt.out.parent.mkdir()
     mt.out.write_text("my notes")
-    assert f"{mt.out}:1: " in complaint(capsys, mt.judge(serve(lambda payload, count: BOTH)))
+    assert f"{mt.out}: its last line" in complaint(capsys, mt.judge(serve(lambda payload, count: BOTH)))
     assert mt.out.read_text() == "my notes"
 
 

@@ -312,7 +312,7 @@ def test_chinese_is_said_to_be_divided_otherwise_than_by_jieba(tmp_path, capsys)
     ('{"prediction": null, "reference": "a"}', "prediction is None"),
     ('{"prediction": "a", "reference": ["b"]}', "reference is ['b']"), ('{"prediction": "a", "reference": 1}', "is 1"),
     ('{"prediction": "a', "not JSON"), ("x\0", "not JSON"),
-    ("[" * 100_000, "not JSON"), (b'{"prediction": "\xff", "reference": "a"}', "not JSON"),
+    ("[" * 100_000, "nested too deeply"), (b'{"prediction": "\xff", "reference": "a"}', "not UTF-8"),
 ])
 def test_a_line_that_is_not_such_a_row_is_named_by_file_and_line(tmp_path, capsys, bad, said):
     file = tmp_path / "answers.jsonl"
@@ -332,17 +332,15 @@ def test_a_missing_file_a_folder_and_an_empty_file_are_refused(tmp_path, capsys)
     assert "--predictions" in complaint(capsys)
 
 
-def test_an_out_that_cannot_be_written_is_refused_before_the_work_and_the_predictions_are_never_overwritten(
-        tmp_path, capsys, monkeypatch):
+def test_an_out_that_cannot_be_written_leaves_the_printed_table_and_the_predictions_are_never_overwritten(
+        tmp_path, capsys):
     file = write_rows(tmp_path / "answers.jsonl", row("a", "a"))
-    monkeypatch.setattr(evaluation, "score_rows", lambda rows: pytest.fail("worked first"))
-    for out in (tmp_path, tmp_path / "nowhere/out.json", file / "out.json", ""):
-        assert f"--json {out}: " in complaint(capsys, "--predictions", file, "--json", out)
     before = file.read_text()
-    assert "the file of the predictions" in complaint(capsys, "--predictions", file, "--json", file)
+    for out, said in ((tmp_path, "Is a directory"), (file / "out.json", "File exists"), (file, "is a file that was"),
+                      ("/dev/full", "No space left")):
+        assert evaluation.main(["score", "--predictions", str(file), "--json", str(out)]) == 2
+        printed = capsys.readouterr()
+        assert "conventional" in printed.out and f"--json {out}" in printed.err and said in printed.err
     assert file.read_text() == before
-
-
-def test_a_full_disk_is_one_clear_line(tmp_path, capsys):
-    file = write_rows(tmp_path / "answers.jsonl", row("a", "a"))
-    assert "No space left" in complaint(capsys, "--predictions", file, "--json", "/dev/full")
+    assert evaluation.main(["score", "--predictions", str(file), "--json", str(tmp_path / "made/out.json")]) == 0
+    assert json.loads((tmp_path / "made/out.json").read_text())["bleu4"] >= 0
