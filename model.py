@@ -355,6 +355,30 @@ class Cache:
 # ------------------------------------------------------------------------------------------------------------ blocks
 
 
+class _RMSNorm(torch.autograd.Function):
+    """x / rms(x) in fp32, cast back, then scaled, keeping x and one number a row for backward: autograd would keep the
+    normed rows as well, and of a half type an fp32 copy of x.
+
+    With n = x / rms(x) and g the gradient of n, that of x is (g - n mean(g n)) / rms(x).
+    """
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        x = at_least_fp32(x_TD)
+        scale_T1 = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x_TD, weight_D, scale_T1)
+        return weight_D * (x * scale_T1).to(x_TD.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor):
+        x_TD, weight_D, scale_T1 = ctx.saved_tensors
+        normed_TD = at_least_fp32(x_TD) * scale_T1
+        product_TD = grad_TD * normed_TD
+        mean_T1 = (product_TD * weight_D).mean(-1, keepdim=True)
+        gradient_TD = (grad_TD * at_least_fp32(weight_D) - normed_TD * mean_T1) * scale_T1
+        return gradient_TD.to(x_TD.dtype), product_TD.sum(0).to(weight_D.dtype), None
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) in fp32, cast back, *then* scaled: the order matters in bf16, and it is Llama's."""
 
@@ -364,8 +388,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        x = at_least_fp32(x_TD)
-        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)).to(x_TD.dtype)
+        return _RMSNorm.apply(x_TD, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -390,17 +413,20 @@ class Attention(nn.Module):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, keeping its two inputs alone for backward: autograd would keep silu(gate) as well."""
+    """(silu(gate) * up) @ weight.T, keeping gate and up alone of the wide rows for backward, which makes the other two
+    again without a matrix product: autograd would keep silu(gate) and the weight's input as well."""
 
     @staticmethod
-    def forward(ctx, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_TF, up_TF)
-        return F.silu(gate_TF) * up_TF
+    def forward(ctx, gate_TF: Tensor, up_TF: Tensor, weight_DF: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_TF, up_TF, weight_DF)
+        return (F.silu(gate_TF) * up_TF) @ weight_DF.T
 
     @staticmethod
-    def backward(ctx, grad_TF: Tensor):
-        gate_TF, up_TF = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad_TF * up_TF, gate_TF), grad_TF * F.silu(gate_TF)
+    def backward(ctx, grad_TD: Tensor):
+        gate_TF, up_TF, weight_DF = ctx.saved_tensors
+        silu_TF, grad_TF = F.silu(gate_TF), grad_TD @ weight_DF
+        gate_grad_TF = torch.ops.aten.silu_backward(grad_TF * up_TF, gate_TF)
+        return gate_grad_TF, grad_TF * silu_TF, grad_TD.T @ (silu_TF * up_TF)
 
 
 class MLP(nn.Module):
@@ -413,7 +439,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(_SwiGLU.apply(self.gate_proj(x_TD), self.up_proj(x_TD)))
+        gate_TF, up_TF = self.gate_proj(x_TD), self.up_proj(x_TD)
+        if torch.is_grad_enabled():
+            return _SwiGLU.apply(gate_TF, up_TF, self.down_proj.weight)
+        return self.down_proj(F.silu(gate_TF) * up_TF)  # which may be a PackedLinear
 
 
 class Block(nn.Module):

@@ -273,6 +273,32 @@ def test_rms_norm_keeps_float64_and_adds_eps_to_the_mean_square():
     assert found.tolist()[0] == pytest.approx([3 / math.sqrt(13), 40 / math.sqrt(13)], abs=1e-14)
 
 
+def kept_bytes(function, *inputs):
+    """What backward needs, of tensors that are not themselves inputs."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        function(*inputs)
+    own = {x.untyped_storage().data_ptr() for x in inputs}
+    return sum(size for pointer, size in kept.items() if pointer not in own)
+
+
+@pytest.mark.parametrize(("function", "shapes", "kept"), [
+    (lambda x, weight: model._RMSNorm.apply(x, weight, 0.1), [(5, 6), (6,)], 5),  # a number a row
+    (model._SwiGLU.apply, [(5, 7), (5, 7), (6, 7)], 0),
+], ids=["rms norm", "swiglu"])
+def test_hand_written_gradients_are_those_of_finite_differences_and_keep_little(function, shapes, kept):
+    generator = torch.Generator().manual_seed(3)
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+    assert torch.autograd.gradcheck(function, inputs)
+    assert kept_bytes(function, *(x.detach().bfloat16().requires_grad_() for x in inputs)) == 4 * kept
+    assert kept_bytes(function, *inputs) == 8 * kept
+
+
 # ------------------------------------------------------------------------------------------------------------ attention
 
 
