@@ -564,8 +564,9 @@ def test_a_full_disk_is_one_clear_error_and_earlier_checkpoints_stay_whole(start
     assert weights(tmp_path / "out") == weights(whole)
 
 
-def test_a_checkpoint_has_its_name_only_when_all_of_it_is_on_the_disk(start, tmp_path, monkeypatch):
-    events, fsync, rename = [], os.fsync, Path.rename
+def test_a_checkpoint_has_its_name_only_when_all_of_it_is_on_the_disk_and_then_the_oldest_goes(start, tmp_path,
+                                                                                              monkeypatch):
+    events, fsync, rename, home = [], os.fsync, Path.rename, tmp_path / "out/checkpoints"
 
     def note_fsync(descriptor):
         events.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path / "out"))
@@ -573,12 +574,16 @@ def test_a_checkpoint_has_its_name_only_when_all_of_it_is_on_the_disk(start, tmp
 
     def note_rename(path, target):
         events.append(f"-> {target.name}")
+        if target.name == "step-000006":  # --keep 2: three at once
+            assert {path.name for path in home.iterdir()} == {"step-000002", "step-000004", ".step-000006.partial"}
+            parameters = sum(weight.numel() for weight in tiny_model().parameters())
+            assert 12 * parameters < sum(file.stat().st_size for file in path.iterdir()) < 12 * parameters + 12_000
         return rename(path, target)
 
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(Path, "rename", note_rename)
-    assert run(start, tmp_path / "out", "--save-every", 4) == 0
-    at, aside = events.index("-> step-000004"), "checkpoints/.step-000004.partial"
+    assert run(start, tmp_path / "out") == 0
+    at, aside = events.index("-> step-000006"), "checkpoints/.step-000006.partial"
     assert {"metrics.jsonl", "eval.jsonl", f"{aside}/00000-of-00001.safetensors", f"{aside}/.checkpoint.json.partial",
             aside} <= set(events[:at])
     assert events[at + 1:at + 3] == ["checkpoints", "."]  # the name, and the directory that holds it
