@@ -956,7 +956,8 @@ class Log:
                     break  # cut short by the end of the process; else rows are missing, which is found below
                 kept.append(line)
             if name == "metrics.jsonl" and len(kept) != done:
-                raise InputError(f"{path}: {len(kept)} whole rows up to step {done}, of which there is a checkpoint")
+                raise InputError(f"{path}: {len(kept)} whole rows up to step {done}, of which there is a checkpoint; "
+                                 'for a lost one a line {"step": N} may stand')
             write_whole(path, "".join(kept))
 
     def _append(self, name: str, row: dict) -> None:

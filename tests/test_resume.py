@@ -289,7 +289,26 @@ def test_a_checkpoint_of_another_run_and_lost_log_rows_are_refused(start, whole,
     lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "out/metrics.jsonl").write_text("".join(lines[1:]))
     assert train.main(["--resume", str(tmp_path / "out")]) == 2
-    assert "metrics.jsonl: 3 whole rows up to step 4" in capsys.readouterr().err
+    assert "metrics.jsonl: 3 whole rows up to step 4" in (said := capsys.readouterr().err)
+    (tmp_path / "out/metrics.jsonl").write_text(said.split("line ")[1].split(" may")[0].replace("N", "1") + "\n"
+                                                + "".join(lines[1:]))
+    assert train.main(["--resume", str(tmp_path / "out")]) == 0
+    assert weights(tmp_path / "out") == weights(whole)
+
+
+def test_a_lost_config_json_can_be_replaced_by_one_of_the_same_run_begun_elsewhere(start, whole, tmp_path, monkeypatch,
+                                                                                   capsys):
+    shutil.copytree(whole, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/model")
+    os.truncate(tmp_path / "out/config.json", 200)
+    assert train.main(["--resume", str(tmp_path / "out")]) == 2
+    assert "config.json: not JSON" in capsys.readouterr().err
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 1)
+        run(start, tmp_path / "elsewhere")
+    shutil.copy(tmp_path / "elsewhere/config.json", tmp_path / "out")
+    assert train.main(["--resume", str(tmp_path / "out")]) == 0
+    assert weights(tmp_path / "out") == weights(whole) and not (tmp_path / "elsewhere/model").exists()
 
 
 @pytest.mark.parametrize("key, value", [("lr", "1e-5"), ("loss", "nope"), ("shuffle", 1), ("model", None)])
@@ -446,9 +465,10 @@ def test_processes_that_do_not_see_one_out_are_told_so_before_the_first_step(sta
             stderr=subprocess.PIPE, env=os.environ | {
                 "RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
                 "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}))
-    complaints = [process.communicate(timeout=60)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2]
-    assert "--out out: not there for process 1" in complaints[0]
+    complaint = processes[0].communicate(timeout=60)[1]
+    processes[1].kill()  # as torchrun would
+    processes[1].communicate()
+    assert processes[0].returncode == 2 and "--out out: not there for process 1" in complaint
     assert not (tmp_path / "0/out/metrics.jsonl").exists()
 
 
