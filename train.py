@@ -448,13 +448,17 @@ def read_cache(cache: Path, key: str, parts: list[Data]) -> Tensor | None:
         return None
     pairs = sum(len(part.pairs) for part in parts)
     with open_safetensors(cache) as file:
-        found = (file.metadata() or {}).get("key")
+        metadata = file.metadata() or {}
+        found = metadata.get("key")
         if found != key:
             raise InputError(f"{cache}: of other weights, pairs or precision (key {shown(found)}, wanted {key}); "
                              "name another --reference-cache")
         if set(file.keys()) != {"logps"} or file.get_slice("logps").get_shape() != [pairs, 2, 2]:
             raise InputError(f"{cache}: not a cache of reference log-probs (wanted logps of shape {pairs}, 2, 2)")
-        return file.get_tensor("logps")
+        logps = file.get_tensor("logps")
+    if metadata.get("checksum") != checksum({"logps": logps.tolist()}):
+        raise InputError(f"{cache}: damaged (its checksum differs); delete it, and it is computed again")
+    return logps
 
 
 def attach_reference(config: Config, mesh: DeviceMesh, model: Llama, parts: list[Data], key: str, logps: Tensor | None,
@@ -479,7 +483,8 @@ def attach_reference(config: Config, mesh: DeviceMesh, model: Llama, parts: list
         if dist.get_rank() == 0:
             aside = cache.with_name(f".{cache.name}.partial")
             with naming(cache):
-                save_file({"logps": logps.cpu()}, aside, metadata={"key": key})
+                save_file({"logps": logps.cpu()}, aside,
+                          metadata={"key": key, "checksum": checksum({"logps": logps.tolist()})})
                 flush(aside)
                 aside.rename(cache)
                 flush(cache.parent)
@@ -736,6 +741,7 @@ def save_checkpoint(out: Path, step: int, identity: str, model: Llama, optimizer
         write_whole(aside / "checkpoint.json", json.dumps(facts | {"checksum": checksum(facts)}, indent=2) + "\n")
         aside.rename(home / name)
         flush(home)
+        flush(out)
         for old in checkpoints(out)[:-keep]:
             hidden = old.rename(old.with_name(f".{old.name}.old"))
             shutil.rmtree(hidden)
@@ -790,8 +796,9 @@ class DamagedError(InputError):
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """Those in OUT, newest last."""
-    return sorted((out / "checkpoints").glob("step-*"), key=lambda path: (len(path.name), path.name))
+    """Those in OUT, newest last. A copy under another name (step-000200.bak) is none: it would count as the newest."""
+    found = (path for path in (out / "checkpoints").glob("step-*") if path.name[5:].isdecimal())
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def newest_checkpoint(out: Path, identity: str, log: "Log") -> tuple[Path | None, dict]:
@@ -824,6 +831,8 @@ def checked_facts(path: Path) -> dict:
         facts = json.loads((path / name).read_bytes())
         if facts.pop("checksum") != checksum(facts):
             raise ValueError("its checksum differs")
+        if path.name != f"step-{facts['step']:06d}" or any("/" in file for file in facts["files"]):
+            raise ValueError("it is another directory's")
         for name in sorted(facts["files"])[dist.get_rank()::dist.get_world_size()]:
             if file_checksum(path / name) != facts["files"][name]:
                 raise ValueError("its checksum differs")
@@ -833,16 +842,21 @@ def checked_facts(path: Path) -> dict:
 
 
 def load_checkpoint(path: Path, facts: dict, model: Llama, optimizer: torch.optim.AdamW) -> None:
-    """Fills weights and moments, each process its own rows, from a checkpoint of any number of processes."""
-    files = [open_safetensors(path / name) for name in sorted(facts["files"])]
+    """Fills weights and moments, each process its own rows, from a checkpoint of any number of processes. Raises
+    InputError where a tensor is not there or has another shape."""
+    paths = [path / name for name in sorted(facts["files"])]
+    files = [open_safetensors(path) for path in paths]
     for key, tensor in trained_tensors(model, optimizer):
         local, rows = local_rows(tensor.detach())
         for i, file in enumerate(files):
             stored = rows_of_rank(len(tensor), len(files), i)
             first, last = max(rows.start, stored.start), min(rows.stop, stored.stop)
             if first < last:
-                part = file.get_slice(key)[first - stored.start:last - stored.start]
-                local[first - rows.start:last - rows.start] = part
+                with naming(paths[i]):
+                    part = file.get_slice(key)
+                if part.get_shape() != [stored.stop - stored.start, *tensor.shape[1:]]:
+                    raise InputError(f"{paths[i]}: {key} has shape {part.get_shape()}, which is not this model's")
+                local[first - rows.start:last - rows.start] = part[first - stored.start:last - stored.start]
     for state in optimizer.state.values():
         state["step"].fill_(facts["step"])
 
@@ -926,7 +940,12 @@ class Log:
 
     def rewind(self, done: int) -> None:
         """Forgets what is logged of the steps after `done`, which will run again. Raises InputError where the others
-        are not all there."""
+        are not all there, or where a checkpoint must have been: its disk may only not be mounted."""
+        path, home = self.out / "metrics.jsonl", self.out / "checkpoints"
+        if self.active and not done and path.exists():
+            logged, every = path.read_bytes().count(b"\n"), read_json(self.out / "config.json")["flags"]["save_every"]
+            if 0 < every < logged:
+                raise InputError(f"{path}: has {logged} steps, but there is no checkpoint in {home}")
         for name in ("metrics.jsonl", "eval.jsonl") if self.active else ():
             path, kept = self.out / name, []
             for line in path.read_text().splitlines(keepends=True) if path.exists() and done else []:
@@ -937,7 +956,8 @@ class Log:
                     break  # cut short by the end of the process; else rows are missing, which is found below
                 kept.append(line)
             if name == "metrics.jsonl" and len(kept) != done:
-                raise InputError(f"{path}: {len(kept)} whole rows up to step {done}, of which there is a checkpoint")
+                raise InputError(f"{path}: {len(kept)} whole rows up to step {done}, of which there is a checkpoint; "
+                                 'for a lost one a line {"step": N} may stand')
             write_whole(path, "".join(kept))
 
     def _append(self, name: str, row: dict) -> None:
@@ -952,6 +972,8 @@ class Log:
 def claim_out(config: Config, marks: dict[str, str]) -> Path:
     """For process 0: takes the run's directory, new, or of the run to go on with, whose fingerprint must be this one's.
     Raises InputError."""
+    if config.resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        raise InputError("torchrun has started this run again; that wants --out DIR --resume")
     out = Path(config.out or f"runs/{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3])
     if config.resume is not None and (out / "config.json").exists():
         there = read_json(out / "config.json").get("fingerprint")
@@ -999,6 +1021,8 @@ def run(config: Config) -> None:
         log.say(f"{out} is finished: its model is {out / 'model'}")
         return
     model = build_model(config, mesh)
+    if missing := [rank for rank, seen in enumerate(together((out / ".lock").exists)) if not seen]:
+        raise InputError(f"--out {out}: not there for process {missing[0]}; all processes of a run want one directory")
     facts = log.header(config, mesh, model, parts, counts, steps) | {"fingerprint": marks}
     identity = checksum(marks | {name: value for name, value in vars(config).items() if name not in MAY_CHANGE})
     if not on_first_process((out / "config.json").exists):

@@ -34,9 +34,10 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def start(out: Path) -> subprocess.Popen:
+    """What it prints goes to OUT.log."""
     command = [sys.executable, ROOT / "train.py", *FLAGS, "--out", out, "--resume"]
-    return subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                            env=ENVIRONMENT)
+    with open(f"{out}.log", "wb") as log:
+        return subprocess.Popen([str(word) for word in command], stdout=log, stderr=subprocess.PIPE, env=ENVIRONMENT)
 
 
 def left_by(out: Path) -> dict:
@@ -47,14 +48,16 @@ def left_by(out: Path) -> dict:
 
 
 def kill(out: Path, when: str, rng: random.Random) -> str:
-    """Starts or goes on with a run and kills it: at a random time, or when it begins to write a checkpoint or the
-    model. Says where it was, or that it ended first."""
+    """Starts or goes on with a run and kills it: at a random time (of a run that goes on, after it has printed a step),
+    or when it begins to write a checkpoint or the model. Says where it was, or that it ended first."""
+    begun = (out / "metrics.jsonl").exists()
     process, deadline = start(out), None
     saves, wanted, seen = set(), rng.randint(1, 4), False
     while process.poll() is None:
         names = {path.name for path in (out / "checkpoints").glob(".step-*")} if when == "saving" else set()
         saves |= names
-        seen = {"training": (out / "config.json").exists(), "saving": len(saves) >= wanted,
+        trains = b"\nstep " in Path(f"{out}.log").read_bytes() if begun else (out / "config.json").exists()
+        seen = {"training": trains, "saving": len(saves) >= wanted,
                 "exporting": (out / ".model.partial").exists()}[when]
         if seen and deadline is None:
             deadline = time.monotonic() + rng.uniform(0, {"training": 8.0, "saving": 0.03, "exporting": 0.02}[when])
@@ -97,7 +100,8 @@ def soak(a: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, ROOT / "train.py", *FLAGS, "--out", Path(scratch) / "out", "--save-every", "100",
                    "--epochs", a.steps, "--max-steps", a.steps, "--eval-every", "500"]
-        with subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True,
+                              env=ENVIRONMENT) as process:
             home = Path(f"/proc/{process.pid}")
             for line in process.stdout:
                 if line.startswith("step "):

@@ -4,21 +4,25 @@
 
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import train
 from conftest import ROOT, random_pairs, run_train, tiny_model
-from model import save_model
+from model import file_checksum, save_model
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_hostile import NORM, Planted, entry, written
 from test_train import LENGTHS, flags, rows, start, write_pairs  # noqa: F401
 
 CLOCKS = {"seconds", "tokens_per_s", "pairs_per_s", "peak_memory_gib"}
@@ -88,16 +92,39 @@ def test_a_reference_is_the_starting_model_after_a_resume_too(start, tmp_path, m
     assert facts(tmp_path / "out") == facts(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (3, 2)])
-def test_a_run_goes_on_with_another_number_of_processes(start, whole, tmp_path, before, after):
-    out = tmp_path / "out"
-    given = [*flags(start, out, *STEPS, "--eval-data", start / "heldout.jsonl", "--eval-every", 3), "--keep", 9]
-    done = run_train(*given, processes=before)
-    assert done.returncode == 0, done.stderr
-    for path in (out / "model", out / "checkpoints/step-000006"):
-        shutil.rmtree(path)
-    done = run_train("--resume", out, processes=after)
-    assert done.returncode == 0 and "going on from" in done.stdout, done.stderr
+def test_a_flipped_bit_in_the_reference_log_probs_is_noticed(start, tmp_path, monkeypatch, capsys):
+    assert run(start, tmp_path / "whole", "--loss", "dpo") == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 6)
+        run(start, tmp_path / "out", "--loss", "dpo")
+    cache = tmp_path / "out/reference.safetensors"
+    raw = bytearray(cache.read_bytes())
+    raw[-7] ^= 1
+    cache.write_bytes(raw)
+    assert train.main(["--resume", str(tmp_path / "out")]) == 2
+    complaint = capsys.readouterr().err
+    assert f"{cache}: damaged" in complaint and "delete it" in complaint and complaint.count("\n") == 1
+    cache.unlink()
+    assert train.main(["--resume", str(tmp_path / "out")]) == 0
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("chain", [[(2, 1), (1, 1)], [(3, 1), (4, 2), (1, 1)]], ids=str)
+def test_a_run_goes_on_with_other_numbers_of_processes_and_replicas(start, whole, tmp_path, chain):
+    """Each from the checkpoint that the one before made, after step 4, 5 and 6; the first from one process's."""
+    out, home = tmp_path / "out", tmp_path / "out/checkpoints"
+    shutil.copytree(whole, out)
+    shutil.rmtree(home / "step-000006")
+    for step, (processes, replicas) in enumerate(chain, 4):
+        shutil.rmtree(out / "model")
+        done = run_train("--resume", out, "--replicas", replicas, "--save-every", 1, processes=processes,
+                         OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr
+        assert f"going on from {home / f'step-{step:06d}'}" in done.stdout
+        if step < 6:
+            assert len(list((home / f"step-{step + 1:06d}").glob("*.safetensors"))) == processes // replicas
+        for later in range(step + 2, 7):
+            shutil.rmtree(home / f"step-{later:06d}")
     for ours, theirs in zip(facts(out), facts(whole), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
     ours, theirs = load_file(out / "model/model.safetensors"), load_file(whole / "model/model.safetensors")
@@ -133,8 +160,16 @@ def flip_a_bit(path):
     path.write_bytes(raw)
 
 
+def plant_a_pickle(path):
+    path.write_bytes(pickle.dumps(Planted(path.parents[2] / "sentinel")))
+
+
+def lie_in_the_header(path):
+    written(path, {NORM: entry((2**40,), (0, 2**42))})
+
+
 @pytest.mark.parametrize("file", ["00000-of-00001.safetensors", "checkpoint.json"])
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, os.remove])
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, os.remove, plant_a_pickle, lie_in_the_header])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(start, whole, tmp_path, capsys, file,
                                                                   damage):
     shutil.copytree(whole, tmp_path / "out")
@@ -151,6 +186,43 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(start, whole, 
     assert weights(tmp_path / "out") == weights(whole) and facts(tmp_path / "out") == facts(whole)
     assert sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir()) == [
         "damaged-step-000006", "step-000004", "step-000006"]
+    assert not (tmp_path / "out/sentinel").exists()
+
+
+def sign(home):
+    """Makes the checksums of a checkpoint those of what it holds."""
+    facts = json.loads((home / "checkpoint.json").read_text())
+    facts.pop("checksum")
+    facts["files"] = {name: file_checksum(home / name) for name in facts["files"]}
+    (home / "checkpoint.json").write_text(json.dumps(facts | {"checksum": train.checksum(facts)}))
+
+
+def stretch(path):
+    """Gives one weight another shape of the same size."""
+    raw = path.read_bytes()
+    assert raw.count(b'"shape": [32, 48]') > 0
+    path.write_bytes(raw.replace(b'"shape": [32, 48]', b'"shape": [48, 32]'))
+
+
+def rename_a_weight(path):
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"weight.model.norm.weight", b"weight.model.morn.weight"))
+
+
+@pytest.mark.parametrize("make, said", [(plant_a_pickle, "not a safetensors file"), (stretch, "has shape [48, 32]"),
+                                        (lie_in_the_header, "not a safetensors file"), (rename_a_weight, "norm")])
+def test_a_checkpoint_made_to_deceive_with_checksums_that_fit_is_refused_by_file(start, whole, tmp_path, capsys, make,
+                                                                                 said):
+    """Or by mistake: another version's, with other names."""
+    shutil.copytree(whole, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/model")
+    path = tmp_path / "out/checkpoints/step-000006/00000-of-00001.safetensors"
+    make(path)
+    sign(path.parent)
+    assert train.main(["--resume", str(tmp_path / "out")]) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.startswith(f"train.py: {path}: ") and said in complaint and complaint.count("\n") == 1
+    assert not (tmp_path / "out/sentinel").exists()
 
 
 def test_a_copy_beside_a_checkpoints_files_is_not_read(start, whole, tmp_path):
@@ -171,10 +243,38 @@ def test_a_step_whose_checkpoint_is_damaged_twice_is_no_obstacle(start, whole, t
     assert weights(tmp_path / "out") == weights(whole)
 
 
-def test_the_newest_checkpoint_is_the_one_of_the_highest_step_whatever_its_digits(tmp_path):
-    for step in (999_800, 1_000_000, 200):
-        (tmp_path / f"checkpoints/step-{step:06d}").mkdir(parents=True)
+def test_the_newest_checkpoint_is_the_one_of_the_highest_step_whatever_its_digits_and_copies_are_none(tmp_path):
+    for step in ("999800", "1000000", "000200", "000200.bak", "000200 copy", "final"):
+        (tmp_path / f"checkpoints/step-{step}").mkdir(parents=True)
     assert [path.name for path in train.checkpoints(tmp_path)] == ["step-000200", "step-999800", "step-1000000"]
+
+
+def test_a_checkpoint_under_another_steps_name_or_with_another_ones_files_is_not_used(start, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/model")
+    home = tmp_path / "out/checkpoints"
+    shutil.copytree(home / "step-000004", home / "step-000007")
+    text = (home / "step-000006/checkpoint.json").read_text()
+    (home / "step-000006/checkpoint.json").write_text(text.replace('"00000', '"../step-000004/00000'))
+    sign(home / "step-000006")
+    assert train.main(["--resume", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    for name in ("step-000007", "step-000006"):
+        assert f"{home / name / 'checkpoint.json'}: damaged (it is another directory's)" in said
+    assert f"going on from {home / 'step-000004'}" in said and weights(tmp_path / "out") == weights(whole)
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again_unasked(start, whole, tmp_path, capsys):
+    """Their volume may only not be mounted, and a scheduler asks nobody."""
+    shutil.copytree(whole, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/model")
+    (tmp_path / "out/checkpoints").rename(tmp_path / "elsewhere")
+    for _ in range(2):
+        assert train.main(["--resume", str(tmp_path / "out")]) == 2
+        assert "metrics.jsonl: has 7 steps, but there is no checkpoint in" in capsys.readouterr().err
+    (tmp_path / "elsewhere").rename(tmp_path / "out/checkpoints")
+    assert train.main(["--resume", str(tmp_path / "out")]) == 0
+    assert weights(tmp_path / "out") == weights(whole) and facts(tmp_path / "out") == facts(whole)
 
 
 def test_a_checkpoint_of_another_run_and_lost_log_rows_are_refused(start, whole, tmp_path, capsys):
@@ -189,7 +289,26 @@ def test_a_checkpoint_of_another_run_and_lost_log_rows_are_refused(start, whole,
     lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "out/metrics.jsonl").write_text("".join(lines[1:]))
     assert train.main(["--resume", str(tmp_path / "out")]) == 2
-    assert "metrics.jsonl: 3 whole rows up to step 4" in capsys.readouterr().err
+    assert "metrics.jsonl: 3 whole rows up to step 4" in (said := capsys.readouterr().err)
+    (tmp_path / "out/metrics.jsonl").write_text(said.split("line ")[1].split(" may")[0].replace("N", "1") + "\n"
+                                                + "".join(lines[1:]))
+    assert train.main(["--resume", str(tmp_path / "out")]) == 0
+    assert weights(tmp_path / "out") == weights(whole)
+
+
+def test_a_lost_config_json_can_be_replaced_by_one_of_the_same_run_begun_elsewhere(start, whole, tmp_path, monkeypatch,
+                                                                                   capsys):
+    shutil.copytree(whole, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/model")
+    os.truncate(tmp_path / "out/config.json", 200)
+    assert train.main(["--resume", str(tmp_path / "out")]) == 2
+    assert "config.json: not JSON" in capsys.readouterr().err
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 1)
+        run(start, tmp_path / "elsewhere")
+    shutil.copy(tmp_path / "elsewhere/config.json", tmp_path / "out")
+    assert train.main(["--resume", str(tmp_path / "out")]) == 0
+    assert weights(tmp_path / "out") == weights(whole) and not (tmp_path / "elsewhere/model").exists()
 
 
 @pytest.mark.parametrize("key, value", [("lr", "1e-5"), ("loss", "nope"), ("shuffle", 1), ("model", None)])
@@ -294,18 +413,63 @@ def test_a_signal_while_the_model_is_exported_lets_it_finish(start, tmp_path, mo
     assert (tmp_path / "out/model/model.safetensors").exists()
 
 
-def test_torchrun_recovers_by_itself_when_a_worker_is_killed(start, whole, tmp_path):
+def test_torchrun_told_to_stop_lets_the_run_save_and_ends_with_1_and_no_restart(start, tmp_path):
+    out, steps = tmp_path / "out", 100
+    process = popen(*flags(start, out, "--max-steps", steps, "--epochs", steps, "--save-every", 0), "--resume",
+                    processes=2)
+    process.send_signal(signal.SIGTERM)
+    said, complaint = process.communicate(timeout=60)
+    step = rows(out)[-1]["step"]
+    assert process.returncode == 1 and f"stopped by SIGTERM after step {step} of {steps}" in said, complaint
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{step:06d}"] and step < steps
+    assert train.main(["--resume", str(out)]) == 0
+    assert [row["step"] for row in rows(out)] == list(range(1, steps + 1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_torchrun_recovers_by_itself_when_a_worker_is_killed_or_told_to_stop(start, whole, tmp_path, number):
     out = tmp_path / "out"
     process = popen(*flags(start, out, *STEPS, "--eval-data", start / "heldout.jsonl", "--eval-every", 3),
                     "--resume", processes=2, wait_for="held-out after 3")
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), number)
     said, complaint = process.communicate(timeout=120)
     assert process.returncode == 0, complaint
-    assert "going on from" in said
+    assert "going on from" in said and ("stopped by SIGTERM" in said) == (number == signal.SIGTERM)
     assert [row["step"] for row in rows(out)] == [1, 2, 3, 4, 5, 6, 7]
     for ours, theirs in zip(facts(out), facts(whole), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+
+
+def test_a_run_that_torchrun_starts_again_does_not_begin_anew_elsewhere(start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.chdir(tmp_path)
+    given = [str(word) for word in flags(start, tmp_path / "out", "--max-steps", 1)]
+    del given[given.index("--out"):][:2]
+    for more in ([], ["--out", "here"]):
+        assert train.main(given + more) == 2
+        assert "torchrun has started this run again; that wants --out DIR --resume" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_do_not_see_one_out_are_told_so_before_the_first_step(start, tmp_path):
+    """As on machines that share no disk; here two working directories."""
+    given = [str(word) for word in flags(start, "out", "--max-steps", 1)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+        processes.append(subprocess.Popen(
+            [sys.executable, ROOT / "train.py", *given], cwd=tmp_path / rank, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env=os.environ | {
+                "RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}))
+    complaint = processes[0].communicate(timeout=60)[1]
+    processes[1].kill()  # as torchrun would
+    processes[1].communicate()
+    assert processes[0].returncode == 2 and "--out out: not there for process 1" in complaint
+    assert not (tmp_path / "0/out/metrics.jsonl").exists()
 
 
 # ------------------------------------------------------------------------------------------------- what cannot go on
@@ -420,13 +584,43 @@ def test_a_full_disk_is_one_clear_error_and_earlier_checkpoints_stay_whole(start
     assert weights(tmp_path / "out") == weights(whole)
 
 
-def test_a_file_limit_while_exporting_leaves_no_half_model(start, tmp_path):
+def test_a_checkpoint_has_its_name_only_when_all_of_it_is_on_the_disk_and_then_the_oldest_goes(start, tmp_path,
+                                                                                              monkeypatch):
+    events, fsync, rename, home = [], os.fsync, Path.rename, tmp_path / "out/checkpoints"
+
+    def note_fsync(descriptor):
+        events.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path / "out"))
+        fsync(descriptor)
+
+    def note_rename(path, target):
+        events.append(f"-> {target.name}")
+        if target.name == "step-000006":  # --keep 2: three at once
+            assert {path.name for path in home.iterdir()} == {"step-000002", "step-000004", ".step-000006.partial"}
+            parameters = sum(weight.numel() for weight in tiny_model().parameters())
+            assert 12 * parameters < sum(file.stat().st_size for file in path.iterdir()) < 12 * parameters + 12_000
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    assert run(start, tmp_path / "out") == 0
+    at, aside = events.index("-> step-000006"), "checkpoints/.step-000006.partial"
+    assert {"metrics.jsonl", "eval.jsonl", f"{aside}/00000-of-00001.safetensors", f"{aside}/.checkpoint.json.partial",
+            aside} <= set(events[:at])
+    assert events[at + 1:at + 3] == ["checkpoints", "."]  # the name, and the directory that holds it
+
+
+def test_a_file_limit_while_exporting_leaves_no_half_model_and_what_it_leaves_is_replaced(start, tmp_path):
     limit = 40_000  # bytes: config and logs fit, weights do not
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *map(str, flags(start, tmp_path / "out", "--max-steps", 1))],
         capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert done.returncode == 2 and "model" in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "out/model").exists()
+    left = tmp_path / "out/.model.partial"
+    assert left.is_dir() and not (tmp_path / "out/model").exists()
+    (left / "model-00009-of-00009.safetensors").write_bytes(b"of an export that was killed")
+    assert train.main(["--resume", str(tmp_path / "out")]) == 0
+    assert not left.exists() and sorted(path.name for path in (tmp_path / "out/model").iterdir()) == [
+        "config.json", "model.safetensors"]
 
 
 def test_memory_that_is_not_there_is_missed_before_the_first_step_and_the_flag_to_lower_is_named(tmp_path):
