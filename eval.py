@@ -372,11 +372,6 @@ def encode_prompts(prompts: list[Prompt], chat: ChatFormat, vocab_size: int) -> 
 
 def answer_prompts(flags: argparse.Namespace) -> None:
     """Writes the answers to --prompts as they come, and in the end in order; goes on where the same call stopped."""
-    for name, low, high in (("temperature", 0, math.inf), ("top_p", 1e-9, 1), ("top_k", 0, math.inf),
-                            ("seed", 0, math.inf), ("max_new_tokens", 1, math.inf), ("cache_tokens", 1, math.inf)):
-        if not low <= getattr(flags, name) <= high or getattr(flags, name) == math.inf:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(flags, name)}, wanted {low} or more"
-                             + f" and at most {high}" * (high < math.inf))
     prompts, config, out = read_prompts(flags.prompts, flags.raw), LlamaConfig.load(flags.model), Path(flags.out)
     files = [Path(flags.model) / name for name in ("config.json", "generation_config.json", "tokenizer.json")]
     files += sorted(set(check_weights(flags.model, config).values()))
@@ -507,9 +502,6 @@ def summarise(rows: list[dict], other: list[dict] | None = None, seed: int = 0) 
 
 def likelihood(flags: argparse.Namespace) -> None:
     """Writes OUT/pairs.jsonl (and pairs-compare.jsonl) and OUT/summary.json, and prints the summary."""
-    if flags.max_tokens_per_gpu < 1 or flags.seed < 0 or (flags.max_tokens is not None and flags.max_tokens < 2):
-        raise InputError("wanted --max-tokens-per-gpu of at least 1, --max-tokens of at least 2, --seed of at least 0; "
-                         f"found {flags.max_tokens_per_gpu}, {flags.max_tokens} and {flags.seed}")
     directories = [flags.model] + [flags.compare] * (flags.compare is not None)
     out, single = Path(flags.out), flags.out.endswith(".jsonl")
     first = out if single else out / "pairs.jsonl"
@@ -842,8 +834,6 @@ def answer(flags: argparse.Namespace) -> None:
     bench, questions, out = flags.bench, read_questions(flags.questions, flags.bench), Path(flags.out)
     home = Path(flags.model).resolve()
     name = flags.model_id or (home.parent.name if home.name == "model" else home.name)  # train.py's are OUT/model
-    if flags.seed < 0:
-        raise InputError(f"--seed is {flags.seed}, wanted 0 or more")
     with locked(out):  # not while another process is in the middle of a row
         there, done = read_answers(out, bench, questions)
     if there not in (None, name):
@@ -910,8 +900,6 @@ def open_judge(flags: argparse.Namespace, temperature: float, max_tokens: int) -
         raise InputError(f"environment variable {flags.key_variable} (--key-variable) is "
                          f"{'not a key' if key else 'not set'}; wanted the endpoint's key in it, or any word for an "
                          "endpoint that needs none")
-    if min(flags.concurrency, flags.tries) < 1 or not 0 < flags.timeout < 1e6 or not 0 <= flags.wait < 1e6:
-        raise InputError("wanted --concurrency and --tries of at least 1, --timeout above 0, --wait of at least 0")
     address = flags.endpoint.rstrip("/")
     address += "" if address.endswith("/chat/completions") else "/chat/completions"
     opener = urllib.request.OpenerDirector()  # without urllib's redirects, which would carry the key to another host
@@ -1525,8 +1513,6 @@ def figures(flags: argparse.Namespace) -> None:
         import matplotlib.figure
     except ImportError as error:
         raise InputError(f"figures are drawn by matplotlib: pip install matplotlib ({error})") from None
-    if not 0 < flags.beta < math.inf:
-        raise InputError(f"--beta is {flags.beta}, wanted a number above 0")
     runs = [read_run(text) for text in flags.runs]
     if twice := [run.label for i, run in enumerate(runs) if run.label in [other.label for other in runs[:i]]]:
         raise InputError(f"--runs: two are labelled {twice[0]!r}; name them as NAME=DIR")
@@ -1556,13 +1542,17 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} ({self.prog} --help)")
 
 
-def add_model(command: argparse.ArgumentParser) -> None:
-    """The flags of each command that computes."""
-    command.add_argument("--model", required=True, metavar="DIR", help="Hugging Face directory of a Llama")
-    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="cuda where there is "
-                         "one for each process")
-    command.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of all weights: bf16 "
-                         "on CUDA, fp32 on a CPU")
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """What reads a flag's number: finite, from low to high."""
+    def read(text: str) -> float:
+        try:
+            if low <= (value := kind(text)) <= high and value < math.inf:
+                return value
+        except ValueError:
+            pass
+        most = f" and at most {high:g}" if high < math.inf else ""
+        raise argparse.ArgumentTypeError(f"found {text}, wanted {kind.__name__}, {low:g} or more{most}")
+    return read
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -1571,82 +1561,87 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("generate", help="a model's answers to prompts", allow_abbrev=False)
-    command.set_defaults(command=answer_prompts)
-    add_model(command)
-    command.add_argument("--prompts", required=True, metavar="FILE", help="JSONL of prompts (formats: README)")
-    command.add_argument("--out", required=True, metavar="FILE", help="JSONL of answers; FILE.json beside it says how "
-                         "they were made. The same call goes on where it was interrupted")
-    command.add_argument("--raw", action="store_true", help="go on with each prompt as plain text, after BOS, without "
-                         "the chat format")
-    command.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token, always [0]")
-    command.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest likeliest tokens that together "
-                         "have this probability [1: all]")
-    command.add_argument("--top-k", type=int, default=0, help="draw from so many likeliest tokens [0: all]")
-    command.add_argument("--seed", type=int, default=0, help="of what is drawn [0]")
-    command.add_argument("--max-new-tokens", type=int, default=512, help="of an answer [512]")
-    command.add_argument("--cache-tokens", type=int, default=CACHE_TOKENS, help="tokens of all rows of a batch "
-                         f"together: bounds memory, the answers stay the same [{CACHE_TOKENS}]")
+    def new(name: str, run: Callable, text: str, steps=commands) -> argparse.ArgumentParser:
+        command = steps.add_parser(name, help=text, allow_abbrev=False)
+        command.set_defaults(command=run)
+        return command
 
-    command = commands.add_parser("likelihood", help="log-probs of preference pairs", allow_abbrev=False)
-    command.set_defaults(command=likelihood)
-    add_model(command)
-    command.add_argument("--compare", metavar="DIR", help="a second model, on the same pairs")
-    command.add_argument("--data", required=True, metavar="FILE", help="preference pairs (formats: README)")
-    command.add_argument("--out", required=True, metavar="OUT", help="a directory, for pairs.jsonl and summary.json, "
-                         "or NAME.jsonl, with NAME.json beside it")
-    command.add_argument("--max-tokens", type=int, help="as in train.py [2048, or what the model takes if less]")
-    command.add_argument("--overlong", default="truncate", choices=("truncate", "drop"), help="as in train.py")
-    command.add_argument("--skip-bad-lines", action="store_true", help="as in train.py")
-    command.add_argument("--max-tokens-per-gpu", type=int, default=8192, help="as in train.py [8192]")
-    command.add_argument("--seed", type=int, default=0, help="of the bootstrap [0]")
+    def add_model(add: Callable, answers: bool) -> None:
+        add("--model", required=True, metavar="DIR", help="Hugging Face directory of a Llama")
+        add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="cuda where each process "
+            "has one")
+        add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of all weights: bf16 on CUDA, fp32 "
+            "on a CPU")
+        add("--seed", type=number(int, 0), default=0, help=f"of {'what is drawn' if answers else 'the bootstrap'} [0]")
+        if answers:
+            add("--cache-tokens", type=number(int, 1), default=CACHE_TOKENS, help="tokens of all rows of a batch "
+                f"together: bounds memory, the answers stay the same [{CACHE_TOKENS}]")
 
-    command = commands.add_parser("score", help="BLEU-4 and ROUGE of predictions against references",
-                                  allow_abbrev=False)
-    command.set_defaults(command=score)
-    command.add_argument("--predictions", required=True, metavar="FILE", help="JSONL rows with the strings prediction "
-                         "and reference; other keys are ignored")
-    command.add_argument("--json", metavar="OUT", help="file of the scores, as JSON; without it they are only printed")
+    add = new("generate", answer_prompts, "a model's answers to prompts").add_argument
+    add_model(add, answers=True)
+    add("--prompts", required=True, metavar="FILE", help="JSONL of prompts (formats: README)")
+    add("--out", required=True, metavar="FILE", help="JSONL of answers; FILE.json beside it says how they were made. "
+        "The same call goes on where it was interrupted")
+    add("--raw", action="store_true", help="go on with each prompt as plain text, after BOS, without the chat format")
+    add("--temperature", type=number(float, 0), default=0.0, help="0: the likeliest token, always [0]")
+    add("--top-p", type=number(float, 1e-9, 1), default=1.0, help="draw from the fewest likeliest tokens that together "
+        "have this probability [1: all]")
+    add("--top-k", type=number(int, 0), default=0, help="draw from so many likeliest tokens [0: all]")
+    add("--max-new-tokens", type=number(int, 1), default=512, help="of an answer [512]")
+
+    add = new("likelihood", likelihood, "log-probs of preference pairs").add_argument
+    add_model(add, answers=False)
+    add("--compare", metavar="DIR", help="a second model, on the same pairs")
+    add("--data", required=True, metavar="FILE", help="preference pairs (formats: README)")
+    add("--out", required=True, metavar="OUT", help="a directory, for pairs.jsonl and summary.json, or NAME.jsonl, "
+        "with NAME.json beside it")
+    add("--max-tokens", type=number(int, 2), help="as in train.py [2048, or what the model takes if less]")
+    add("--overlong", default="truncate", choices=("truncate", "drop"), help="as in train.py")
+    add("--skip-bad-lines", action="store_true", help="as in train.py")
+    add("--max-tokens-per-gpu", type=number(int, 1), default=8192, help="as in train.py [8192]")
+
+    add = new("score", score, "BLEU-4 and ROUGE of predictions against references").add_argument
+    add("--predictions", required=True, metavar="FILE", help="JSONL rows with the strings prediction and reference; "
+        "other keys are ignored")
+    add("--json", metavar="OUT", help="file of the scores, as JSON; without it they are only printed")
 
     for bench, name, judge, report in ((MT_BENCH, "mt-bench", judge_mt_bench, report_mt_bench),
                                        (ARENA_HARD, "arena-hard", judge_arena_hard, report_arena_hard)):
         steps = commands.add_parser(name, help=f"{bench.name}: answer, judge, report", allow_abbrev=False)
         steps = steps.add_subparsers(required=True, metavar="STEP")
 
-        command = steps.add_parser("answer", help="answers of a model", allow_abbrev=False)
-        command.set_defaults(command=answer, bench=bench)
-        add_model(command)
-        command.add_argument("--questions", required=True, metavar="FILE", help="the benchmark's question.jsonl")
-        command.add_argument("--out", required=True, metavar="FILE", help="answers; those it has already are left")
-        command.add_argument("--model-id", metavar="NAME", help="whom the rows stand for [the directory's "
-                             "name; of OUT/model, OUT's]")
-        command.add_argument("--seed", type=int, default=0, help="of sampling, where the temperature is above 0 [0]")
+        command = new("answer", answer, "answers of a model", steps)
+        command.set_defaults(bench=bench)
+        add = command.add_argument
+        add_model(add, answers=True)
+        add("--questions", required=True, metavar="FILE", help="the benchmark's question.jsonl")
+        add("--out", required=True, metavar="FILE", help="answers; those it has already are left. FILE.json beside it "
+            "says how they were made")
+        add("--model-id", metavar="NAME", help="whom the rows stand for [the directory's name; of OUT/model, OUT's]")
 
-        command = steps.add_parser("judge", help="judgments of answers, by an endpoint", allow_abbrev=False)
-        command.set_defaults(command=judge)
-        command.add_argument("--questions", required=True, metavar="FILE", help="the benchmark's question.jsonl")
-        command.add_argument("--answers", required=True, metavar="FILE", help="one model's answers")
+        add = new("judge", judge, "judgments of answers, by an endpoint", steps).add_argument
+        add("--questions", required=True, metavar="FILE", help="the benchmark's question.jsonl")
+        add("--answers", required=True, metavar="FILE", help="one model's answers")
         if bench is MT_BENCH:
-            command.add_argument("--references", required=True, metavar="FILE", help="reference_answer/gpt-4.jsonl")
-            command.add_argument("--prompts", required=True, metavar="FILE", help="judge_prompts.jsonl")
+            add("--references", required=True, metavar="FILE", help="reference_answer/gpt-4.jsonl")
+            add("--prompts", required=True, metavar="FILE", help="judge_prompts.jsonl")
         else:
-            command.add_argument("--baseline", required=True, metavar="FILE", help="model_answer/gpt-4-0314.jsonl")
-            command.add_argument("--config", required=True, metavar="FILE", help="judge_config.yaml")
-        command.add_argument("--out", required=True, metavar="FILE", help="judgments; those it has already are left. "
-                             "The replies as they came go to FILE.raw")
-        command.add_argument("--endpoint", required=True, metavar="URL", help="of an OpenAI-compatible chat service, "
-                             "such as https://api.openai.com/v1")
-        command.add_argument("--judge-model", required=True, metavar="NAME", help="the judge, as the endpoint calls it")
-        command.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="environment variable "
-                             "that holds the endpoint's key [OPENAI_API_KEY]")
-        command.add_argument("--concurrency", type=int, default=8, help="requests under way at once [8]")
-        command.add_argument("--timeout", type=float, default=300.0, help="seconds without a byte of the reply [300]")
-        command.add_argument("--tries", type=int, default=8, help="of a request, before it counts as failed [8]")
-        command.add_argument("--wait", type=float, default=1.0, help="seconds before the second try, doubled before "
-                             "each further one up to 60, times 0.5 to 1.5 by chance; Retry-After is heeded [1]")
+            add("--baseline", required=True, metavar="FILE", help="model_answer/gpt-4-0314.jsonl")
+            add("--config", required=True, metavar="FILE", help="judge_config.yaml")
+        add("--out", required=True, metavar="FILE", help="judgments; those it has already are left. The replies as "
+            "they came go to FILE.raw")
+        add("--endpoint", required=True, metavar="URL", help="of an OpenAI-compatible chat service, such as "
+            "https://api.openai.com/v1")
+        add("--judge-model", required=True, metavar="NAME", help="the judge, as the endpoint calls it")
+        add("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the "
+            "endpoint's key [OPENAI_API_KEY]")
+        add("--concurrency", type=number(int, 1), default=8, help="requests under way at once [8]")
+        add("--timeout", type=number(float, 1e-3, 1e6), default=300.0, help="seconds without a byte of the reply [300]")
+        add("--tries", type=number(int, 1), default=8, help="of a request, before it counts as failed [8]")
+        add("--wait", type=number(float, 0, 1e6), default=1.0, help="seconds before the second try, doubled before "
+            "each further one up to 60, times 0.5 to 1.5 by chance; Retry-After is heeded [1]")
 
-        command = steps.add_parser("report", help="scores of judgments, with intervals", allow_abbrev=False)
-        command.set_defaults(command=report)
+        command = new("report", report, "scores of judgments, with intervals", steps)
         given = command.add_mutually_exclusive_group(required=True)
         given.add_argument("--judgments", nargs="+", default=[], metavar="FILE", help="of one judge, any models")
         if bench is ARENA_HARD:
@@ -1656,19 +1651,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--questions", metavar="FILE", help="question.jsonl [the published ones]")
         command.add_argument("--json", metavar="OUT", help="file of the report, as JSON")
 
-    command = commands.add_parser("tables", help="the paper's tables, models side by side", allow_abbrev=False)
-    command.set_defaults(command=tables)
-    command.add_argument("--runs", nargs="+", default=[], metavar="NAME=DIR", help="models trained on UltraFeedback: "
-                         "directories with arena_hard*.json, mt_bench*.json, score.json, likelihood.json")
-    command.add_argument("--hh-runs", nargs="+", default=[], metavar="NAME=DIR", help="models trained on HH-RLHF")
+    add = new("tables", tables, "the paper's tables, models side by side").add_argument
+    add("--runs", nargs="+", default=[], metavar="NAME=DIR", help="models trained on UltraFeedback: directories with "
+        "arena_hard*.json, mt_bench*.json, score.json, likelihood.json")
+    add("--hh-runs", nargs="+", default=[], metavar="NAME=DIR", help="models trained on HH-RLHF")
 
-    command = commands.add_parser("figures", help="the paper's figures, as PNG", allow_abbrev=False)
-    command.set_defaults(command=figures)
-    command.add_argument("--out", required=True, metavar="DIR", help="directory of the pictures and captions.md")
-    command.add_argument("--beta", type=float, default=0.1, help="of Figure 1's Bradley-Terry surface, equation 15. "
-                         "OPEN: the paper does not say; 0.1 is DPO's usual one [0.1]")
-    command.add_argument("--runs", nargs="+", default=[], metavar="RUN", help="for Figure 2: directories that train.py "
-                         "wrote, each as DIR or NAME=DIR")
+    add = new("figures", figures, "the paper's figures, as PNG").add_argument
+    add("--out", required=True, metavar="DIR", help="directory of the pictures and captions.md")
+    add("--beta", type=number(float, 1e-9), default=0.1, help="of Figure 1's Bradley-Terry surface, equation 15. OPEN: "
+        "the paper does not say; 0.1 is DPO's usual one [0.1]")
+    add("--runs", nargs="+", default=[], metavar="RUN", help="for Figure 2: directories that train.py wrote, each as "
+        "DIR or NAME=DIR")
     return parser.parse_args(arguments)
 
 

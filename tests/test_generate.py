@@ -402,8 +402,9 @@ def test_mistakes_of_the_command_line_get_one_line(prompt_file, tmp_path, capsys
         (tmp_path / "bare" / name).symlink_to(EXAMPLE / name)
     out = tmp_path / "o.jsonl"
     for words, complaint in (
-            (["--top-p", "0"], "--top-p is 0.0"), (["--temperature", "nan"], "--temperature is nan"),
-            (["--temperature", "-1"], "--temperature is -1.0"), (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
+            (["--top-p", "0"], "--top-p: found 0, wanted float, 1e-09 or more and at most 1"),
+            (["--temperature", "nan"], "--temperature: found nan"), (["--seed", "1.5"], "found 1.5, wanted int"),
+            (["--temperature", "-1"], "found -1"), (["--max-new-tokens", "0"], "--max-new-tokens: found 0"),
             (["--sed", "1"], "unrecognized arguments: --sed"), (["--out", str(Path(__file__) / "o")], "exists"),
             (["--model", str(tmp_path / "bare")], "tokenizer.json: No such file or directory; wanted"),
             (["--model", str(tmp_path / "none")], "config.json: No such file"),
