@@ -16,7 +16,8 @@ In reading order
     share, locked, append_row       one process and many: torchrun starts them, a locked file joins what they write
     json_rows, write_json           rows in, results out
     Request, generate               continuations of token ids, in ragged batches over a cache of keys and values
-    load_generator, answer_prompts  the command: prompts -> answers, a row each
+    load_generator, claim_rows      what answers, and whether a file's answers are its own
+    answer_prompts                  the command: prompts -> answers, a row each
     pair_logps, pair_rows           log-probs of both sides of preference pairs
     summarise, likelihood           the command: means with intervals, of one model or of two on the same pairs
     tokens_13a ... bleu4_lf         BLEU-4 and ROUGE, conventional and as LLaMA-Factory computes them
@@ -310,22 +311,34 @@ def load_generator(directory: str | Path, device: str = "auto",
     return model, chat, chat.stop_ids | set(more)
 
 
-def answered(out: Path) -> dict[int, dict]:
-    """The answers in a file, by index."""
-    rows = {}
-    for place, row in json_rows(out, "index", "prediction", "tokens", "finish"):
-        if type(row["index"]) is not int:
-            raise InputError(f"{place}: not an answer of this command")
-        rows[row["index"]] = row
-    return rows
+def told(answers: Iterator[tuple[int, list[int], str]], count: int,
+         what: str = "") -> Iterator[tuple[int, list[int], str]]:
+    """The answers of `generate`, as they come. Process 0 says every 5 seconds and at the last one how many of count it
+    has, and how fast they come."""
+    started = said = time.monotonic()
+    tokens = 0
+    for done, (k, new, finish) in enumerate(answers, 1):
+        yield k, new, finish
+        tokens += len(new) + (finish == "stop")
+        now = time.monotonic()
+        if (done == count or now - said > 5) and os.environ.get("RANK", "0") == "0":
+            said = now
+            print(f"{what}{done:,} of this process's {count:,} answers, {tokens:,} tokens, "
+                  f"{tokens / (now - started):,.0f} tokens/s", flush=True)
 
 
-def claim_rows(out: Path, settings: dict) -> set[int]:
-    """The indexes of the answers in `out`, made under the same settings: OUT.json beside it holds them. Raises
-    InputError for answers made otherwise, naming the first setting that differs, and for a file of another origin."""
-    beside = Path(f"{out}.json")
+def claim_rows(flags: argparse.Namespace, asked: str, read: Callable[[], dict], *names: str) -> dict:
+    """read(), the answers in --out, made by the same weights from the same file of what is asked (the flag of that
+    name) under the same values of the flags `names`: OUT.json beside it holds them. Raises InputError for answers made
+    otherwise, naming the first setting that differs, and for a file of another origin."""
+    out, beside = flags.out, Path(f"{flags.out}.json")
+    files = [Path(flags.model) / name for name in ("config.json", "generation_config.json", "tokenizer.json")]
+    files += sorted(set(check_weights(flags.model, LlamaConfig.load(flags.model)).values()))
+    settings = {"model": files_checksum(files), asked: files_checksum([getattr(flags, asked)]),
+                "dtype": str(choose_device(flags.device, flags.precision)[1]),
+                **{name: getattr(flags, name) for name in names}}
     with locked(out):
-        rows = answered(out)
+        rows = read()
         if not rows:
             beside.write_text(json.dumps(settings, indent=2) + "\n")
         elif not beside.exists():
@@ -335,7 +348,17 @@ def claim_rows(out: Path, settings: dict) -> set[int]:
         for key, value in settings.items():
             if found.get(key) != value:
                 raise InputError(f"--out {out} was made with {key} {found.get(key)}, not {value}; name another file")
-    return set(rows)
+    return rows
+
+
+def answered(out: Path) -> dict[int, dict]:
+    """The answers in a file, by index."""
+    rows = {}
+    for place, row in json_rows(out, "index", "prediction", "tokens", "finish"):
+        if type(row["index"]) is not int:
+            raise InputError(f"{place}: not an answer of this command")
+        rows[row["index"]] = row
+    return rows
 
 
 def order_rows(out: Path, count: int) -> list[dict] | None:
@@ -372,16 +395,11 @@ def encode_prompts(prompts: list[Prompt], chat: ChatFormat, vocab_size: int) -> 
 
 def answer_prompts(flags: argparse.Namespace) -> None:
     """Writes the answers to --prompts as they come, and in the end in order; goes on where the same call stopped."""
-    prompts, config, out = read_prompts(flags.prompts, flags.raw), LlamaConfig.load(flags.model), Path(flags.out)
-    files = [Path(flags.model) / name for name in ("config.json", "generation_config.json", "tokenizer.json")]
-    files += sorted(set(check_weights(flags.model, config).values()))
-    same = ("raw", "temperature", "top_p", "top_k", "seed", "max_new_tokens")
-    dtype = choose_device(flags.device, flags.precision)[1]
-    settings = {"model": files_checksum(files), "prompts": files_checksum([flags.prompts]), "dtype": str(dtype),
-                **{name: getattr(flags, name) for name in same}}
-    done = claim_rows(out, settings)
+    prompts, out = read_prompts(flags.prompts, flags.raw), Path(flags.out)
+    done = claim_rows(flags, "prompts", lambda: answered(out), "raw", "temperature", "top_p", "top_k", "seed",
+                      "max_new_tokens")
     model, chat, stop_ids = load_generator(flags.model, flags.device, flags.precision)
-    encoded = encode_prompts(prompts, chat, config.vocab_size)
+    encoded, context = encode_prompts(prompts, chat, model.config.vocab_size), model.config.max_position_embeddings
 
     def write(i: int, new: list[int], finish: str) -> None:
         turns, reference = prompts[i].prompt, prompts[i].reference
@@ -390,32 +408,24 @@ def answer_prompts(flags: argparse.Namespace) -> None:
         append_row(out, {"index": i, "prompt": turns, "prediction": chat.decode(new), "tokens": len(new),
                          "finish": finish} | ({} if reference is None else {"reference": reference}))
 
-    mine, talks = [i for i in share(range(len(prompts))) if i not in done], os.environ.get("RANK", "0") == "0"
-    overlong = [i for i in mine if len(encoded[i]) >= config.max_position_embeddings]
-    for i in overlong:
-        write(i, [], "overlong")
-    mine = sorted(set(mine) - set(overlong))
-    if talks:
+    mine = [i for i in share(range(len(prompts))) if i not in done]
+    for i in mine:
+        if len(encoded[i]) >= context:
+            write(i, [], "overlong")
+    mine = [i for i in mine if len(encoded[i]) < context]
+    if os.environ.get("RANK", "0") == "0":
         print(f"{flags.model}: {len(prompts):,} prompts, {len(done):,} of them answered before", flush=True)
     requests = [Request(i, encoded[i], flags.temperature, flags.max_new_tokens) for i in mine]
-    started = said = time.monotonic()
-    tokens = 0
     answers = generate(model, requests, stop_ids, top_p=flags.top_p, top_k=flags.top_k, seed=flags.seed,
                        cache_tokens=flags.cache_tokens)
-    for count, (k, new, finish) in enumerate(answers, 1):
+    for k, new, finish in told(answers, len(mine)):
         write(mine[k], new, finish)
-        tokens += len(new) + (finish == "stop")
-        now = time.monotonic()
-        if talks and (count == len(mine) or now - said > 5):
-            said = now
-            print(f"{count:,} of this process's {len(mine):,} answers, {tokens:,} tokens, "
-                  f"{tokens / (now - started):,.0f} tokens/s", flush=True)
     if rows := order_rows(out, len(prompts)):
         count = Counter(row["finish"] for row in rows)
         mean = sum(row["tokens"] for row in rows) / len(rows)
         print(f"{out}: {len(rows):,} rows, {mean:,.1f} tokens on average; {count['stop']:,} ended by a stop token, "
               f"{count['length']:,} by --max-new-tokens or the context; {count['overlong']:,} left unanswered, whose "
-              f"prompt takes all {config.max_position_embeddings:,} tokens of the context", flush=True)
+              f"prompt takes all {context:,} tokens of the context", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- likelihood
@@ -772,9 +782,11 @@ class Bench(NamedTuple):
     name: str
     turns: int
     max_new_tokens: int
+    at_once: int  # questions of a process that are asked, turn after turn, before its next ones are
 
 
-MT_BENCH, ARENA_HARD = Bench("MT-Bench", 2, 1024), Bench("Arena-Hard", 1, 4096)
+# An answer is written when its last turn is done: killed, MT-Bench loses what 32 questions took at most.
+MT_BENCH, ARENA_HARD = Bench("MT-Bench", 2, 1024, 32), Bench("Arena-Hard", 1, 4096, 500)
 
 
 class Question(NamedTuple):
@@ -783,6 +795,7 @@ class Question(NamedTuple):
     id: int | str
     category: str
     turns: list[str]
+    place: str = ""  # "file:line"
 
 
 def turn_texts(holder: object, turns: int, place: str) -> list[str]:
@@ -799,11 +812,13 @@ def read_questions(path: str | Path, bench: Bench) -> dict[int | str, Question]:
     """By id, in file order."""
     questions = {}
     for place, row in json_rows(path, "question_id", "category", "turns"):
-        question = Question(row["question_id"], row["category"], turn_texts(row, bench.turns, place))
+        question = Question(row["question_id"], row["category"], turn_texts(row, bench.turns, place), place)
         if question.id in questions:
             raise InputError(f"{place}: question {question.id} is there twice")
         if bench is MT_BENCH and question.category not in list(MT_TEMPERATURES):
             raise InputError(f"{place}: category {question.category!r}, wanted one of {', '.join(MT_TEMPERATURES)}")
+        if re.search("[\ud800-\udfff]", "".join(question.turns)):
+            raise InputError(f"{place}: turns hold half a surrogate pair, which is not Unicode text")
         questions[question.id] = question
     if not questions:
         raise InputError(f"{path}: no question in it")
@@ -825,49 +840,51 @@ def read_answers(path: str | Path, bench: Bench, questions: dict) -> tuple[str |
 
 
 def answer(flags: argparse.Namespace) -> None:
-    """Answers a benchmark's questions, as FastChat or Arena-Hard write them, each when its last turn is done.
+    """Answers a benchmark's questions, as FastChat or Arena-Hard write them, each when its last turn is done; goes on
+    where the same call stopped, as `claim_rows` has it.
 
     MT-Bench: two turns, the second seeing the first answer, at its category's temperature; Arena-Hard: one, greedy.
-    No system prompt. token_len counts the model's own tokens, not tiktoken's as in Arena-Hard's files. Questions that
-    the file answers already are left; those whose prompt fills the context are counted and not answered.
+    No system prompt. token_len counts the model's own tokens, not tiktoken's as in Arena-Hard's files. Questions whose
+    prompt fills the context are counted and not answered.
     """
     bench, questions, out = flags.bench, read_questions(flags.questions, flags.bench), Path(flags.out)
     home = Path(flags.model).resolve()
-    name = flags.model_id or (home.parent.name if home.name == "model" else home.name)  # train.py's are OUT/model
-    with locked(out):  # not while another process is in the middle of a row
-        there, done = read_answers(out, bench, questions)
-    if there not in (None, name):
-        raise InputError(f"--out {out}: answers of {there!r}, wanted {name!r} (--model-id) or a fresh file")
+    flags.model_id = flags.model_id or (home.parent.name if home.name == "model" else home.name)  # train.py's OUT/model
+    done = claim_rows(flags, "questions", lambda: read_answers(out, bench, questions)[1], "model_id", "seed")
     # Shared out before the answered ones are left out: else what one process has just written moves another's share.
-    asked = [(i, question) for i, question in share(list(enumerate(questions.values()))) if question.id not in done]
-    counts, talks, lengths = Counter(), {i: [] for i, _ in asked}, {}
+    mine = [(i, question) for i, question in share(list(enumerate(questions.values()))) if question.id not in done]
+    counts = Counter()
     model, chat, stop_ids = load_generator(flags.model, flags.device, flags.precision)
-    for turn in range(bench.turns):
-        waiting, asked, requests = asked, [], []
-        for i, question in waiting:
-            talks[i].append(("user", question.turns[turn]))
-            prompt = chat.prompt(talks[i])
-            room = model.config.max_position_embeddings - len(prompt)
-            if room <= 0:
-                counts["overlong"] += 1
-                continue
-            temperature = MT_TEMPERATURES[question.category] if bench is MT_BENCH else 0.0
-            asked.append((i, question))
-            # A stream of random numbers of its own for each turn.
-            requests.append(Request(i + turn * len(questions), prompt, temperature, min(bench.max_new_tokens, room)))
-        for k, ids, reason in generate(model, requests, stop_ids, seed=flags.seed):
-            i, question = asked[k]
-            talks[i].append(("assistant", chat.decode(ids).strip()))
-            lengths[i] = len(ids)
-            counts["cut"] += reason == "length"
-            if turn + 1 == bench.turns:
-                texts = [content for role, content in talks[i] if role == "assistant"]
-                turns = texts if bench is MT_BENCH else [{"content": texts[0], "token_len": lengths[i]}]
-                append_row(out, {"question_id": question.id, "answer_id": uuid.uuid4().hex, "model_id": name,
-                                 "choices": [{"index": 0, "turns": turns}], "tstamp": time.time()})
-                counts["answered"] += 1
-    print(f"{out}: {counts['answered']} of {len(questions)} questions answered by {name}, {len(done)} there before; "
-          f"{counts['overlong']} skipped (no room in the context); {counts['cut']} turns cut at the token limit")
+    for start in range(0, len(mine), bench.at_once):
+        asked = mine[start:start + bench.at_once]
+        what, talks = f"questions {start + 1} to {start + len(asked)} of {len(mine)}", {i: [] for i, _ in asked}
+        for turn in range(bench.turns):
+            for i, question in asked:
+                talks[i].append(("user", question.turns[turn].strip()))
+            prompts = [Prompt(talks[i], None, question.place) for i, question in asked]
+            waiting, asked, requests = asked, [], []
+            for (i, question), ids in zip(waiting, encode_prompts(prompts, chat, model.config.vocab_size), strict=True):
+                if len(ids) >= model.config.max_position_embeddings:
+                    counts["overlong"] += 1
+                    continue
+                temperature = MT_TEMPERATURES[question.category] if bench is MT_BENCH else 0.0
+                asked.append((i, question))
+                # A stream of random numbers of its own for each turn.
+                requests.append(Request(i + turn * len(questions), ids, temperature, bench.max_new_tokens))
+            answers = generate(model, requests, stop_ids, seed=flags.seed, cache_tokens=flags.cache_tokens)
+            for k, new, finish in told(answers, len(requests), f"{what}, turn {turn + 1}: "):
+                i, question = asked[k]
+                talks[i].append(("assistant", chat.decode(new).strip()))
+                counts["cut"] += finish == "length"
+                if turn + 1 == bench.turns:
+                    texts = [content for role, content in talks[i] if role == "assistant"]
+                    turns = texts if bench is MT_BENCH else [{"content": texts[0], "token_len": len(new)}]
+                    append_row(out, {"question_id": question.id, "answer_id": uuid.uuid4().hex,
+                                     "model_id": flags.model_id, "choices": [{"index": 0, "turns": turns}],
+                                     "tstamp": time.time()})
+                    counts["answered"] += 1
+    print(f"{out}: {counts['answered']} of {len(questions)} questions answered by {flags.model_id}, {len(done)} there "
+          f"before; {counts['overlong']} skipped (no room in the context); {counts['cut']} turns cut at their limit")
 
 
 class Judge(NamedTuple):

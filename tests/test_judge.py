@@ -14,6 +14,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 from conftest import REAL, ROOT, needs_real, tiny_model
 
 import eval as evaluation
@@ -868,8 +869,7 @@ def test_mt_bench_is_answered_in_two_turns_at_the_temperature_of_its_category(mt
     assert evaluation.main(answer_flags(mt, "--model-id", "mine")) == 0
     first, second = spoken
     assert [r.temperature for r in first] == [0.7, 0.0, 0.1] == [r.temperature for r in second]
-    room = evaluation.load_generator(MODEL, "cpu")[0].config.max_position_embeddings
-    assert all(r.max_new_tokens == min(1024, room - len(r.prompt)) for r in first + second)
+    assert all(r.max_new_tokens == 1024 for r in first + second)
     assert len({r.number for r in first + second}) == 6 and [r.number for r in first] == [0, 1, 2]
     text = ChatFormat(MODEL).decode(second[1].prompt)
     assert "1+1?" in text and "Yes 1." in text and text.index("Yes 1.") < text.index("And plus 1?")
@@ -878,14 +878,14 @@ def test_mt_bench_is_answered_in_two_turns_at_the_temperature_of_its_category(mt
     assert rows[111]["choices"] == [{"index": 0, "turns": ["Yes 1.", "Yes 4."]}] and rows[111]["model_id"] == "mine"
     assert len({row["answer_id"] for row in rows.values()}) == 3
     assert "3 of 3 questions answered by mine, 0 there before; 0 skipped" in (printed := capsys.readouterr().out)
-    assert "1 turns cut at the token limit" in printed
+    assert "1 turns cut at their limit" in printed
+    assert re.search("questions 1 to 3 of 3, turn 2: 3 of this process's 3 answers, .* tokens/s", printed)
 
 
 def test_arena_hard_is_answered_greedily_with_the_number_of_tokens(arena, spoken):
     assert evaluation.main(answer_flags(arena)) == 0
     (requests,) = spoken
-    room = evaluation.load_generator(MODEL, "cpu")[0].config.max_position_embeddings
-    assert all(r.temperature == 0 and r.max_new_tokens == min(4096, room - len(r.prompt)) for r in requests)
+    assert all(r.temperature == 0 and r.max_new_tokens == 4096 for r in requests)
     rows = rows_of(arena.where / "new/answers.jsonl")
     (turn,) = rows[-1]["choices"][0]["turns"]
     from data import ChatFormat
@@ -896,12 +896,34 @@ def test_arena_hard_is_answered_greedily_with_the_number_of_tokens(arena, spoken
 
 def test_questions_that_are_answered_are_left_and_others_keep_their_random_stream(mt, spoken, capsys):
     out = mt.where / "new/answers.jsonl"
-    out.parent.mkdir()
-    write(out, answers({111: ["a", "b"]}, "examples"))
+    assert evaluation.main(answer_flags(mt)) == 0
+    (kept,) = [row for row in rows_of(out) if row["question_id"] == 111]
+    write(out, [kept])
+    spoken.clear()
     assert evaluation.main(answer_flags(mt)) == 0
     assert [[r.number for r in requests] for requests in spoken] == [[0, 2], [3, 5]]
-    assert [row["question_id"] for row in rows_of(out)][0] == 111 and len(rows_of(out)) == 3
+    assert rows_of(out)[0] == kept and len(rows_of(out)) == 3
     assert "2 of 3 questions answered by examples, 1 there before" in capsys.readouterr().out
+
+
+def test_killed_in_a_first_turn_it_keeps_all_questions_but_those_at_once_and_goes_on(mt, spoken, monkeypatch):
+    monkeypatch.setattr(evaluation, "MT_BENCH", evaluation.MT_BENCH._replace(at_once=2))
+    speak, tokens = evaluation.generate, []
+
+    def generate(*arguments, cache_tokens, **options):
+        if len(tokens) == 2:
+            raise KeyboardInterrupt
+        tokens.append(cache_tokens)
+        return speak(*arguments, **options)
+
+    monkeypatch.setattr(evaluation, "generate", generate)
+    out = mt.where / "new/answers.jsonl"
+    assert evaluation.main(answer_flags(mt, "--cache-tokens", "77")) == 130
+    assert {row["question_id"] for row in rows_of(out)} == {81, 111} and tokens == [77, 77]
+    monkeypatch.setattr(evaluation, "generate", speak)
+    spoken.clear()
+    assert evaluation.main(answer_flags(mt)) == 0
+    assert [[r.number for r in requests] for requests in spoken] == [[2], [5]] and len(rows_of(out)) == 3
 
 
 def test_a_prompt_without_room_is_skipped_and_counted(mt, spoken, capsys):
@@ -913,20 +935,38 @@ def test_a_prompt_without_room_is_skipped_and_counted(mt, spoken, capsys):
     assert "1 of 3 questions answered by examples, 0 there before; 2 skipped" in capsys.readouterr().out
 
 
-def test_answers_of_another_model_or_to_other_questions_are_refused_and_kept(mt, spoken, capsys):
-    out = mt.where / "new/answers.jsonl"
-    out.parent.mkdir()
-    for rows in (answers({111: ["a", "b"]}, "else"), answers({999: ["a", "b"]}, "examples")):
-        before = write(out, rows).read_bytes()
-        assert str(out) in complaint(capsys, evaluation.main(answer_flags(mt)))
-        assert out.read_bytes() == before
+def test_answers_of_other_weights_another_origin_or_to_other_questions_are_refused_and_kept(mt, spoken, capsys):
+    out, other = mt.where / "new/answers.jsonl", mt.where / "other"
+    other.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (other / name).symlink_to(MODEL / name)
+    (other / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert evaluation.main(answer_flags(mt)) == 0
+    before, asked = out.read_bytes(), len(spoken)
+    for flags, said in ((["--model", other, "--model-id", "examples"], "made with model "),
+                        (["--model-id", "else"], "made with model_id examples, not else"),
+                        (["--seed", "1"], "made with seed 0, not 1")):
+        assert said in complaint(capsys, evaluation.main(answer_flags(mt, *flags)))
+    (mt.where / "question.jsonl").write_text((mt.where / "question.jsonl").read_text().replace("line", "word"))
+    assert "made with questions " in complaint(capsys, evaluation.main(answer_flags(mt)))
+    out.with_name("answers.jsonl.json").unlink()
+    assert "answers.jsonl.json is missing" in complaint(capsys, evaluation.main(answer_flags(mt)))
+    assert out.read_bytes() == before and len(spoken) == asked
+    write(out, answers({999: ["a", "b"]}, "examples"))
+    assert f"{out}:1: question_id 999 is none" in complaint(capsys, evaluation.main(answer_flags(mt)))
+
+
+def test_questions_that_cannot_be_asked_are_one_line(mt, spoken, tmp_path, capsys):
+    save_model(tiny_model(), tmp_path / "small", dtype=torch.float32)
+    (tmp_path / "small/tokenizer.json").symlink_to(MODEL / "tokenizer.json")
+    error = complaint(capsys, evaluation.main(answer_flags(mt, "--model", tmp_path / "small")))
+    assert "question.jsonl:1: token id 5" in error and "is not below the model's vocab_size 97" in error
+    questions = (mt.where / "question.jsonl").read_text()
+    for text, said in ((questions.replace('"stem"', '"cooking"'), ":3: category 'cooking'"), ("", "no question"),
+                       (questions.replace("And weight?", "\\ud800"), ":3: turns hold half a surrogate pair")):
+        (mt.where / "question.jsonl").write_text(text)
+        assert said in complaint(capsys, evaluation.main(answer_flags(mt)))
     assert spoken == []
-    bad = (mt.where / "question.jsonl").read_text().replace('"stem"', '"cooking"')
-    (mt.where / "question.jsonl").write_text(bad)
-    assert ":3: category 'cooking'" in complaint(capsys, evaluation.main(answer_flags(mt)))
-    mt.answers.write_text("")
-    (mt.where / "question.jsonl").write_text("")
-    assert "no question" in complaint(capsys, evaluation.main(answer_flags(mt)))
 
 
 def test_the_example_model_answers_and_is_judged_and_reported(either, serve, tmp_path, capsys):
