@@ -51,6 +51,7 @@ import fcntl
 import functools
 import hashlib
 import http.client
+import itertools
 import json
 import math
 import os
@@ -58,6 +59,7 @@ import random
 import re
 import statistics
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -515,21 +517,26 @@ def likelihood(flags: argparse.Namespace) -> None:
     directories = [flags.model] + [flags.compare] * (flags.compare is not None)
     out, single = Path(flags.out), flags.out.endswith(".jsonl")
     first = out if single else out / "pairs.jsonl"
-    paths = [first, first.with_name(f"{first.stem}-compare.jsonl")]
+    paths = [first, first.with_name(f"{first.stem}-compare.jsonl")][:len(directories)]
     summary_path = out.with_suffix(".json") if single else out / "summary.json"
     talks = os.environ.get("RANK", "0") == "0"
-    for path in [*paths, summary_path]:
-        if talks and path.exists():
+    for path in [*paths, summary_path] if talks else []:
+        if path.exists():
             raise InputError(f"--out: {path} exists; name another")
+        try:  # before the work whether there is room and right to write, in the directory that will hold it
+            tempfile.TemporaryFile(dir=next(home for home in path.absolute().parents if home.exists())).close()
+        except OSError as error:
+            raise InputError(f"--out {out}: {error.strerror}") from None
     configs = [LlamaConfig.load(directory) for directory in directories]
     max_tokens = min(resolve_max_tokens(flags.max_tokens, config) for config in configs)
     (pairs, counts), *others = [encode_pairs(flags, directory, max_tokens) for directory in directories]
     for directory, (of_other, _) in zip(directories[1:], others, strict=True):
-        for pair, same in zip(pairs, of_other, strict=False):
-            sides = ((pair.prompt, same.prompt), (pair.chosen, same.chosen), (pair.rejected, same.rejected))
-            if not all(np.array_equal(*side) for side in sides):
+        # One is longer where the other's tokenizer makes an answer empty, or two equal: that pair was dropped.
+        for pair, same in itertools.zip_longest(pairs, of_other):
+            if not (pair and same and np.array_equal(pair.prompt, same.prompt)
+                    and np.array_equal(pair.chosen, same.chosen) and np.array_equal(pair.rejected, same.rejected)):
                 raise InputError(f"--compare {directory}: its tokenizer gives other ids than {flags.model}'s, first "
-                                 f"for {pair.place}; log-probs of other tokens do not compare")
+                                 f"for {(pair or same).place}; log-probs of other tokens do not compare")
 
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
@@ -547,10 +554,10 @@ def likelihood(flags: argparse.Namespace) -> None:
     facts = {"model": flags.model, "compare": flags.compare, "data": flags.data, "counts": counts, "pairs": len(pairs),
              "tokens_w": sum(len(pair.chosen) for pair in pairs), "tokens_l": sum(len(pair.rejected) for pair in pairs),
              "max_tokens": max_tokens, "dtype": str(dtype), "seed": flags.seed, "resamples": RESAMPLES,
-             **dict(zip(("measures", "compare_measures", "difference"), found, strict=False))}
+             **dict(zip(("measures", "compare_measures", "difference")[:len(found)], found, strict=True))}
     try:
         summary_path.parent.mkdir(parents=True, exist_ok=True)
-        for path, rows in zip(paths, of_models, strict=False):
+        for path, rows in zip(paths, of_models, strict=True):
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         summary_path.write_text(json.dumps(facts, indent=2) + "\n")
     except OSError as error:
