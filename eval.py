@@ -1690,18 +1690,28 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0, or 2 for a user's mistake, with one clear line, or 130 when interrupted."""
+    """Exit code: 0, or 2 for a user's mistake and for memory that is not there, with one clear line, or 130 when
+    interrupted."""
+    flags = argparse.Namespace()
     try:
         flags = parse(arguments)
         flags.command(flags)
         return 0
-    except InputError as error:
-        if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(10)  # most mistakes are found by all: when process 0 has said so, torchrun ends the others
-        print(f"eval.py: {error}", file=sys.stderr, flush=True)
-        return 2
     except KeyboardInterrupt:
         return 130
+    except InputError as error:
+        said = str(error)
+    except (RuntimeError, MemoryError) as error:  # a GPU's allocator raises OutOfMemoryError, a CPU's only says so
+        lower = next((name for name in ("cache_tokens", "max_tokens_per_gpu") if name in flags), None)
+        if lower is None or (not isinstance(error, (torch.OutOfMemoryError, MemoryError))
+                             and "can't allocate memory" not in str(error)):
+            raise
+        said = (f"out of memory; lower --{lower.replace('_', '-')} from {getattr(flags, lower)} to "
+                f"{getattr(flags, lower) // 2}, unless the model alone is too large")
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(10)  # most mistakes are found by all: when process 0 has said so, torchrun ends the others
+    print(f"eval.py: {said}", file=sys.stderr, flush=True)
+    return 2
 
 
 if __name__ == "__main__":

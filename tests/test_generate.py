@@ -415,6 +415,25 @@ def test_mistakes_of_the_command_line_get_one_line(prompt_file, tmp_path, capsys
         assert complaint in (error := capsys.readouterr().err) and error.count("\n") == 1, error
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), MemoryError(),
+                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_memory_that_is_not_there_is_one_line_with_the_flag_to_lower(prompt_file, tmp_path, monkeypatch, capsys, error):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Cache, "__init__", full)
+    monkeypatch.setattr(evaluation, "pair_logps", full)
+    likelihood = ["likelihood", "--model", EXAMPLE, "--data", ROOT / "examples/heldout.jsonl", "--out", tmp_path / "l"]
+    for words, wanted in ((command(prompt_file, tmp_path / "o.jsonl"), "lower --cache-tokens from 600 to 300"),
+                          (list(map(str, likelihood)), "lower --max-tokens-per-gpu from 8192 to 4096")):
+        assert evaluation.main(words) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("eval.py: out of memory; ") and wanted in said and said.count("\n") == 1
+    error = RuntimeError("a fault of ours")
+    with pytest.raises(RuntimeError, match="ours"):
+        evaluation.main(list(map(str, likelihood)))
+
+
 def test_rows_of_several_processes_are_each_whole_and_half_a_line_of_a_killed_one_is_cut_off(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"kept": 1}\n{"index": 2, "half')
