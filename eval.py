@@ -283,7 +283,8 @@ def probabilities(logits_BV: Tensor, temperature_B: Tensor, top_p: float = 1.0, 
     (ties with the last one too; 0: all), then of these the fewest likeliest ones that together have top_p, each time
     made to sum to 1 again. The order and the meaning are transformers' (TemperatureLogitsWarper, TopKLogitsWarper,
     TopPLogitsWarper)."""
-    logits_BV = asft.at_least_fp32(logits_BV) / temperature_B[:, None]
+    logits_BV = asft.at_least_fp32(logits_BV)
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature_B[:, None]  # at most 0: never infinite
     if 0 < top_k < logits_BV.shape[-1]:
         logits_BV = logits_BV.masked_fill(logits_BV < logits_BV.topk(top_k).values[:, -1:], -math.inf)
     if top_p < 1:
@@ -738,23 +739,25 @@ def score_rows(rows: list[tuple[str, str]]) -> dict[str, float]:
     return dict(zip(names, scores, strict=True)) | {"count": len(rows)} | lengths
 
 
-def read_predictions(path: Path) -> list[tuple[str, str]]:
-    """(prediction, reference) of each row of a JSONL file. Raises InputError, naming file and line."""
-    rows = []
+def read_predictions(path: Path) -> tuple[list[tuple[str, str]], int]:
+    """(prediction, reference) of each row of a JSONL file, and how many of them `generate` left unanswered. Raises
+    InputError, naming file and line."""
+    rows, overlong = [], 0
     for place, row in json_rows(path, "prediction", "reference"):
         for key in ("prediction", "reference"):
             if not isinstance(row[key], str):
                 raise InputError(f"{place}: {key} is {ascii(row[key])[:60]}, wanted a string")
         rows.append((row["prediction"], row["reference"]))
+        overlong += row.get("finish") == "overlong"
     if not rows:
         raise InputError(f"{path}: no row in it; wanted rows with prediction and reference")
-    return rows
+    return rows, overlong
 
 
 def score(flags: argparse.Namespace) -> None:
     """Prints both families with the lengths beside them, since both move with length; writes them with --json."""
     path = Path(flags.predictions)
-    rows = read_predictions(path)
+    rows, overlong = read_predictions(path)
     scores = score_rows(rows)
     print(f"{path}: {len(rows):,} rows\n{'':12}  BLEU-4  ROUGE-1  ROUGE-2  ROUGE-L    "
           "mean length: prediction  reference")
@@ -763,6 +766,8 @@ def score(flags: argparse.Namespace) -> None:
         values = [scores[name + suffix] for name in ("bleu4", "rouge1", "rouge2", "rougeL")]
         values += [scores[f"mean_{side}_{unit}"] for side in ("prediction", "reference")]
         print("{:12}{:8.2f}{:9.2f}{:9.2f}{:9.2f}{:27,.1f}{:11,.1f}  {}".format(family, *values, unit))
+    if overlong:
+        print(f"{overlong:,} of the rows were left unanswered, their prompts being too long: they count as empty")
     if chinese := sum(bool(re.search(f"[{HAN}]{{2}}", f"{prediction} {reference}")) for prediction, reference in rows):
         print(f"{chinese:,} of the rows hold Chinese, which jieba divides into words: ROUGE _lf is not LLaMA-Factory's")
     if flags.json is not None:
@@ -998,7 +1003,6 @@ def ask(judge: Judge, messages: list[dict], about: dict) -> str:
             if status == 200 and (reply := reply_of(body)):
                 return reply
             if status in HOPELESS or 300 <= status < 400:
-                judge.stop.set()
                 raise InputError(f"{judge.url}: HTTP {status}: {' '.join(body.split())[:200]}")
         if not again:
             raise UnjudgedError(f"{reason}: {' '.join(body.split())[:100]}")
@@ -1032,10 +1036,21 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: dict[tuple, Job], key
                 raise InputError(f"{place}: what was judged is not {model}'s answer to question {key[0]} in --answers; "
                                  "wanted the same answers, or a fresh file")
             done.add(key)
-    judge = open_judge(flags, temperature, max_tokens)
     waiting, failed, made = [work for key, (_, work) in jobs.items() if key not in done], Counter(), 0
+    if not waiting:
+        print(f"{out}: {len(done)} judgments of {model} by {flags.judge_model} there before, none left to make")
+        return
+    judge = open_judge(flags, temperature, max_tokens)
+
+    def do(work: Callable[[Judge], dict]) -> None:
+        try:
+            append_row(out, work(judge))
+        except InputError:
+            judge.stop.set()  # here: this thread's next job begins before any other thread hears of it
+            raise
+
     with ThreadPoolExecutor(flags.concurrency) as pool:
-        futures = [pool.submit(lambda work=work: append_row(out, work(judge))) for work in waiting]
+        futures = [pool.submit(do, work) for work in waiting]
         try:
             for count, future in enumerate(as_completed(futures), 1):
                 try:
@@ -1043,8 +1058,6 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: dict[tuple, Job], key
                     made += 1
                 except UnjudgedError as error:
                     failed[str(error)] += 1
-                except OSError as error:
-                    raise InputError(f"{error.filename or out}: {error.strerror}; it stops, to lose nothing") from None
                 if count % max(1, len(waiting) // 10) == 0:
                     print(f"{count} of {len(waiting)}", flush=True)
         except BaseException as error:
@@ -1103,19 +1116,20 @@ def rate(model: str, number: int | str, turn: int, name: str, prompt: dict, user
             "judgment": reply, "score": score, "turn": turn, "tstamp": time.time()}
 
 
-def read_setting(path: str | Path, key: str, kind: type):
+def read_setting(path: str | Path, key: str, *kinds: type):
     """The value of `key: VALUE` in a YAML file, where it is one line and JSON too: a double-quoted text, a list of
     them, a number. InputError for all else that YAML allows."""
     try:
         (text,) = re.findall(rf"^{key}:[ ]+(.*)$", Path(path).read_text(encoding="utf-8"), re.M)
         value, end = json.JSONDecoder().raw_decode(text)
-        if type(value) is kind and re.fullmatch(r"\s*(\s#.*)?", text[end:]):
+        if type(value) in kinds and re.fullmatch(r"\s*(\s#.*)?", text[end:]):
             return value
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; wanted Arena-Hard's judge_config.yaml") from None
     except ValueError:
         pass
-    raise InputError(f"{path}: wanted one line `{key}: VALUE`, VALUE being a {kind.__name__} in JSON's form")
+    raise InputError(f"{path}: wanted one line `{key}: VALUE`, VALUE being a "
+                     f"{' or '.join(kind.__name__ for kind in kinds)} in JSON's form")
 
 
 def judge_arena_hard(flags: argparse.Namespace) -> None:
@@ -1123,8 +1137,8 @@ def judge_arena_hard(flags: argparse.Namespace) -> None:
     questions = read_questions(flags.questions, ARENA_HARD)
     model, answers = read_answers(flags.answers, ARENA_HARD, questions)
     baseline, theirs = read_answers(flags.baseline, ARENA_HARD, questions)
-    system, templates, temperature, max_tokens = (read_setting(flags.config, key, kind) for key, kind in (
-        ("system_prompt", str), ("prompt_template", list), ("temperature", int), ("max_tokens", int)))
+    system, templates, temperature, max_tokens = (read_setting(flags.config, *of) for of in (
+        ("system_prompt", str), ("prompt_template", list), ("temperature", int, float), ("max_tokens", int)))
     jobs = {}
     for number, (mine,) in answers.items():
         if number not in theirs:
@@ -1654,8 +1668,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             add("--config", required=True, metavar="FILE", help="judge_config.yaml")
         add("--out", required=True, metavar="FILE", help="judgments; those it has already are left. The replies as "
             "they came go to FILE.raw")
-        add("--endpoint", required=True, metavar="URL", help="of an OpenAI-compatible chat service, such as "
-            "https://api.openai.com/v1")
+        add("--endpoint", default="", metavar="URL", help="of an OpenAI-compatible chat service, such as "
+            "https://api.openai.com/v1; not needed where all is judged")
         add("--judge-model", required=True, metavar="NAME", help="the judge, as the endpoint calls it")
         add("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the "
             "endpoint's key [OPENAI_API_KEY]")

@@ -176,6 +176,9 @@ def test_evenly_spread_uniform_numbers_draw_each_token_as_often_as_its_probabili
     assert all(abs(drawn[i] / 10_000 - w / sum(weights)) <= 1e-4 for i, w in enumerate(weights)) and 2 not in drawn
     assert choose(logits.expand(3, -1), [1.0, 0.0, 1.0], [0.0, 0.1, 1 - 2**-53], 1.0, 0) == [0, 3, 4]
     assert choose(torch.tensor([[-math.inf, 0.0]]), [1.0], [0.0], 1.0, 0) == [1]  # never one of probability 0
+    for temperature in (1e-30, 1e-40, 1e-50):  # in fp32 the last is 0, and logits over the others are infinite
+        for top_p, top_k in ((1.0, 0), (0.9, 2)):
+            assert choose(100 * logits, [temperature], [0.5], top_p, top_k) == [3]
 
 
 def test_what_is_drawn_depends_on_seed_row_number_and_position_alone():

@@ -4,6 +4,7 @@ import email.utils
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -242,6 +243,12 @@ def test_arena_hard_plays_two_games_with_the_sides_swapped_as_its_configuration_
         assert row["games"][0]["user_prompt"].endswith(f"\nB: mine of {row['question_id']}")
 
 
+def test_a_temperature_may_have_a_decimal_point(arena, serve):
+    (arena.where / "config.yaml").write_text(CONFIG.replace("temperature: 0", "temperature: 0.5"))
+    endpoint = serve(lambda payload, count: BOTH)
+    assert arena.judge(endpoint) == 0 and {payload["temperature"] for payload in endpoint.asked} == {0.5}
+
+
 def test_arena_hard_asks_once_more_where_no_label_is_found_and_two_labels_are_none(arena, serve):
     def act(payload, count):
         if "q1" in payload["messages"][1]["content"]:
@@ -390,8 +397,12 @@ def test_after_its_tries_a_judgment_is_a_counted_failure_that_the_next_run_tries
     assert either.judge(endpoint) == 0
     assert len(endpoint.asked) - before == 2 and len(rows_of(either.out)) == made + failures
     assert f"{made} there before, 0 failed" in capsys.readouterr().out
-    assert either.judge(endpoint) == 0
-    assert len(endpoint.asked) - before == 2
+    flags = either.flags("")  # nothing is left: it needs no endpoint, nor a key
+    del flags[flags.index("--endpoint"):flags.index("--endpoint") + 2]
+    assert evaluation.main([*flags, "--key-variable", "NONE"]) == 0
+    assert f"{made + failures} judgments of mine by gpt-4 there before" in capsys.readouterr().out
+    either.out.write_text("")
+    assert "--endpoint: wanted a plain" in complaint(capsys, evaluation.main(flags))
 
 
 def test_a_request_that_cannot_succeed_is_not_tried_again(mt, serve, capsys):
@@ -440,12 +451,18 @@ def test_a_word_in_the_place_of_a_key_changes_no_reply(mt, serve, monkeypatch):
     assert {row["judgment"] for row in rows_of(mt.out)} == {"a fair answer [[7]]"}
 
 
-def test_a_full_disk_stops_the_run_with_one_line(mt, serve, capsys, monkeypatch):
-    def append_row(path, row):
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(evaluation, "append_row", append_row)
-    assert "No space left" in complaint(capsys, mt.judge(serve(lambda payload, count: BOTH)))
+def test_a_full_disk_stops_the_run_with_one_line_and_what_is_there_stays(mt, serve, capsys):
+    endpoint, limits = serve(lambda payload, count: BOTH), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (900, limits[1]))  # bytes of a file
+    try:
+        code = mt.judge(endpoint, "--concurrency", "1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in complaint(capsys, code)
+    kept = mt.out.read_bytes().count(b"\n")
+    assert 0 < kept <= len(endpoint.asked) < 6
+    assert mt.judge(endpoint) == 0 and len(rows_of(mt.out)) == 6
+    assert len(endpoint.asked) <= 7  # one reply found no room
 
 
 @pytest.mark.parametrize("flags", [["--tries", "0"], ["--concurrency", "0"], ["--timeout", "0"], ["--wait", "nan"],
