@@ -2,35 +2,29 @@
 
     python eval.py generate --model DIR --prompts FILE --out FILE        a model's answers; started again, it goes on
     python eval.py likelihood --model DIR --data FILE --out DIR          how likely a model finds both sides of pairs
-    python eval.py score --predictions FILE --json OUT           BLEU-4 and ROUGE of predictions against references
-    python eval.py mt-bench answer --model DIR --questions question.jsonl --out ANSWERS          two turns each
+    python eval.py score --predictions FILE --json OUT                   BLEU-4 and ROUGE against references
+    python eval.py mt-bench answer --model DIR --questions FILE --out ANSWERS ...
     python eval.py mt-bench judge --answers ANSWERS --endpoint URL --judge-model NAME --out JUDGMENTS ...
-    python eval.py mt-bench report --judgments JUDGMENTS ... --json OUT                          scores and intervals
-    python eval.py arena-hard answer|judge|report ...            the same three steps
-    python eval.py tables --runs NAME=DIR ...                    the paper's tables, from what --json wrote
-    python eval.py figures --out DIR                             Figure 1, which wants no run
-    python eval.py figures --out DIR --runs RUN NAME=RUN ...     Figure 2 as well; each RUN is an --out of train.py
-    python eval.py --help                                        the commands; `python eval.py COMMAND --help` its flags
+    python eval.py mt-bench report --judgments JUDGMENTS ... --json OUT  scores and intervals
+    python eval.py arena-hard answer|judge|report ...                    the same three steps
+    python eval.py tables --runs NAME=DIR ...                            the paper's tables, from what --json wrote
+    python eval.py figures --out DIR --runs RUN NAME=RUN ...             Figure 1 and, of what train.py wrote, Figure 2
+    python eval.py COMMAND --help                                        its flags
 
 In reading order
     share, locked, append_row       one process and many: torchrun starts them, a locked file joins what they write
     json_rows, write_json           rows in, results out
     Request, generate               continuations of token ids, in ragged batches over a cache of keys and values
     load_generator, claim_rows      what answers, and whether a file's answers are its own
-    answer_prompts                  the command: prompts -> answers, a row each
-    pair_logps, pair_rows           log-probs of both sides of preference pairs
-    summarise, likelihood           the command: means with intervals, of one model or of two on the same pairs
-    tokens_13a ... bleu4_lf         BLEU-4 and ROUGE, conventional and as LLaMA-Factory computes them
-    score_rows, read_predictions, score    the command: a table, and OUT
+    answer_prompts                  the command generate: prompts -> answers, a row each
+    pair_logps ... likelihood       log-probs of preference pairs; means with intervals, of one model or of two
+    tokens_13a ... score            BLEU-4 and ROUGE, conventional and as LLaMA-Factory computes them
     answer                          a benchmark's questions to a model's answers
     Judge, open_judge, ask          one request to a judge, tried until it is answered, every reply kept
     judge_all                       many, several at once; judge_mt_bench and judge_arena_hard say which
-    bootstrap ... report_*          judgments to scores, each with an interval
-    tables                          models side by side
+    report_*, tables                judgments to scores with intervals; models side by side
     bt_surface ... log_gradient     equations 15 to 18 as pure functions
-    Run, read_run                   what train.py left in a directory, checked
-    draw_surfaces ... draw_costs    one picture each, and its caption
-    figures                         the command: DIR/figure*.png and DIR/captions.md
+    read_run ... figures            what train.py left in a directory, checked; pictures and their captions
     parse, main                     flags, and the exit code
 
 Under torchrun each process holds the whole model and takes its share of the rows.
@@ -84,7 +78,7 @@ import asft
 from data import (ChatFormat, Pair, Prompt, encode_preferences, pack, read_preferences, read_prompts, read_records,
                   resolve_max_tokens, split_pairs)
 from model import (Cache, InputError, Llama, LlamaConfig, check_weights, choose_device, files_checksum, load_model,
-                   read_json, shown)
+                   naming, read_json, shown)
 
 # ----------------------------------------------------------------------------------- files that several processes write
 
@@ -99,7 +93,7 @@ def locked(path: str | Path) -> Iterator[IO[bytes]]:
     """A file of JSON lines, made with its directory if it is not there, that no other process holds meanwhile. What is
     written goes to its end. A last row without its end is completed if it is whole, and else cut off, since whoever
     wrote it was killed; what no command here writes stays, and is an InputError."""
-    try:
+    with naming(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -109,8 +103,6 @@ def locked(path: str | Path) -> Iterator[IO[bytes]]:
                     mend(path, file)
             file.seek(0)
             yield file
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
 
 
 FIRST_KEYS = (b'{"index": ', b'{"question_id": ')  # what each row that is written here begins with
@@ -150,13 +142,11 @@ def json_line(row: dict) -> bytes:
 def write_json(path: str | Path, value: dict, *read: str | Path) -> None:
     """Writes --json, making its directory. InputError where that fails, or would replace a file that was read."""
     path = Path(path)
-    try:
+    with naming(f"--json {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and any(path.samefile(other) for other in read):
             raise InputError(f"--json {path} is a file that was read; name another")
         path.write_text(json.dumps(value, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"--json {path}: {error.strerror}") from None
 
 
 def json_rows(path: str | Path, *keys: str, questions: dict | None = None) -> list[tuple[str, dict]]:
@@ -524,10 +514,8 @@ def likelihood(flags: argparse.Namespace) -> None:
     for path in [*paths, summary_path] if talks else []:
         if path.exists():
             raise InputError(f"--out: {path} exists; name another")
-        try:  # before the work whether there is room and right to write, in the directory that will hold it
+        with naming(f"--out {out}"):  # before the work: is there room, and a right, to write in what will hold it?
             tempfile.TemporaryFile(dir=next(home for home in path.absolute().parents if home.exists())).close()
-        except OSError as error:
-            raise InputError(f"--out {out}: {error.strerror}") from None
     configs = [LlamaConfig.load(directory) for directory in directories]
     max_tokens = min(resolve_max_tokens(flags.max_tokens, config) for config in configs)
     (pairs, counts), *others = [encode_pairs(flags, directory, max_tokens) for directory in directories]
@@ -556,13 +544,11 @@ def likelihood(flags: argparse.Namespace) -> None:
              "tokens_w": sum(len(pair.chosen) for pair in pairs), "tokens_l": sum(len(pair.rejected) for pair in pairs),
              "max_tokens": max_tokens, "dtype": str(dtype), "seed": flags.seed, "resamples": RESAMPLES,
              **dict(zip(("measures", "compare_measures", "difference")[:len(found)], found, strict=True))}
-    try:
+    with naming(f"--out {out}"):
         summary_path.parent.mkdir(parents=True, exist_ok=True)
         for path, rows in zip(paths, of_models, strict=True):
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         summary_path.write_text(json.dumps(facts, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}") from None
     print(f"{flags.data}: {len(pairs):,} pairs of {counts['read']:,} read; {facts['tokens_w']:,} chosen and "
           f"{facts['tokens_l']:,} rejected tokens\n")
     heads = [flags.model, flags.compare, "difference"][:len(found)]
@@ -1335,16 +1321,12 @@ def tables(flags: argparse.Namespace) -> None:
             if not directory.is_dir() or name in overlap:
                 raise InputError(f"{text}: {'a second' if name in overlap else 'no'} directory of that name; wanted "
                                  "NAME=DIR, with what the other commands wrote")
-            overlap[name] = dict.fromkeys(OVERLAP, "-") | number_cells(directory / "score.json", OVERLAP)
+            overlap[name] = dict.fromkeys(OVERLAP, "-") | cells_of(directory / "score.json", name)
             if overlap is after_uf:  # what the paper had judged
-                judged[name] = judged_cells(directory, name)
-            if (path := directory / "likelihood.json").is_file():
-                try:
-                    likelihoods[name + " (HH-RLHF)" * (overlap is after_hh)] = {
-                        key: "{value:.4f} [{low:.4f}, {high:.4f}]".format(**of)
-                        for key, of in read_json(path)["measures"].items()}
-                except (KeyError, TypeError, AttributeError, ValueError):
-                    raise InputError(f"{path}: wanted what `likelihood --out .../likelihood.jsonl` writes") from None
+                paths = sorted([*directory.glob("arena_hard*.json"), *directory.glob("mt_bench*.json")])
+                judged[name] = {head: score for path in paths for head, score in cells_of(path, name).items()}
+            if likely := cells_of(directory / "likelihood.json", name):
+                likelihoods[name + " (HH-RLHF)" * (overlap is after_hh)] = likely
     for title, models in found.items():
         if models:
             columns = list(dict.fromkeys(column for cells in models.values() for column in cells))
@@ -1353,27 +1335,21 @@ def tables(flags: argparse.Namespace) -> None:
             print(f"{title}\n\n{table(['model', *columns], rows)}\n")
 
 
-def judged_cells(directory: Path, name: str) -> dict[str, str]:
-    """Benchmark and judge -> the first score of each report in a directory."""
-    cells = {}
-    for path in sorted([*directory.glob("arena_hard*.json"), *directory.glob("mt_bench*.json")]):
-        report = read_json(path)
-        try:
-            models = report["models"]
+def cells_of(path: Path, name: str) -> dict[str, str]:
+    """Column -> what a table shows of a file that `likelihood`, `report` (its first score) or `score` wrote; none where
+    it is not there."""
+    try:
+        of = read_json(path) if path.is_file() else {}
+        if "measures" in of:
+            return {key: "{value:.4f} [{low:.4f}, {high:.4f}]".format(**value) for key, value in of["measures"].items()}
+        if "models" in of:
+            models = of["models"]
             model = models[name] if name in models or len(models) > 1 else next(iter(models.values()))
-            cells[f"{report['benchmark']}, {report['judge'] or 'battles'}"] = cell(next(iter(model["scores"].values())))
-        except (KeyError, TypeError, AttributeError, ValueError, StopIteration):
-            raise InputError(f"{path}: wanted a report's --json, of one model or with {name} among several") from None
-    return cells
-
-
-def number_cells(path: Path, keys: tuple[str, ...]) -> dict[str, str]:
-    """These numbers of a JSON object; none where there is no such file."""
-    values = read_json(path) if path.is_file() else {}
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: wanted a JSON object of numbers")
-    return {key: f"{value:.2f}" for key, value in values.items()
-            if type(value) in (int, float) and key in keys}
+            return {f"{of['benchmark']}, {of['judge'] or 'battles'}": cell(next(iter(model["scores"].values())))}
+        return {key: f"{value:.2f}" for key, value in of.items() if key in OVERLAP}
+    except (KeyError, TypeError, AttributeError, ValueError, StopIteration):
+        raise InputError(f"{path}: wanted what likelihood, score, or report (of one model, or {name} among several) "
+                         "wrote") from None
 
 
 # ----------------------------------------------------------------------------------------------- equations 15 to 18
@@ -1411,7 +1387,7 @@ def log_gradient(x1: Tensor, x2: Tensor, gradient: tuple[Tensor, Tensor]) -> tup
 
 # --------------------------------------------------------------------------------------------------- runs of train.py
 
-COLUMNS = ("step", "margin", "seconds", "peak_memory_gib")  # of metrics.jsonl
+COLUMNS = ("step", "margin", "seconds", "peak_memory_gib")  # of metrics.jsonl, and of Run
 
 
 class Run(NamedTuple):
@@ -1436,18 +1412,13 @@ def read_run(text: str) -> Run:
         label = f"{loss}, {reference}" if asft.LOSSES[loss].reference else loss
     except (KeyError, TypeError):
         raise InputError(f"{path / 'config.json'}: no flags of train.py; wanted its config.json") from None
-    return Run(name or label, str(device), **read_metrics(path / "metrics.jsonl"))
-
-
-def read_metrics(path: Path) -> dict[str, list[float]]:
-    """The columns of a metrics.jsonl."""
-    rows = json_rows(path, *COLUMNS)
+    rows = json_rows(path / "metrics.jsonl", *COLUMNS)
     for place, row in rows:
         if not all(type(row[name]) in (int, float) and math.isfinite(row[name]) for name in COLUMNS):
             raise InputError(f"{place}: wanted an object with the numbers {', '.join(COLUMNS)}; found {shown(row)}")
     if not rows:
-        raise InputError(f"{path}: no step in it")
-    return {name: [float(row[name]) for _, row in rows] for name in COLUMNS}
+        raise InputError(f"{path / 'metrics.jsonl'}: no step in it")
+    return Run(name or label, str(device), *([float(row[name]) for _, row in rows] for name in COLUMNS))
 
 
 # ------------------------------------------------------------------------------------------------------------ figures
@@ -1558,7 +1529,7 @@ def figures(flags: argparse.Namespace) -> None:
     if runs:
         drawn |= {"figure2a": (draw_margins, runs), "figure2b": (draw_costs, runs)}
     captions, out = [], Path(flags.out)
-    try:
+    with naming(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
         for name, (draw, of) in drawn.items():
             figure = matplotlib.figure.Figure(layout="constrained")
@@ -1567,8 +1538,6 @@ def figures(flags: argparse.Namespace) -> None:
             print(f"{out / f'{name}.png'}\n{caption}\n")
             captions.append(f"![{name}]({name}.png)\n\n{caption}\n")
         (out / "captions.md").write_text("\n".join(captions))
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}") from None
     print(f"captions in {out / 'captions.md'}" + ("" if runs else "; Figure 2 wants --runs, so only Figure 1 is drawn"))
 
 
