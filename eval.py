@@ -1566,29 +1566,28 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command's flags, and the command itself as `command`."""
     parser = _Parser(prog="python eval.py", description=__doc__, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands, file = parser.add_subparsers(required=True, metavar="COMMAND"), {"required": True, "metavar": "FILE"}
 
-    def new(name: str, run: Callable, text: str, steps=commands) -> argparse.ArgumentParser:
+    def new(name: str, run: Callable, text: str, steps=commands, **defaults) -> argparse.ArgumentParser:
         command = steps.add_parser(name, help=text, allow_abbrev=False)
-        command.set_defaults(command=run)
+        command.set_defaults(command=run, **defaults)
         return command
 
     def add_model(add: Callable, answers: bool) -> None:
         add("--model", required=True, metavar="DIR", help="Hugging Face directory of a Llama")
-        add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="cuda where each process "
-            "has one")
+        add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="cuda where each process has one")
         add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of all weights: bf16 on CUDA, fp32 "
             "on a CPU")
         add("--seed", type=number(int, 0), default=0, help=f"of {'what is drawn' if answers else 'the bootstrap'} [0]")
         if answers:
             add("--cache-tokens", type=number(int, 1), default=CACHE_TOKENS, help="tokens of all rows of a batch "
-                f"together: bounds memory, the answers stay the same [{CACHE_TOKENS}]")
+                "together: bounds memory, the answers stay the same [%(default)s]")
 
     add = new("generate", answer_prompts, "a model's answers to prompts").add_argument
     add_model(add, answers=True)
-    add("--prompts", required=True, metavar="FILE", help="JSONL of prompts (formats: README)")
-    add("--out", required=True, metavar="FILE", help="JSONL of answers; FILE.json beside it says how they were made. "
-        "The same call goes on where it was interrupted")
+    add("--prompts", **file, help="JSONL of prompts (formats: README)")
+    add("--out", **file, help="JSONL of answers; FILE.json beside it says how they were made. The same call goes on "
+        "where it was interrupted")
     add("--raw", action="store_true", help="go on with each prompt as plain text, after BOS, without the chat format")
     add("--temperature", type=number(float, 0), default=0.0, help="0: the likeliest token, always [0]")
     add("--top-p", type=number(float, 1e-9, 1), default=1.0, help="draw from the fewest likeliest tokens that together "
@@ -1599,7 +1598,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = new("likelihood", likelihood, "log-probs of preference pairs").add_argument
     add_model(add, answers=False)
     add("--compare", metavar="DIR", help="a second model, on the same pairs")
-    add("--data", required=True, metavar="FILE", help="preference pairs (formats: README)")
+    add("--data", **file, help="preference pairs (formats: README)")
     add("--out", required=True, metavar="OUT", help="a directory, for pairs.jsonl and summary.json, or NAME.jsonl, "
         "with NAME.json beside it")
     add("--max-tokens", type=number(int, 2), help="as in train.py [2048, or what the model takes if less]")
@@ -1608,35 +1607,29 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max-tokens-per-gpu", type=number(int, 1), default=8192, help="as in train.py [8192]")
 
     add = new("score", score, "BLEU-4 and ROUGE of predictions against references").add_argument
-    add("--predictions", required=True, metavar="FILE", help="JSONL rows with the strings prediction and reference; "
-        "other keys are ignored")
+    add("--predictions", **file, help="JSONL rows with the strings prediction and reference; other keys are ignored")
     add("--json", metavar="OUT", help="file of the scores, as JSON; without it they are only printed")
 
     for bench, name, judge, report in ((MT_BENCH, "mt-bench", judge_mt_bench, report_mt_bench),
                                        (ARENA_HARD, "arena-hard", judge_arena_hard, report_arena_hard)):
-        steps = commands.add_parser(name, help=f"{bench.name}: answer, judge, report", allow_abbrev=False)
-        steps = steps.add_subparsers(required=True, metavar="STEP")
+        steps = new(name, None, f"{bench.name}: answer, judge, report").add_subparsers(required=True, metavar="STEP")
 
-        command = new("answer", answer, "answers of a model", steps)
-        command.set_defaults(bench=bench)
-        add = command.add_argument
+        add = new("answer", answer, "answers of a model", steps, bench=bench).add_argument
         add_model(add, answers=True)
-        add("--questions", required=True, metavar="FILE", help="the benchmark's question.jsonl")
-        add("--out", required=True, metavar="FILE", help="answers; those it has already are left. FILE.json beside it "
-            "says how they were made")
+        add("--questions", **file, help="the benchmark's question.jsonl")
+        add("--out", **file, help="answers; those it has already are left. FILE.json beside it says how they were made")
         add("--model-id", metavar="NAME", help="whom the rows stand for [the directory's name; of OUT/model, OUT's]")
 
         add = new("judge", judge, "judgments of answers, by an endpoint", steps).add_argument
-        add("--questions", required=True, metavar="FILE", help="the benchmark's question.jsonl")
-        add("--answers", required=True, metavar="FILE", help="one model's answers")
+        add("--questions", **file, help="the benchmark's question.jsonl")
+        add("--answers", **file, help="one model's answers")
         if bench is MT_BENCH:
-            add("--references", required=True, metavar="FILE", help="reference_answer/gpt-4.jsonl")
-            add("--prompts", required=True, metavar="FILE", help="judge_prompts.jsonl")
+            add("--references", **file, help="reference_answer/gpt-4.jsonl")
+            add("--prompts", **file, help="judge_prompts.jsonl")
         else:
-            add("--baseline", required=True, metavar="FILE", help="model_answer/gpt-4-0314.jsonl")
-            add("--config", required=True, metavar="FILE", help="judge_config.yaml")
-        add("--out", required=True, metavar="FILE", help="judgments; those it has already are left. The replies as "
-            "they came go to FILE.raw")
+            add("--baseline", **file, help="model_answer/gpt-4-0314.jsonl")
+            add("--config", **file, help="judge_config.yaml")
+        add("--out", **file, help="judgments; those it has already are left. The replies as they came go to FILE.raw")
         add("--endpoint", default="", metavar="URL", help="of an OpenAI-compatible chat service, such as "
             "https://api.openai.com/v1; not needed where all is judged")
         add("--judge-model", required=True, metavar="NAME", help="the judge, as the endpoint calls it")
@@ -1653,8 +1646,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         given.add_argument("--judgments", nargs="+", default=[], metavar="FILE", help="of one judge, any models")
         if bench is ARENA_HARD:
             given.add_argument("--battles", metavar="FILE", help="instead: weighted battles, as Arena-Hard counts them")
-            command.add_argument("--baseline-model", default="gpt-4-0314", metavar="NAME", help="in battles "
-                                 "[gpt-4-0314]")
+            command.add_argument("--baseline-model", default="gpt-4-0314", metavar="NAME", help="[gpt-4-0314]")
         command.add_argument("--questions", metavar="FILE", help="question.jsonl [the published ones]")
         command.add_argument("--json", metavar="OUT", help="file of the report, as JSON")
 
