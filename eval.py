@@ -197,7 +197,8 @@ class _Row:
 def generate(model: Llama, requests: list[Request], stop_ids: frozenset[int], *, top_p: float = 1.0, top_k: int = 0,
              seed: int = 0, cache_tokens: int = CACHE_TOKENS) -> Iterator[tuple[int, list[int], str]]:
     """Continues each request until it draws one of stop_ids or has max_new_tokens or as many as the model's context
-    takes. Yields (index into requests, new token ids without the stop token, "stop" or "length") as they finish.
+    takes. Yields (index into requests, new token ids without the stop token, and "stop", "length", or "overlong" for a
+    prompt that fills the context) as they finish.
 
     A batch is as many rows as fit in a cache of cache_tokens tokens when each may grow to its full length (one at
     least): longest first, so that rows of a batch are alike, and those that wait always fit in the place of one that
@@ -211,10 +212,9 @@ def generate(model: Llama, requests: list[Request], stop_ids: frozenset[int], *,
     def full_length(i: int) -> int:
         return min(len(requests[i].prompt) + requests[i].max_new_tokens, context)
 
-    roomy = [i for i in range(len(requests)) if full_length(i) > len(requests[i].prompt)]
-    for i in set(range(len(requests))) - set(roomy):
-        yield i, [], "length"
-    waiting = sorted(roomy, key=full_length)  # taken from the end
+    overlong = [i for i, request in enumerate(requests) if len(request.prompt) >= context]
+    yield from ((i, [], "overlong") for i in overlong)
+    waiting = sorted(set(range(len(requests))) - set(overlong), key=full_length)  # taken from the end
     rows: list[_Row] = []  # row b of the cache is rows[b]'s
     while waiting or rows:
         if not rows:
@@ -392,7 +392,7 @@ def answer_prompts(flags: argparse.Namespace) -> None:
     done = claim_rows(flags, "prompts", lambda: answered(out), "raw", "temperature", "top_p", "top_k", "seed",
                       "max_new_tokens")
     model, chat, stop_ids = load_generator(flags.model, flags.device, flags.precision)
-    encoded, context = encode_prompts(prompts, chat, model.config.vocab_size), model.config.max_position_embeddings
+    encoded = encode_prompts(prompts, chat, model.config.vocab_size)
 
     def write(i: int, new: list[int], finish: str) -> None:
         turns, reference = prompts[i].prompt, prompts[i].reference
@@ -402,10 +402,6 @@ def answer_prompts(flags: argparse.Namespace) -> None:
                          "finish": finish} | ({} if reference is None else {"reference": reference}))
 
     mine = [i for i in share(range(len(prompts))) if i not in done]
-    for i in mine:
-        if len(encoded[i]) >= context:
-            write(i, [], "overlong")
-    mine = [i for i in mine if len(encoded[i]) < context]
     if os.environ.get("RANK", "0") == "0":
         print(f"{flags.model}: {len(prompts):,} prompts, {len(done):,} of them answered before", flush=True)
     requests = [Request(i, encoded[i], flags.temperature, flags.max_new_tokens) for i in mine]
@@ -418,7 +414,7 @@ def answer_prompts(flags: argparse.Namespace) -> None:
         mean = sum(row["tokens"] for row in rows) / len(rows)
         print(f"{out}: {len(rows):,} rows, {mean:,.1f} tokens on average; {count['stop']:,} ended by a stop token, "
               f"{count['length']:,} by --max-new-tokens or the context; {count['overlong']:,} left unanswered, whose "
-              f"prompt takes all {context:,} tokens of the context", flush=True)
+              f"prompt takes all {model.config.max_position_embeddings:,} tokens of the context", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- likelihood
@@ -857,24 +853,22 @@ def answer(flags: argparse.Namespace) -> None:
         asked = mine[start:start + bench.at_once]
         what, talks = f"questions {start + 1} to {start + len(asked)} of {len(mine)}", {i: [] for i, _ in asked}
         for turn in range(bench.turns):
+            asked = [(i, question) for i, question in asked if i in talks]
             for i, question in asked:
                 talks[i].append(("user", question.turns[turn].strip()))
             prompts = [Prompt(talks[i], None, question.place) for i, question in asked]
-            waiting, asked, requests = asked, [], []
-            for (i, question), ids in zip(waiting, encode_prompts(prompts, chat, model.config.vocab_size), strict=True):
-                if len(ids) >= model.config.max_position_embeddings:
-                    counts["overlong"] += 1
-                    continue
-                temperature = MT_TEMPERATURES[question.category] if bench is MT_BENCH else 0.0
-                asked.append((i, question))
-                # A stream of random numbers of its own for each turn.
-                requests.append(Request(i + turn * len(questions), ids, temperature, bench.max_new_tokens))
+            encoded = encode_prompts(prompts, chat, model.config.vocab_size)
+            requests = [Request(i + turn * len(questions), ids,  # each turn has random numbers of its own
+                                MT_TEMPERATURES[question.category] if bench is MT_BENCH else 0.0, bench.max_new_tokens)
+                        for (i, question), ids in zip(asked, encoded, strict=True)]
             answers = generate(model, requests, stop_ids, seed=flags.seed, cache_tokens=flags.cache_tokens)
             for k, new, finish in told(answers, len(requests), f"{what}, turn {turn + 1}: "):
                 i, question = asked[k]
                 talks[i].append(("assistant", chat.decode(new).strip()))
-                counts["cut"] += finish == "length"
-                if turn + 1 == bench.turns:
+                counts[finish] += 1
+                if finish == "overlong":
+                    del talks[i]
+                elif turn + 1 == bench.turns:
                     texts = [content for role, content in talks[i] if role == "assistant"]
                     turns = texts if bench is MT_BENCH else [{"content": texts[0], "token_len": len(new)}]
                     append_row(out, {"question_id": question.id, "answer_id": uuid.uuid4().hex,
@@ -882,7 +876,7 @@ def answer(flags: argparse.Namespace) -> None:
                                      "tstamp": time.time()})
                     counts["answered"] += 1
     print(f"{out}: {counts['answered']} of {len(questions)} questions answered by {flags.model_id}, {len(done)} there "
-          f"before; {counts['overlong']} skipped (no room in the context); {counts['cut']} turns cut at their limit")
+          f"before; {counts['overlong']} skipped (no room in the context); {counts['length']} turns cut at their limit")
 
 
 class Judge(NamedTuple):

@@ -119,10 +119,10 @@ def test_the_cache_is_never_larger_than_told_unless_a_single_row_is(monkeypatch)
 def test_an_answer_ends_at_its_limit_or_at_the_models_context_whichever_comes_first():
     model = tiny_model(max_position_embeddings=16)
     requests = [Request(0, [1] * 10, max_new_tokens=4), Request(1, [1] * 10, max_new_tokens=50),
-                Request(2, [1] * 16, max_new_tokens=5), Request(3, [1] * 15, max_new_tokens=5), Request(4, [1], 0.0, 0)]
+                Request(2, [1] * 16, max_new_tokens=5), Request(3, [1] * 15, max_new_tokens=5)]
     found = answers(model, requests)
     assert {i: (len(new), finish) for i, (new, finish) in found.items()} == {
-        0: (4, "length"), 1: (6, "length"), 2: (0, "length"), 3: (1, "length"), 4: (0, "length")}
+        0: (4, "length"), 1: (6, "length"), 2: (0, "overlong"), 3: (1, "length")}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

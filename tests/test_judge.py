@@ -943,11 +943,10 @@ def test_killed_in_a_first_turn_it_keeps_all_questions_but_those_at_once_and_goe
     assert [[r.number for r in requests] for requests in spoken] == [[2], [5]] and len(rows_of(out)) == 3
 
 
-def test_a_prompt_without_room_is_skipped_and_counted(mt, spoken, capsys):
+def test_a_prompt_without_room_is_skipped_and_counted(mt, capsys):
     lines = (mt.where / "question.jsonl").read_text().replace("And plus 1?", "more " * 3000)
     (mt.where / "question.jsonl").write_text(lines.replace("Write a line.", "much " * 3000))
     assert evaluation.main(answer_flags(mt)) == 0
-    assert [len(requests) for requests in spoken] == [2, 1]
     assert [row["question_id"] for row in rows_of(mt.where / "new/answers.jsonl")] == [141]
     assert "1 of 3 questions answered by examples, 0 there before; 2 skipped" in capsys.readouterr().out
 
