@@ -88,6 +88,9 @@ def share(items: list) -> list:
     return items[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
 
 
+FIRST_KEYS = (b'{"index": ', b'{"question_id": ')  # what each row that is written here begins with
+
+
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[IO[bytes]]:
     """A file of JSON lines, made with its directory if it is not there, that no other process holds meanwhile. What is
@@ -97,29 +100,20 @@ def locked(path: str | Path) -> Iterator[IO[bytes]]:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if file.seek(0, os.SEEK_END):
-                file.seek(-1, os.SEEK_END)
-                if file.read() != b"\n":
-                    mend(path, file)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            if size and file.read() != b"\n":
+                file.seek(0)
+                last = file.read().split(b"\n")[-1]
+                try:
+                    json.loads(last)
+                    file.write(b"\n")
+                except ValueError:
+                    if not any(last.startswith(start[:len(last)]) for start in FIRST_KEYS):
+                        raise InputError(f"{path}: its last line is no row of this command; name another") from None
+                    file.truncate(size - len(last))
             file.seek(0)
             yield file
-
-
-FIRST_KEYS = (b'{"index": ', b'{"question_id": ')  # what each row that is written here begins with
-
-
-def mend(path: str | Path, file: IO[bytes]) -> None:
-    """Ends a file's last line, or takes it away: see `locked`."""
-    file.seek(0)
-    text = file.read()
-    last = text[text.rfind(b"\n") + 1:]
-    try:
-        json.loads(last)
-        file.write(b"\n")
-    except ValueError:
-        if not any(last.startswith(start[:len(last)]) for start in FIRST_KEYS):
-            raise InputError(f"{path}: its last line is no row of this command; name another file") from None
-        file.truncate(len(text) - len(last))
 
 
 def named(text: str) -> tuple[str, Path]:
@@ -205,8 +199,7 @@ def generate(model: Llama, requests: list[Request], stop_ids: frozenset[int], *,
     finished. A row's numbers depend on its neighbours by nothing but the rounding of matrix products, whose order of
     summation differs with the number of rows.
 
-    top_p and top_k (0: off) as in `probabilities`. Two requests of equal number draw with the same random numbers.
-    """
+    top_p and top_k (0: off) as in `probabilities`. Two requests of equal number draw with the same random numbers."""
     context = model.config.max_position_embeddings
 
     def full_length(i: int) -> int:
@@ -436,9 +429,9 @@ def encode_pairs(flags: argparse.Namespace, directory: str, max_tokens: int) -> 
 
 @torch.no_grad()
 def pair_logps(model: Llama, pairs: list[Pair], max_tokens_per_gpu: int, device: torch.device) -> np.ndarray:
-    """Log-probs of shape (pairs, 2, 2), float64, in nats: [pair, chosen or rejected, mean or sum]; all of them in
-    every process. Pairs are put into micro-batches as if there were one process, and these are shared, so that the
-    numbers do not depend on how many there are. Raises InputError where a pair alone is over max_tokens_per_gpu."""
+    """Log-probs of shape (pairs, 2, 2), float64, in nats: [pair, chosen or rejected, mean or sum]; all of them in every
+    process. Micro-batches are made as if there were one process, and shared, so that the numbers do not depend on how
+    many there are. Raises InputError where a pair alone is over max_tokens_per_gpu."""
     sizes = np.array([pair.packed_tokens() for pair in pairs])
     logps = torch.zeros(len(pairs), 2, 2, dtype=torch.float64)
     for indexes in share(split_pairs(np.arange(len(pairs)), sizes, 1, max_tokens_per_gpu)[0]):
@@ -488,10 +481,7 @@ def bootstrap(statistic: Callable[[np.ndarray], object], n: int, seed: int = 0) 
 
 def summarise(rows: list[dict], other: list[dict] | None = None, seed: int = 0) -> list[dict]:
     """The measures of one model; of two on the same pairs, both and the differences (the first's less the other's).
-
-    Each measure is {"value", "low", "high"}, as `bootstrap` gives them over pairs, the same resamples for both models,
-    so that a difference's interval is that of paired data.
-    """
+    Each is {"value", "low", "high"}; both models have the same resamples, so a difference's interval is paired."""
     names = [*list(MEASURES)[:-1], "tokens_w"]
     columns_MPC = np.array([[[row[name] for name in names] for row in part] for part in (rows, other) if part])
     found = np.stack(bootstrap(lambda weight_P: measures(columns_MPC, weight_P), len(rows), seed), -1)
@@ -593,11 +583,8 @@ def tokens_rouge(text: str) -> list[str]:
 
 
 def words_lf(text: str) -> list[str]:
-    """The tokens of jieba.cut, white space among them, for texts without two Chinese characters in a row.
-
-    Differs from it for Chinese, which jieba divides into words by a dictionary and a Markov model: here a run of
-    Chinese characters is one token.
-    """
+    """The tokens of jieba.cut, white space among them. Differs from it where two Chinese characters meet: jieba divides
+    them into words by a dictionary and a Markov model, and here a run of them is one token."""
     words = []
     for i, block in enumerate(BLOCK_LF.split(text)):
         if i % 2 == 0:  # re.split alternates: between the blocks each character stands alone
@@ -611,10 +598,9 @@ def words_lf(text: str) -> list[str]:
 def tokens_lf(text: str) -> list[str]:
     """The tokens that rouge_chinese 1.0.3 compares when LLaMA-Factory hands it " ".join(jieba.cut(text)).
 
-    It cuts that into sentences, at newlines, at the marks and after six dots, to no effect but two, which are kept
-    here: a blank sentence that is not empty gives one empty token, and a longer run of dots is divided. (Its further
-    rules, on quotes and ellipses after a mark, never act, since a space stands between the words.)
-    """
+    It cuts that into sentences, at newlines, at the marks and after six dots, which has two effects: a blank sentence
+    that is not empty gives one empty token, and a longer run of dots is divided. (Its further rules, on quotes and
+    ellipses after a mark, never act, since a space stands between the words.)"""
     cut = SENTENCE_LF.sub(r"\1\n\2", " ".join(words_lf(text))).rstrip()
     return [token for sentence in cut.split("\n") if sentence for token in sentence.split() or [""]]
 
@@ -628,8 +614,7 @@ def lcs_length(a: Sequence[str], b: Sequence[str]) -> int:
     """Tokens of the longest common subsequence of a and b.
 
     Row by row of the usual table, a row being one integer: bit i is 0 where the row grows from a[:i] to a[:i+1]. The
-    sum carries each match to the next place where the row grew (Crochemore et al. 2001; Hyyrö 2004).
-    """
+    sum carries each match to the next place where the row grew (Crochemore et al. 2001; Hyyrö 2004)."""
     places: dict[str, int] = {}
     for i, token in enumerate(a):
         places[token] = places.get(token, 0) | 1 << i
@@ -652,8 +637,7 @@ def bleu4(matches: Sequence[int], totals: Sequence[int], prediction_tokens: int,
     """BLEU-4 from `bleu_counts`, 0 to 100: geometric mean of four precisions, times exp(1 - r/c) where c <= r.
 
     The k-th order without a match has precision 1/(2^k total): sacrebleu's smoothing "exp", nltk's method 3. 0 where no
-    token matches, and where an order has no n-gram at all.
-    """
+    token matches, and where an order has no n-gram at all."""
     if not matches[0] or not all(totals):
         return 0.0
     log_precision, zeros = 0.0, 0
@@ -702,8 +686,7 @@ def score_rows(rows: list[tuple[str, str]]) -> dict[str, float]:
         bleu4                     of the corpus: counts are summed before BLEU is taken (sacrebleu 2.6 corpus_bleu)
         rouge1, rouge2, rougeL    mean over rows of rouge_score's F1
         bleu4_lf ... rougeL_lf    mean over rows, each rounded to 4 decimals: LLaMA-Factory 0.9.5, train/sft/metric.py
-        count, mean_*_characters, mean_*_tokens     rows; code points; tokens of 13a, which `bleu4` counts
-    """
+        count, mean_*_characters, mean_*_tokens     rows; code points; tokens of 13a, which `bleu4` counts"""
     counts, means, means_lf = [], [], []
     for prediction, reference in rows:
         counts.append(bleu_counts(tokens_13a(prediction), tokens_13a(reference)))
@@ -839,8 +822,7 @@ def answer(flags: argparse.Namespace) -> None:
 
     MT-Bench: two turns, the second seeing the first answer, at its category's temperature; Arena-Hard: one, greedy.
     No system prompt. token_len counts the model's own tokens, not tiktoken's as in Arena-Hard's files. Questions whose
-    prompt fills the context are counted and not answered.
-    """
+    prompt fills the context are counted and not answered."""
     bench, questions, out = flags.bench, read_questions(flags.questions, flags.bench), Path(flags.out)
     home = Path(flags.model).resolve()
     flags.model_id = flags.model_id or (home.parent.name if home.name == "model" else home.name)  # train.py's OUT/model
@@ -958,8 +940,7 @@ def ask(judge: Judge, messages: list[dict], about: dict) -> str:
 
     Tried again, after a wait that doubles and is spread by chance: no connection, time-outs, HTTP 408, 429 and 5xx,
     bodies without a reply. Raises UnjudgedError when that was of no use or judge.stop is set; InputError for a status
-    that every request would get.
-    """
+    that every request would get."""
     data = json.dumps({"model": judge.model, "messages": messages, "temperature": judge.temperature,
                        "max_tokens": judge.max_tokens}).encode()
     digest = hashlib.sha256(data).hexdigest()
@@ -1000,8 +981,7 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: dict[tuple, Job], key
     """Does the jobs that --out lacks, several at once, and writes each row when it is there.
 
     A job's key is its row's values of `keys`. Interrupted, it waits for the replies under way, so that all that was
-    paid for is kept. Raises InputError where --out is another judge's or judges other answers.
-    """
+    paid for is kept. Raises InputError where --out is another judge's or judges other answers."""
     out, done = Path(flags.out), set()
     with locked(out):
         pass
@@ -1156,20 +1136,19 @@ def play(model: str, number: int | str, system: str, users: list[str], judge: Ju
 def mean_score(sums: list[float], counts: list[int]) -> dict[str, float] | None:
     """sum(sums)/sum(counts) and its 95% interval over the units, which are questions (MT-Bench) or battles
     (Arena-Hard). None where nothing counts."""
-    units_2Q = np.array([sums, counts], dtype=np.float64)
-
-    def ratio(weight_Q: np.ndarray) -> float:
-        total, count = units_2Q @ weight_Q
-        return total / count if count else math.nan
-
     if not sum(counts):
         return None
-    return dict(zip(("score", "low", "high"), map(float, bootstrap(ratio, len(sums))), strict=True))
+    sum_Q, count_Q = np.array([sums, counts], dtype=np.float64)
+    with np.errstate(invalid="ignore"):  # 0/0, where nothing that was drawn counts
+        found = bootstrap(lambda weight_Q: (weight_Q @ sum_Q) / (weight_Q @ count_Q), len(sums))
+    return dict(zip(("score", "low", "high"), map(float, found), strict=True))
 
 
-def read_judgments(flags: argparse.Namespace, questions: dict | None, report: dict,
+def read_judgments(flags: argparse.Namespace, questions: dict | None, report: dict, counts: Counter,
                    *keys: str) -> Iterator[tuple[str, str, dict]]:
-    """(place, model, row) of a report's files; the report gains their judge. InputError where there are two."""
+    """(place, model, row) of a report's files, of several judgments of the same the first; the others are counted. The
+    report gains their judge. InputError where there are two."""
+    seen = set()
     for path in flags.judgments:
         for place, row in json_rows(path, "question_id", "model", *keys, questions=questions):
             judge = row.get("judge")
@@ -1177,26 +1156,27 @@ def read_judgments(flags: argparse.Namespace, questions: dict | None, report: di
             if judge != report.setdefault("judge", judge) or not isinstance(row["model"], str):
                 raise InputError(f"{place}: {row['model']!r} judged by {judge!r}, above by {report['judge']!r}; wanted "
                                  "the judgments of one judge")
+            turn = row["turn"] if "turn" in keys else 1
+            if turn not in (1, 2):
+                raise InputError(f"{place}: turn {turn!r}, wanted 1 or 2")
+            if (of := (row["model"], row["question_id"], turn)) in seen:
+                counts[row["model"], "duplicate"] += 1
+                continue
+            seen.add(of)
             yield place, row["model"], row
 
 
 def report_mt_bench(flags: argparse.Namespace) -> None:
-    """Means over the judged turns: of all, of each turn, of each category. The first of several judgments of a turn
-    counts; a score of -1, or that is no number, does not."""
+    """Means over the judged turns: of all, of each turn, of each category. -1 and what is no number do not count."""
     if flags.questions:
         questions = read_questions(flags.questions, MT_BENCH)
     else:  # they are public and fixed: 81 to 160, ten a category
         questions = {81 + i: Question(81 + i, list(MT_TEMPERATURES)[i // 10], []) for i in range(80)}
     found, counts, report = {}, Counter(), {"benchmark": MT_BENCH.name}
-    for place, name, row in read_judgments(flags, questions, report, "judge", "score", "turn"):
-        key, score = (row["question_id"], row["turn"]), row["score"]
-        if row["turn"] not in (1, 2):
-            raise InputError(f"{place}: turn {row['turn']!r}, wanted 1 or 2")
-        if key in found.setdefault(name, {}):
-            counts[name, "duplicate"] += 1
-            continue
+    for _, name, row in read_judgments(flags, questions, report, counts, "judge", "score", "turn"):
+        score = row["score"]
         parsed = type(score) in (int, float) and math.isfinite(score) and score != -1
-        found[name][key] = score if parsed else None
+        found.setdefault(name, {})[row["question_id"], row["turn"]] = score if parsed else None
         counts[name, "judged" if parsed else "unparsed"] += 1
         counts[name, "outside 1-10"] += parsed and not 1 <= score <= 10
 
@@ -1205,11 +1185,10 @@ def report_mt_bench(flags: argparse.Namespace) -> None:
                         for q in questions.values() if category in (None, q.category)]
         return mean_score([sum(of_one) for of_one in per_question], [len(of_one) for of_one in per_question])
 
-    categories = dict.fromkeys(question.category for question in questions.values())
-    scores = {name: {"overall": mean(of_model, (1, 2)), "turn 1": mean(of_model, (1,)), "turn 2": mean(of_model, (2,))}
-              | {category: mean(of_model, (1, 2), category) for category in categories}
-              for name, of_model in found.items()}
+    categories, scores = dict.fromkeys(question.category for question in questions.values()), {}
     for name, of_model in found.items():
+        scores[name] = {"overall": mean(of_model, (1, 2))} | {f"turn {i}": mean(of_model, (i,)) for i in (1, 2)}
+        scores[name] |= {category: mean(of_model, (1, 2), category) for category in categories}
         counts[name, "missing"] = 2 * len(questions) - len(of_model)
     write_report(flags, report, scores, counts, "{:.7g}", "judged", "missing", "duplicate", "unparsed", "outside 1-10")
 
@@ -1219,20 +1198,15 @@ def report_arena_hard(flags: argparse.Namespace) -> None:
     Bradley-Terry maximum-likelihood win rate.
 
     A strong verdict is three battles, a tie half a win in one; what is no verdict (None, "A>>A") is unparsed and none.
-    The first of several judgments of a question counts. Arena-Hard's bootstrap draws battles as if the three of a
-    verdict were independent, and so does this one: over questions, intervals would be wider.
-    """
+    Arena-Hard's bootstrap draws battles as if the three of a verdict were independent, and so does this one: over
+    questions, intervals would be wider."""
     questions = read_questions(flags.questions, ARENA_HARD) if flags.questions else None
     asked, report = len(questions) if questions else 500, {"benchmark": ARENA_HARD.name}  # 500 in v0.1
-    points, counts, seen, kinds = {}, Counter(), set(), ("judged", "missing", "duplicate", "unparsed")
-    for place, name, row in read_judgments(flags, questions, report, "games"):
+    points, counts, kinds = {}, Counter(), ("judged", "missing", "duplicate", "unparsed")
+    for place, name, row in read_judgments(flags, questions, report, counts, "games"):
         if not isinstance(row["games"], list) or len(row["games"]) > 2:
             raise InputError(f"{place}: wanted a list of two games; found {ascii(row['games'])[:60]}")
-        number, of_model = row["question_id"], points.setdefault(name, [])
-        if (name, number) in seen:
-            counts[name, "duplicate"] += 1
-            continue
-        seen.add((name, number))
+        of_model = points.setdefault(name, [])
         for swapped, game in enumerate(row["games"]):  # in the second game the model is A
             label = game.get("score") if isinstance(game, dict) else None
             won, weight = VERDICTS.get(str(label), (0.0, 0))
@@ -1300,8 +1274,7 @@ OVERLAP = ("bleu4_lf", "rouge1_lf", "rouge2_lf", "rougeL_lf", "bleu4", "rouge1",
 def tables(flags: argparse.Namespace) -> None:
     """The paper's three tables, models side by side, from what other commands wrote with --json into a directory for
     each model: arena_hard*.json and mt_bench*.json (a column for each judge), score.json. likelihood.json, where it is
-    there, makes a table of its own. What is not there is a dash.
-    """
+    there, makes a table of its own. What is not there is a dash."""
     found = {"Table 1. Arena-Hard (win rate, %) and MT-Bench, 95% intervals": {},
              "Table 2. BLEU and ROUGE after training on HH-RLHF": {},
              "Table 3. BLEU and ROUGE after training on UltraFeedback": {}, "Likelihoods (not in the paper)": {}}
