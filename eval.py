@@ -1212,9 +1212,8 @@ def report_arena_hard(flags: argparse.Namespace) -> None:
             won, weight = VERDICTS.get(str(label), (0.0, 0))
             of_model += [1 - won if swapped else won] * weight
             counts[name, "judged" if weight else "unparsed"] += 1
-        counts[name, "missing"] -= len(row["games"])
     for name in points:
-        counts[name, "missing"] += 2 * asked
+        counts[name, "missing"] = 2 * asked - counts[name, "judged"] - counts[name, "unparsed"]
     if flags.battles:
         (points, counts), kinds = read_battles(flags, questions), ("battles", "unparsed")
     scores = {name: {"win rate": mean_score([100 * won for won in of_model], [1] * len(of_model))}
