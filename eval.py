@@ -2,34 +2,29 @@
 
     python eval.py generate --model DIR --prompts FILE --out FILE        a model's answers; started again, it goes on
     python eval.py likelihood --model DIR --data FILE --out DIR          how likely a model finds both sides of pairs
-    python eval.py score --predictions FILE --json OUT           BLEU-4 and ROUGE of predictions against references
-    python eval.py mt-bench answer --model DIR --questions question.jsonl --out ANSWERS          two turns each
+    python eval.py score --predictions FILE --json OUT                   BLEU-4 and ROUGE against references
+    python eval.py mt-bench answer --model DIR --questions FILE --out ANSWERS ...
     python eval.py mt-bench judge --answers ANSWERS --endpoint URL --judge-model NAME --out JUDGMENTS ...
-    python eval.py mt-bench report --judgments JUDGMENTS ... --json OUT                          scores and intervals
-    python eval.py arena-hard answer|judge|report ...            the same three steps
-    python eval.py tables --runs NAME=DIR ...                    the paper's tables, from what --json wrote
-    python eval.py figures --out DIR                             Figure 1, which wants no run
-    python eval.py figures --out DIR --runs RUN NAME=RUN ...     Figure 2 as well; each RUN is an --out of train.py
-    python eval.py --help                                        the commands; `python eval.py COMMAND --help` its flags
+    python eval.py mt-bench report --judgments JUDGMENTS ... --json OUT  scores and intervals
+    python eval.py arena-hard answer|judge|report ...                    the same three steps
+    python eval.py tables --runs NAME=DIR ...                            the paper's tables, from what --json wrote
+    python eval.py figures --out DIR --runs RUN NAME=RUN ...             Figure 1 and, of what train.py wrote, Figure 2
+    python eval.py COMMAND --help                                        its flags
 
 In reading order
     share, locked, append_row       one process and many: torchrun starts them, a locked file joins what they write
     json_rows, write_json           rows in, results out
     Request, generate               continuations of token ids, in ragged batches over a cache of keys and values
-    load_generator, answer_prompts  the command: prompts -> answers, a row each
-    pair_logps, pair_rows           log-probs of both sides of preference pairs
-    summarise, likelihood           the command: means with intervals, of one model or of two on the same pairs
-    tokens_13a ... bleu4_lf         BLEU-4 and ROUGE, conventional and as LLaMA-Factory computes them
-    score_rows, read_predictions, score    the command: a table, and OUT
+    load_generator, claim_rows      what answers, and whether a file's answers are its own
+    answer_prompts                  the command generate: prompts -> answers, a row each
+    pair_logps ... likelihood       log-probs of preference pairs; means with intervals, of one model or of two
+    tokens_13a ... score            BLEU-4 and ROUGE, conventional and as LLaMA-Factory computes them
     answer                          a benchmark's questions to a model's answers
     Judge, open_judge, ask          one request to a judge, tried until it is answered, every reply kept
     judge_all                       many, several at once; judge_mt_bench and judge_arena_hard say which
-    bootstrap ... report_*          judgments to scores, each with an interval
-    tables                          models side by side
+    report_*, tables                judgments to scores with intervals; models side by side
     bt_surface ... log_gradient     equations 15 to 18 as pure functions
-    Run, read_run                   what train.py left in a directory, checked
-    draw_surfaces ... draw_costs    one picture each, and its caption
-    figures                         the command: DIR/figure*.png and DIR/captions.md
+    read_run ... figures            what train.py left in a directory, checked; pictures and their captions
     parse, main                     flags, and the exit code
 
 Under torchrun each process holds the whole model and takes its share of the rows.
@@ -50,6 +45,7 @@ import fcntl
 import functools
 import hashlib
 import http.client
+import itertools
 import json
 import math
 import os
@@ -57,6 +53,7 @@ import random
 import re
 import statistics
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -81,7 +78,7 @@ import asft
 from data import (ChatFormat, Pair, Prompt, encode_preferences, pack, read_preferences, read_prompts, read_records,
                   resolve_max_tokens, split_pairs)
 from model import (Cache, InputError, Llama, LlamaConfig, check_weights, choose_device, files_checksum, load_model,
-                   read_json, shown)
+                   naming, read_json, shown)
 
 # ----------------------------------------------------------------------------------- files that several processes write
 
@@ -91,40 +88,32 @@ def share(items: list) -> list:
     return items[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
 
 
+FIRST_KEYS = (b'{"index": ', b'{"question_id": ')  # what each row that is written here begins with
+
+
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[IO[bytes]]:
     """A file of JSON lines, made with its directory if it is not there, that no other process holds meanwhile. What is
     written goes to its end. A last row without its end is completed if it is whole, and else cut off, since whoever
     wrote it was killed; what no command here writes stays, and is an InputError."""
-    try:
+    with naming(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if file.seek(0, os.SEEK_END):
-                file.seek(-1, os.SEEK_END)
-                if file.read() != b"\n":
-                    mend(path, file)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            if size and file.read() != b"\n":
+                file.seek(0)
+                last = file.read().split(b"\n")[-1]
+                try:
+                    json.loads(last)
+                    file.write(b"\n")
+                except ValueError:
+                    if not any(last.startswith(start[:len(last)]) for start in FIRST_KEYS):
+                        raise InputError(f"{path}: its last line is no row of this command; name another") from None
+                    file.truncate(size - len(last))
             file.seek(0)
             yield file
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-
-
-FIRST_KEYS = (b'{"index": ', b'{"question_id": ')  # what each row that is written here begins with
-
-
-def mend(path: str | Path, file: IO[bytes]) -> None:
-    """Ends a file's last line, or takes it away: see `locked`."""
-    file.seek(0)
-    text = file.read()
-    last = text[text.rfind(b"\n") + 1:]
-    try:
-        json.loads(last)
-        file.write(b"\n")
-    except ValueError:
-        if not any(last.startswith(start[:len(last)]) for start in FIRST_KEYS):
-            raise InputError(f"{path}: its last line is no row of this command; name another file") from None
-        file.truncate(len(text) - len(last))
 
 
 def named(text: str) -> tuple[str, Path]:
@@ -147,13 +136,11 @@ def json_line(row: dict) -> bytes:
 def write_json(path: str | Path, value: dict, *read: str | Path) -> None:
     """Writes --json, making its directory. InputError where that fails, or would replace a file that was read."""
     path = Path(path)
-    try:
+    with naming(f"--json {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and any(path.samefile(other) for other in read):
             raise InputError(f"--json {path} is a file that was read; name another")
         path.write_text(json.dumps(value, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"--json {path}: {error.strerror}") from None
 
 
 def json_rows(path: str | Path, *keys: str, questions: dict | None = None) -> list[tuple[str, dict]]:
@@ -204,24 +191,23 @@ class _Row:
 def generate(model: Llama, requests: list[Request], stop_ids: frozenset[int], *, top_p: float = 1.0, top_k: int = 0,
              seed: int = 0, cache_tokens: int = CACHE_TOKENS) -> Iterator[tuple[int, list[int], str]]:
     """Continues each request until it draws one of stop_ids or has max_new_tokens or as many as the model's context
-    takes. Yields (index into requests, new token ids without the stop token, "stop" or "length") as they finish.
+    takes. Yields (index into requests, new token ids without the stop token, and "stop", "length", or "overlong" for a
+    prompt that fills the context) as they finish.
 
     A batch is as many rows as fit in a cache of cache_tokens tokens when each may grow to its full length (one at
     least): longest first, so that rows of a batch are alike, and those that wait always fit in the place of one that
     finished. A row's numbers depend on its neighbours by nothing but the rounding of matrix products, whose order of
     summation differs with the number of rows.
 
-    top_p and top_k (0: off) as in `probabilities`. Two requests of equal number draw with the same random numbers.
-    """
+    top_p and top_k (0: off) as in `probabilities`. Two requests of equal number draw with the same random numbers."""
     context = model.config.max_position_embeddings
 
     def full_length(i: int) -> int:
         return min(len(requests[i].prompt) + requests[i].max_new_tokens, context)
 
-    roomy = [i for i in range(len(requests)) if full_length(i) > len(requests[i].prompt)]
-    for i in set(range(len(requests))) - set(roomy):
-        yield i, [], "length"
-    waiting = sorted(roomy, key=full_length)  # taken from the end
+    overlong = [i for i, request in enumerate(requests) if len(request.prompt) >= context]
+    yield from ((i, [], "overlong") for i in overlong)
+    waiting = sorted(set(range(len(requests))) - set(overlong), key=full_length)  # taken from the end
     rows: list[_Row] = []  # row b of the cache is rows[b]'s
     while waiting or rows:
         if not rows:
@@ -280,7 +266,8 @@ def probabilities(logits_BV: Tensor, temperature_B: Tensor, top_p: float = 1.0, 
     (ties with the last one too; 0: all), then of these the fewest likeliest ones that together have top_p, each time
     made to sum to 1 again. The order and the meaning are transformers' (TemperatureLogitsWarper, TopKLogitsWarper,
     TopPLogitsWarper)."""
-    logits_BV = asft.at_least_fp32(logits_BV) / temperature_B[:, None]
+    logits_BV = asft.at_least_fp32(logits_BV)
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature_B[:, None]  # at most 0: never infinite
     if 0 < top_k < logits_BV.shape[-1]:
         logits_BV = logits_BV.masked_fill(logits_BV < logits_BV.topk(top_k).values[:, -1:], -math.inf)
     if top_p < 1:
@@ -310,22 +297,34 @@ def load_generator(directory: str | Path, device: str = "auto",
     return model, chat, chat.stop_ids | set(more)
 
 
-def answered(out: Path) -> dict[int, dict]:
-    """The answers in a file, by index."""
-    rows = {}
-    for place, row in json_rows(out, "index", "prediction", "tokens", "finish"):
-        if type(row["index"]) is not int:
-            raise InputError(f"{place}: not an answer of this command")
-        rows[row["index"]] = row
-    return rows
+def told(answers: Iterator[tuple[int, list[int], str]], count: int,
+         what: str = "") -> Iterator[tuple[int, list[int], str]]:
+    """The answers of `generate`, as they come. Process 0 says every 5 seconds and at the last one how many of count it
+    has, and how fast they come."""
+    started = said = time.monotonic()
+    tokens = 0
+    for done, (k, new, finish) in enumerate(answers, 1):
+        yield k, new, finish
+        tokens += len(new) + (finish == "stop")
+        now = time.monotonic()
+        if (done == count or now - said > 5) and os.environ.get("RANK", "0") == "0":
+            said = now
+            print(f"{what}{done:,} of this process's {count:,} answers, {tokens:,} tokens, "
+                  f"{tokens / (now - started):,.0f} tokens/s", flush=True)
 
 
-def claim_rows(out: Path, settings: dict) -> set[int]:
-    """The indexes of the answers in `out`, made under the same settings: OUT.json beside it holds them. Raises
-    InputError for answers made otherwise, naming the first setting that differs, and for a file of another origin."""
-    beside = Path(f"{out}.json")
+def claim_rows(flags: argparse.Namespace, asked: str, read: Callable[[], dict], *names: str) -> dict:
+    """read(), the answers in --out, made by the same weights from the same file of what is asked (the flag of that
+    name) under the same values of the flags `names`: OUT.json beside it holds them. Raises InputError for answers made
+    otherwise, naming the first setting that differs, and for a file of another origin."""
+    out, beside = flags.out, Path(f"{flags.out}.json")
+    files = [Path(flags.model) / name for name in ("config.json", "generation_config.json", "tokenizer.json")]
+    files += sorted(set(check_weights(flags.model, LlamaConfig.load(flags.model)).values()))
+    settings = {"model": files_checksum(files), asked: files_checksum([getattr(flags, asked)]),
+                "dtype": str(choose_device(flags.device, flags.precision)[1]),
+                **{name: getattr(flags, name) for name in names}}
     with locked(out):
-        rows = answered(out)
+        rows = read()
         if not rows:
             beside.write_text(json.dumps(settings, indent=2) + "\n")
         elif not beside.exists():
@@ -335,7 +334,17 @@ def claim_rows(out: Path, settings: dict) -> set[int]:
         for key, value in settings.items():
             if found.get(key) != value:
                 raise InputError(f"--out {out} was made with {key} {found.get(key)}, not {value}; name another file")
-    return set(rows)
+    return rows
+
+
+def answered(out: Path) -> dict[int, dict]:
+    """The answers in a file, by index."""
+    rows = {}
+    for place, row in json_rows(out, "index", "prediction", "tokens", "finish"):
+        if type(row["index"]) is not int:
+            raise InputError(f"{place}: not an answer of this command")
+        rows[row["index"]] = row
+    return rows
 
 
 def order_rows(out: Path, count: int) -> list[dict] | None:
@@ -372,21 +381,11 @@ def encode_prompts(prompts: list[Prompt], chat: ChatFormat, vocab_size: int) -> 
 
 def answer_prompts(flags: argparse.Namespace) -> None:
     """Writes the answers to --prompts as they come, and in the end in order; goes on where the same call stopped."""
-    for name, low, high in (("temperature", 0, math.inf), ("top_p", 1e-9, 1), ("top_k", 0, math.inf),
-                            ("seed", 0, math.inf), ("max_new_tokens", 1, math.inf), ("cache_tokens", 1, math.inf)):
-        if not low <= getattr(flags, name) <= high or getattr(flags, name) == math.inf:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(flags, name)}, wanted {low} or more"
-                             + f" and at most {high}" * (high < math.inf))
-    prompts, config, out = read_prompts(flags.prompts, flags.raw), LlamaConfig.load(flags.model), Path(flags.out)
-    files = [Path(flags.model) / name for name in ("config.json", "generation_config.json", "tokenizer.json")]
-    files += sorted(set(check_weights(flags.model, config).values()))
-    same = ("raw", "temperature", "top_p", "top_k", "seed", "max_new_tokens")
-    dtype = choose_device(flags.device, flags.precision)[1]
-    settings = {"model": files_checksum(files), "prompts": files_checksum([flags.prompts]), "dtype": str(dtype),
-                **{name: getattr(flags, name) for name in same}}
-    done = claim_rows(out, settings)
+    prompts, out = read_prompts(flags.prompts, flags.raw), Path(flags.out)
+    done = claim_rows(flags, "prompts", lambda: answered(out), "raw", "temperature", "top_p", "top_k", "seed",
+                      "max_new_tokens")
     model, chat, stop_ids = load_generator(flags.model, flags.device, flags.precision)
-    encoded = encode_prompts(prompts, chat, config.vocab_size)
+    encoded = encode_prompts(prompts, chat, model.config.vocab_size)
 
     def write(i: int, new: list[int], finish: str) -> None:
         turns, reference = prompts[i].prompt, prompts[i].reference
@@ -395,32 +394,20 @@ def answer_prompts(flags: argparse.Namespace) -> None:
         append_row(out, {"index": i, "prompt": turns, "prediction": chat.decode(new), "tokens": len(new),
                          "finish": finish} | ({} if reference is None else {"reference": reference}))
 
-    mine, talks = [i for i in share(range(len(prompts))) if i not in done], os.environ.get("RANK", "0") == "0"
-    overlong = [i for i in mine if len(encoded[i]) >= config.max_position_embeddings]
-    for i in overlong:
-        write(i, [], "overlong")
-    mine = sorted(set(mine) - set(overlong))
-    if talks:
+    mine = [i for i in share(range(len(prompts))) if i not in done]
+    if os.environ.get("RANK", "0") == "0":
         print(f"{flags.model}: {len(prompts):,} prompts, {len(done):,} of them answered before", flush=True)
     requests = [Request(i, encoded[i], flags.temperature, flags.max_new_tokens) for i in mine]
-    started = said = time.monotonic()
-    tokens = 0
     answers = generate(model, requests, stop_ids, top_p=flags.top_p, top_k=flags.top_k, seed=flags.seed,
                        cache_tokens=flags.cache_tokens)
-    for count, (k, new, finish) in enumerate(answers, 1):
+    for k, new, finish in told(answers, len(mine)):
         write(mine[k], new, finish)
-        tokens += len(new) + (finish == "stop")
-        now = time.monotonic()
-        if talks and (count == len(mine) or now - said > 5):
-            said = now
-            print(f"{count:,} of this process's {len(mine):,} answers, {tokens:,} tokens, "
-                  f"{tokens / (now - started):,.0f} tokens/s", flush=True)
     if rows := order_rows(out, len(prompts)):
         count = Counter(row["finish"] for row in rows)
         mean = sum(row["tokens"] for row in rows) / len(rows)
         print(f"{out}: {len(rows):,} rows, {mean:,.1f} tokens on average; {count['stop']:,} ended by a stop token, "
               f"{count['length']:,} by --max-new-tokens or the context; {count['overlong']:,} left unanswered, whose "
-              f"prompt takes all {config.max_position_embeddings:,} tokens of the context", flush=True)
+              f"prompt takes all {model.config.max_position_embeddings:,} tokens of the context", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- likelihood
@@ -442,9 +429,9 @@ def encode_pairs(flags: argparse.Namespace, directory: str, max_tokens: int) -> 
 
 @torch.no_grad()
 def pair_logps(model: Llama, pairs: list[Pair], max_tokens_per_gpu: int, device: torch.device) -> np.ndarray:
-    """Log-probs of shape (pairs, 2, 2), float64, in nats: [pair, chosen or rejected, mean or sum]; all of them in
-    every process. Pairs are put into micro-batches as if there were one process, and these are shared, so that the
-    numbers do not depend on how many there are. Raises InputError where a pair alone is over max_tokens_per_gpu."""
+    """Log-probs of shape (pairs, 2, 2), float64, in nats: [pair, chosen or rejected, mean or sum]; all of them in every
+    process. Micro-batches are made as if there were one process, and shared, so that the numbers do not depend on how
+    many there are. Raises InputError where a pair alone is over max_tokens_per_gpu."""
     sizes = np.array([pair.packed_tokens() for pair in pairs])
     logps = torch.zeros(len(pairs), 2, 2, dtype=torch.float64)
     for indexes in share(split_pairs(np.arange(len(pairs)), sizes, 1, max_tokens_per_gpu)[0]):
@@ -494,10 +481,7 @@ def bootstrap(statistic: Callable[[np.ndarray], object], n: int, seed: int = 0) 
 
 def summarise(rows: list[dict], other: list[dict] | None = None, seed: int = 0) -> list[dict]:
     """The measures of one model; of two on the same pairs, both and the differences (the first's less the other's).
-
-    Each measure is {"value", "low", "high"}, as `bootstrap` gives them over pairs, the same resamples for both models,
-    so that a difference's interval is that of paired data.
-    """
+    Each is {"value", "low", "high"}; both models have the same resamples, so a difference's interval is paired."""
     names = [*list(MEASURES)[:-1], "tokens_w"]
     columns_MPC = np.array([[[row[name] for name in names] for row in part] for part in (rows, other) if part])
     found = np.stack(bootstrap(lambda weight_P: measures(columns_MPC, weight_P), len(rows), seed), -1)
@@ -507,27 +491,27 @@ def summarise(rows: list[dict], other: list[dict] | None = None, seed: int = 0) 
 
 def likelihood(flags: argparse.Namespace) -> None:
     """Writes OUT/pairs.jsonl (and pairs-compare.jsonl) and OUT/summary.json, and prints the summary."""
-    if flags.max_tokens_per_gpu < 1 or flags.seed < 0 or (flags.max_tokens is not None and flags.max_tokens < 2):
-        raise InputError("wanted --max-tokens-per-gpu of at least 1, --max-tokens of at least 2, --seed of at least 0; "
-                         f"found {flags.max_tokens_per_gpu}, {flags.max_tokens} and {flags.seed}")
     directories = [flags.model] + [flags.compare] * (flags.compare is not None)
     out, single = Path(flags.out), flags.out.endswith(".jsonl")
     first = out if single else out / "pairs.jsonl"
-    paths = [first, first.with_name(f"{first.stem}-compare.jsonl")]
+    paths = [first, first.with_name(f"{first.stem}-compare.jsonl")][:len(directories)]
     summary_path = out.with_suffix(".json") if single else out / "summary.json"
     talks = os.environ.get("RANK", "0") == "0"
-    for path in [*paths, summary_path]:
-        if talks and path.exists():
+    for path in [*paths, summary_path] if talks else []:
+        if path.exists():
             raise InputError(f"--out: {path} exists; name another")
+        with naming(f"--out {out}"):  # before the work: is there room, and a right, to write in what will hold it?
+            tempfile.TemporaryFile(dir=next(home for home in path.absolute().parents if home.exists())).close()
     configs = [LlamaConfig.load(directory) for directory in directories]
     max_tokens = min(resolve_max_tokens(flags.max_tokens, config) for config in configs)
     (pairs, counts), *others = [encode_pairs(flags, directory, max_tokens) for directory in directories]
     for directory, (of_other, _) in zip(directories[1:], others, strict=True):
-        for pair, same in zip(pairs, of_other, strict=False):
-            sides = ((pair.prompt, same.prompt), (pair.chosen, same.chosen), (pair.rejected, same.rejected))
-            if not all(np.array_equal(*side) for side in sides):
+        # One is longer where the other's tokenizer makes an answer empty, or two equal: that pair was dropped.
+        for pair, same in itertools.zip_longest(pairs, of_other):
+            if not (pair and same and np.array_equal(pair.prompt, same.prompt)
+                    and np.array_equal(pair.chosen, same.chosen) and np.array_equal(pair.rejected, same.rejected)):
                 raise InputError(f"--compare {directory}: its tokenizer gives other ids than {flags.model}'s, first "
-                                 f"for {pair.place}; log-probs of other tokens do not compare")
+                                 f"for {(pair or same).place}; log-probs of other tokens do not compare")
 
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
@@ -545,14 +529,12 @@ def likelihood(flags: argparse.Namespace) -> None:
     facts = {"model": flags.model, "compare": flags.compare, "data": flags.data, "counts": counts, "pairs": len(pairs),
              "tokens_w": sum(len(pair.chosen) for pair in pairs), "tokens_l": sum(len(pair.rejected) for pair in pairs),
              "max_tokens": max_tokens, "dtype": str(dtype), "seed": flags.seed, "resamples": RESAMPLES,
-             **dict(zip(("measures", "compare_measures", "difference"), found, strict=False))}
-    try:
+             **dict(zip(("measures", "compare_measures", "difference")[:len(found)], found, strict=True))}
+    with naming(f"--out {out}"):
         summary_path.parent.mkdir(parents=True, exist_ok=True)
-        for path, rows in zip(paths, of_models, strict=False):
+        for path, rows in zip(paths, of_models, strict=True):
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         summary_path.write_text(json.dumps(facts, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}") from None
     print(f"{flags.data}: {len(pairs):,} pairs of {counts['read']:,} read; {facts['tokens_w']:,} chosen and "
           f"{facts['tokens_l']:,} rejected tokens\n")
     heads = [flags.model, flags.compare, "difference"][:len(found)]
@@ -601,11 +583,8 @@ def tokens_rouge(text: str) -> list[str]:
 
 
 def words_lf(text: str) -> list[str]:
-    """The tokens of jieba.cut, white space among them, for texts without two Chinese characters in a row.
-
-    Differs from it for Chinese, which jieba divides into words by a dictionary and a Markov model: here a run of
-    Chinese characters is one token.
-    """
+    """The tokens of jieba.cut, white space among them. Differs from it where two Chinese characters meet: jieba divides
+    them into words by a dictionary and a Markov model, and here a run of them is one token."""
     words = []
     for i, block in enumerate(BLOCK_LF.split(text)):
         if i % 2 == 0:  # re.split alternates: between the blocks each character stands alone
@@ -619,10 +598,9 @@ def words_lf(text: str) -> list[str]:
 def tokens_lf(text: str) -> list[str]:
     """The tokens that rouge_chinese 1.0.3 compares when LLaMA-Factory hands it " ".join(jieba.cut(text)).
 
-    It cuts that into sentences, at newlines, at the marks and after six dots, to no effect but two, which are kept
-    here: a blank sentence that is not empty gives one empty token, and a longer run of dots is divided. (Its further
-    rules, on quotes and ellipses after a mark, never act, since a space stands between the words.)
-    """
+    It cuts that into sentences, at newlines, at the marks and after six dots, which has two effects: a blank sentence
+    that is not empty gives one empty token, and a longer run of dots is divided. (Its further rules, on quotes and
+    ellipses after a mark, never act, since a space stands between the words.)"""
     cut = SENTENCE_LF.sub(r"\1\n\2", " ".join(words_lf(text))).rstrip()
     return [token for sentence in cut.split("\n") if sentence for token in sentence.split() or [""]]
 
@@ -636,8 +614,7 @@ def lcs_length(a: Sequence[str], b: Sequence[str]) -> int:
     """Tokens of the longest common subsequence of a and b.
 
     Row by row of the usual table, a row being one integer: bit i is 0 where the row grows from a[:i] to a[:i+1]. The
-    sum carries each match to the next place where the row grew (Crochemore et al. 2001; Hyyrö 2004).
-    """
+    sum carries each match to the next place where the row grew (Crochemore et al. 2001; Hyyrö 2004)."""
     places: dict[str, int] = {}
     for i, token in enumerate(a):
         places[token] = places.get(token, 0) | 1 << i
@@ -660,8 +637,7 @@ def bleu4(matches: Sequence[int], totals: Sequence[int], prediction_tokens: int,
     """BLEU-4 from `bleu_counts`, 0 to 100: geometric mean of four precisions, times exp(1 - r/c) where c <= r.
 
     The k-th order without a match has precision 1/(2^k total): sacrebleu's smoothing "exp", nltk's method 3. 0 where no
-    token matches, and where an order has no n-gram at all.
-    """
+    token matches, and where an order has no n-gram at all."""
     if not matches[0] or not all(totals):
         return 0.0
     log_precision, zeros = 0.0, 0
@@ -710,8 +686,7 @@ def score_rows(rows: list[tuple[str, str]]) -> dict[str, float]:
         bleu4                     of the corpus: counts are summed before BLEU is taken (sacrebleu 2.6 corpus_bleu)
         rouge1, rouge2, rougeL    mean over rows of rouge_score's F1
         bleu4_lf ... rougeL_lf    mean over rows, each rounded to 4 decimals: LLaMA-Factory 0.9.5, train/sft/metric.py
-        count, mean_*_characters, mean_*_tokens     rows; code points; tokens of 13a, which `bleu4` counts
-    """
+        count, mean_*_characters, mean_*_tokens     rows; code points; tokens of 13a, which `bleu4` counts"""
     counts, means, means_lf = [], [], []
     for prediction, reference in rows:
         counts.append(bleu_counts(tokens_13a(prediction), tokens_13a(reference)))
@@ -729,23 +704,25 @@ def score_rows(rows: list[tuple[str, str]]) -> dict[str, float]:
     return dict(zip(names, scores, strict=True)) | {"count": len(rows)} | lengths
 
 
-def read_predictions(path: Path) -> list[tuple[str, str]]:
-    """(prediction, reference) of each row of a JSONL file. Raises InputError, naming file and line."""
-    rows = []
+def read_predictions(path: Path) -> tuple[list[tuple[str, str]], int]:
+    """(prediction, reference) of each row of a JSONL file, and how many of them `generate` left unanswered. Raises
+    InputError, naming file and line."""
+    rows, overlong = [], 0
     for place, row in json_rows(path, "prediction", "reference"):
         for key in ("prediction", "reference"):
             if not isinstance(row[key], str):
                 raise InputError(f"{place}: {key} is {ascii(row[key])[:60]}, wanted a string")
         rows.append((row["prediction"], row["reference"]))
+        overlong += row.get("finish") == "overlong"
     if not rows:
         raise InputError(f"{path}: no row in it; wanted rows with prediction and reference")
-    return rows
+    return rows, overlong
 
 
 def score(flags: argparse.Namespace) -> None:
     """Prints both families with the lengths beside them, since both move with length; writes them with --json."""
     path = Path(flags.predictions)
-    rows = read_predictions(path)
+    rows, overlong = read_predictions(path)
     scores = score_rows(rows)
     print(f"{path}: {len(rows):,} rows\n{'':12}  BLEU-4  ROUGE-1  ROUGE-2  ROUGE-L    "
           "mean length: prediction  reference")
@@ -754,6 +731,8 @@ def score(flags: argparse.Namespace) -> None:
         values = [scores[name + suffix] for name in ("bleu4", "rouge1", "rouge2", "rougeL")]
         values += [scores[f"mean_{side}_{unit}"] for side in ("prediction", "reference")]
         print("{:12}{:8.2f}{:9.2f}{:9.2f}{:9.2f}{:27,.1f}{:11,.1f}  {}".format(family, *values, unit))
+    if overlong:
+        print(f"{overlong:,} of the rows were left unanswered, their prompts being too long: they count as empty")
     if chinese := sum(bool(re.search(f"[{HAN}]{{2}}", f"{prediction} {reference}")) for prediction, reference in rows):
         print(f"{chinese:,} of the rows hold Chinese, which jieba divides into words: ROUGE _lf is not LLaMA-Factory's")
     if flags.json is not None:
@@ -780,9 +759,11 @@ class Bench(NamedTuple):
     name: str
     turns: int
     max_new_tokens: int
+    at_once: int  # questions of a process that are asked, turn after turn, before its next ones are
 
 
-MT_BENCH, ARENA_HARD = Bench("MT-Bench", 2, 1024), Bench("Arena-Hard", 1, 4096)
+# An answer is written when its last turn is done: killed, MT-Bench loses what 32 questions took at most.
+MT_BENCH, ARENA_HARD = Bench("MT-Bench", 2, 1024, 32), Bench("Arena-Hard", 1, 4096, 500)
 
 
 class Question(NamedTuple):
@@ -791,6 +772,7 @@ class Question(NamedTuple):
     id: int | str
     category: str
     turns: list[str]
+    place: str = ""  # "file:line"
 
 
 def turn_texts(holder: object, turns: int, place: str) -> list[str]:
@@ -807,11 +789,13 @@ def read_questions(path: str | Path, bench: Bench) -> dict[int | str, Question]:
     """By id, in file order."""
     questions = {}
     for place, row in json_rows(path, "question_id", "category", "turns"):
-        question = Question(row["question_id"], row["category"], turn_texts(row, bench.turns, place))
+        question = Question(row["question_id"], row["category"], turn_texts(row, bench.turns, place), place)
         if question.id in questions:
             raise InputError(f"{place}: question {question.id} is there twice")
         if bench is MT_BENCH and question.category not in list(MT_TEMPERATURES):
             raise InputError(f"{place}: category {question.category!r}, wanted one of {', '.join(MT_TEMPERATURES)}")
+        if re.search("[\ud800-\udfff]", "".join(question.turns)):
+            raise InputError(f"{place}: turns hold half a surrogate pair, which is not Unicode text")
         questions[question.id] = question
     if not questions:
         raise InputError(f"{path}: no question in it")
@@ -833,51 +817,48 @@ def read_answers(path: str | Path, bench: Bench, questions: dict) -> tuple[str |
 
 
 def answer(flags: argparse.Namespace) -> None:
-    """Answers a benchmark's questions, as FastChat or Arena-Hard write them, each when its last turn is done.
+    """Answers a benchmark's questions, as FastChat or Arena-Hard write them, each when its last turn is done; goes on
+    where the same call stopped, as `claim_rows` has it.
 
     MT-Bench: two turns, the second seeing the first answer, at its category's temperature; Arena-Hard: one, greedy.
-    No system prompt. token_len counts the model's own tokens, not tiktoken's as in Arena-Hard's files. Questions that
-    the file answers already are left; those whose prompt fills the context are counted and not answered.
-    """
+    No system prompt. token_len counts the model's own tokens, not tiktoken's as in Arena-Hard's files. Questions whose
+    prompt fills the context are counted and not answered."""
     bench, questions, out = flags.bench, read_questions(flags.questions, flags.bench), Path(flags.out)
     home = Path(flags.model).resolve()
-    name = flags.model_id or (home.parent.name if home.name == "model" else home.name)  # train.py's are OUT/model
-    if flags.seed < 0:
-        raise InputError(f"--seed is {flags.seed}, wanted 0 or more")
-    with locked(out):  # not while another process is in the middle of a row
-        there, done = read_answers(out, bench, questions)
-    if there not in (None, name):
-        raise InputError(f"--out {out}: answers of {there!r}, wanted {name!r} (--model-id) or a fresh file")
+    flags.model_id = flags.model_id or (home.parent.name if home.name == "model" else home.name)  # train.py's OUT/model
+    done = claim_rows(flags, "questions", lambda: read_answers(out, bench, questions)[1], "model_id", "seed")
     # Shared out before the answered ones are left out: else what one process has just written moves another's share.
-    asked = [(i, question) for i, question in share(list(enumerate(questions.values()))) if question.id not in done]
-    counts, talks, lengths = Counter(), {i: [] for i, _ in asked}, {}
+    mine = [(i, question) for i, question in share(list(enumerate(questions.values()))) if question.id not in done]
+    counts = Counter()
     model, chat, stop_ids = load_generator(flags.model, flags.device, flags.precision)
-    for turn in range(bench.turns):
-        waiting, asked, requests = asked, [], []
-        for i, question in waiting:
-            talks[i].append(("user", question.turns[turn]))
-            prompt = chat.prompt(talks[i])
-            room = model.config.max_position_embeddings - len(prompt)
-            if room <= 0:
-                counts["overlong"] += 1
-                continue
-            temperature = MT_TEMPERATURES[question.category] if bench is MT_BENCH else 0.0
-            asked.append((i, question))
-            # A stream of random numbers of its own for each turn.
-            requests.append(Request(i + turn * len(questions), prompt, temperature, min(bench.max_new_tokens, room)))
-        for k, ids, reason in generate(model, requests, stop_ids, seed=flags.seed):
-            i, question = asked[k]
-            talks[i].append(("assistant", chat.decode(ids).strip()))
-            lengths[i] = len(ids)
-            counts["cut"] += reason == "length"
-            if turn + 1 == bench.turns:
-                texts = [content for role, content in talks[i] if role == "assistant"]
-                turns = texts if bench is MT_BENCH else [{"content": texts[0], "token_len": lengths[i]}]
-                append_row(out, {"question_id": question.id, "answer_id": uuid.uuid4().hex, "model_id": name,
-                                 "choices": [{"index": 0, "turns": turns}], "tstamp": time.time()})
-                counts["answered"] += 1
-    print(f"{out}: {counts['answered']} of {len(questions)} questions answered by {name}, {len(done)} there before; "
-          f"{counts['overlong']} skipped (no room in the context); {counts['cut']} turns cut at the token limit")
+    for start in range(0, len(mine), bench.at_once):
+        asked = mine[start:start + bench.at_once]
+        what, talks = f"questions {start + 1} to {start + len(asked)} of {len(mine)}", {i: [] for i, _ in asked}
+        for turn in range(bench.turns):
+            asked = [(i, question) for i, question in asked if i in talks]
+            for i, question in asked:
+                talks[i].append(("user", question.turns[turn].strip()))
+            prompts = [Prompt(talks[i], None, question.place) for i, question in asked]
+            encoded = encode_prompts(prompts, chat, model.config.vocab_size)
+            requests = [Request(i + turn * len(questions), ids,  # each turn has random numbers of its own
+                                MT_TEMPERATURES[question.category] if bench is MT_BENCH else 0.0, bench.max_new_tokens)
+                        for (i, question), ids in zip(asked, encoded, strict=True)]
+            answers = generate(model, requests, stop_ids, seed=flags.seed, cache_tokens=flags.cache_tokens)
+            for k, new, finish in told(answers, len(requests), f"{what}, turn {turn + 1}: "):
+                i, question = asked[k]
+                talks[i].append(("assistant", chat.decode(new).strip()))
+                counts[finish] += 1
+                if finish == "overlong":
+                    del talks[i]
+                elif turn + 1 == bench.turns:
+                    texts = [content for role, content in talks[i] if role == "assistant"]
+                    turns = texts if bench is MT_BENCH else [{"content": texts[0], "token_len": len(new)}]
+                    append_row(out, {"question_id": question.id, "answer_id": uuid.uuid4().hex,
+                                     "model_id": flags.model_id, "choices": [{"index": 0, "turns": turns}],
+                                     "tstamp": time.time()})
+                    counts["answered"] += 1
+    print(f"{out}: {counts['answered']} of {len(questions)} questions answered by {flags.model_id}, {len(done)} there "
+          f"before; {counts['overlong']} skipped (no room in the context); {counts['length']} turns cut at their limit")
 
 
 class Judge(NamedTuple):
@@ -910,8 +891,6 @@ def open_judge(flags: argparse.Namespace, temperature: float, max_tokens: int) -
         raise InputError(f"environment variable {flags.key_variable} (--key-variable) is "
                          f"{'not a key' if key else 'not set'}; wanted the endpoint's key in it, or any word for an "
                          "endpoint that needs none")
-    if min(flags.concurrency, flags.tries) < 1 or not 0 < flags.timeout < 1e6 or not 0 <= flags.wait < 1e6:
-        raise InputError("wanted --concurrency and --tries of at least 1, --timeout above 0, --wait of at least 0")
     address = flags.endpoint.rstrip("/")
     address += "" if address.endswith("/chat/completions") else "/chat/completions"
     opener = urllib.request.OpenerDirector()  # without urllib's redirects, which would carry the key to another host
@@ -961,8 +940,7 @@ def ask(judge: Judge, messages: list[dict], about: dict) -> str:
 
     Tried again, after a wait that doubles and is spread by chance: no connection, time-outs, HTTP 408, 429 and 5xx,
     bodies without a reply. Raises UnjudgedError when that was of no use or judge.stop is set; InputError for a status
-    that every request would get.
-    """
+    that every request would get."""
     data = json.dumps({"model": judge.model, "messages": messages, "temperature": judge.temperature,
                        "max_tokens": judge.max_tokens}).encode()
     digest = hashlib.sha256(data).hexdigest()
@@ -986,7 +964,6 @@ def ask(judge: Judge, messages: list[dict], about: dict) -> str:
             if status == 200 and (reply := reply_of(body)):
                 return reply
             if status in HOPELESS or 300 <= status < 400:
-                judge.stop.set()
                 raise InputError(f"{judge.url}: HTTP {status}: {' '.join(body.split())[:200]}")
         if not again:
             raise UnjudgedError(f"{reason}: {' '.join(body.split())[:100]}")
@@ -1004,8 +981,7 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: dict[tuple, Job], key
     """Does the jobs that --out lacks, several at once, and writes each row when it is there.
 
     A job's key is its row's values of `keys`. Interrupted, it waits for the replies under way, so that all that was
-    paid for is kept. Raises InputError where --out is another judge's or judges other answers.
-    """
+    paid for is kept. Raises InputError where --out is another judge's or judges other answers."""
     out, done = Path(flags.out), set()
     with locked(out):
         pass
@@ -1020,10 +996,21 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: dict[tuple, Job], key
                 raise InputError(f"{place}: what was judged is not {model}'s answer to question {key[0]} in --answers; "
                                  "wanted the same answers, or a fresh file")
             done.add(key)
-    judge = open_judge(flags, temperature, max_tokens)
     waiting, failed, made = [work for key, (_, work) in jobs.items() if key not in done], Counter(), 0
+    if not waiting:
+        print(f"{out}: {len(done)} judgments of {model} by {flags.judge_model} there before, none left to make")
+        return
+    judge = open_judge(flags, temperature, max_tokens)
+
+    def do(work: Callable[[Judge], dict]) -> None:
+        try:
+            append_row(out, work(judge))
+        except InputError:
+            judge.stop.set()  # here: this thread's next job begins before any other thread hears of it
+            raise
+
     with ThreadPoolExecutor(flags.concurrency) as pool:
-        futures = [pool.submit(lambda work=work: append_row(out, work(judge))) for work in waiting]
+        futures = [pool.submit(do, work) for work in waiting]
         try:
             for count, future in enumerate(as_completed(futures), 1):
                 try:
@@ -1031,8 +1018,6 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: dict[tuple, Job], key
                     made += 1
                 except UnjudgedError as error:
                     failed[str(error)] += 1
-                except OSError as error:
-                    raise InputError(f"{error.filename or out}: {error.strerror}; it stops, to lose nothing") from None
                 if count % max(1, len(waiting) // 10) == 0:
                     print(f"{count} of {len(waiting)}", flush=True)
         except BaseException as error:
@@ -1091,19 +1076,20 @@ def rate(model: str, number: int | str, turn: int, name: str, prompt: dict, user
             "judgment": reply, "score": score, "turn": turn, "tstamp": time.time()}
 
 
-def read_setting(path: str | Path, key: str, kind: type):
+def read_setting(path: str | Path, key: str, *kinds: type):
     """The value of `key: VALUE` in a YAML file, where it is one line and JSON too: a double-quoted text, a list of
     them, a number. InputError for all else that YAML allows."""
     try:
         (text,) = re.findall(rf"^{key}:[ ]+(.*)$", Path(path).read_text(encoding="utf-8"), re.M)
         value, end = json.JSONDecoder().raw_decode(text)
-        if type(value) is kind and re.fullmatch(r"\s*(\s#.*)?", text[end:]):
+        if type(value) in kinds and re.fullmatch(r"\s*(\s#.*)?", text[end:]):
             return value
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; wanted Arena-Hard's judge_config.yaml") from None
     except ValueError:
         pass
-    raise InputError(f"{path}: wanted one line `{key}: VALUE`, VALUE being a {kind.__name__} in JSON's form")
+    raise InputError(f"{path}: wanted one line `{key}: VALUE`, VALUE being a "
+                     f"{' or '.join(kind.__name__ for kind in kinds)} in JSON's form")
 
 
 def judge_arena_hard(flags: argparse.Namespace) -> None:
@@ -1111,8 +1097,8 @@ def judge_arena_hard(flags: argparse.Namespace) -> None:
     questions = read_questions(flags.questions, ARENA_HARD)
     model, answers = read_answers(flags.answers, ARENA_HARD, questions)
     baseline, theirs = read_answers(flags.baseline, ARENA_HARD, questions)
-    system, templates, temperature, max_tokens = (read_setting(flags.config, key, kind) for key, kind in (
-        ("system_prompt", str), ("prompt_template", list), ("temperature", int), ("max_tokens", int)))
+    system, templates, temperature, max_tokens = (read_setting(flags.config, *of) for of in (
+        ("system_prompt", str), ("prompt_template", list), ("temperature", int, float), ("max_tokens", int)))
     jobs = {}
     for number, (mine,) in answers.items():
         if number not in theirs:
@@ -1150,20 +1136,19 @@ def play(model: str, number: int | str, system: str, users: list[str], judge: Ju
 def mean_score(sums: list[float], counts: list[int]) -> dict[str, float] | None:
     """sum(sums)/sum(counts) and its 95% interval over the units, which are questions (MT-Bench) or battles
     (Arena-Hard). None where nothing counts."""
-    units_2Q = np.array([sums, counts], dtype=np.float64)
-
-    def ratio(weight_Q: np.ndarray) -> float:
-        total, count = units_2Q @ weight_Q
-        return total / count if count else math.nan
-
     if not sum(counts):
         return None
-    return dict(zip(("score", "low", "high"), map(float, bootstrap(ratio, len(sums))), strict=True))
+    sum_Q, count_Q = np.array([sums, counts], dtype=np.float64)
+    with np.errstate(invalid="ignore"):  # 0/0, where nothing that was drawn counts
+        found = bootstrap(lambda weight_Q: (weight_Q @ sum_Q) / (weight_Q @ count_Q), len(sums))
+    return dict(zip(("score", "low", "high"), map(float, found), strict=True))
 
 
-def read_judgments(flags: argparse.Namespace, questions: dict | None, report: dict,
+def read_judgments(flags: argparse.Namespace, questions: dict | None, report: dict, counts: Counter,
                    *keys: str) -> Iterator[tuple[str, str, dict]]:
-    """(place, model, row) of a report's files; the report gains their judge. InputError where there are two."""
+    """(place, model, row) of a report's files, of several judgments of the same the first; the others are counted. The
+    report gains their judge. InputError where there are two."""
+    seen = set()
     for path in flags.judgments:
         for place, row in json_rows(path, "question_id", "model", *keys, questions=questions):
             judge = row.get("judge")
@@ -1171,26 +1156,27 @@ def read_judgments(flags: argparse.Namespace, questions: dict | None, report: di
             if judge != report.setdefault("judge", judge) or not isinstance(row["model"], str):
                 raise InputError(f"{place}: {row['model']!r} judged by {judge!r}, above by {report['judge']!r}; wanted "
                                  "the judgments of one judge")
+            turn = row["turn"] if "turn" in keys else 1
+            if turn not in (1, 2):
+                raise InputError(f"{place}: turn {turn!r}, wanted 1 or 2")
+            if (of := (row["model"], row["question_id"], turn)) in seen:
+                counts[row["model"], "duplicate"] += 1
+                continue
+            seen.add(of)
             yield place, row["model"], row
 
 
 def report_mt_bench(flags: argparse.Namespace) -> None:
-    """Means over the judged turns: of all, of each turn, of each category. The first of several judgments of a turn
-    counts; a score of -1, or that is no number, does not."""
+    """Means over the judged turns: of all, of each turn, of each category. -1 and what is no number do not count."""
     if flags.questions:
         questions = read_questions(flags.questions, MT_BENCH)
     else:  # they are public and fixed: 81 to 160, ten a category
         questions = {81 + i: Question(81 + i, list(MT_TEMPERATURES)[i // 10], []) for i in range(80)}
     found, counts, report = {}, Counter(), {"benchmark": MT_BENCH.name}
-    for place, name, row in read_judgments(flags, questions, report, "judge", "score", "turn"):
-        key, score = (row["question_id"], row["turn"]), row["score"]
-        if row["turn"] not in (1, 2):
-            raise InputError(f"{place}: turn {row['turn']!r}, wanted 1 or 2")
-        if key in found.setdefault(name, {}):
-            counts[name, "duplicate"] += 1
-            continue
+    for _, name, row in read_judgments(flags, questions, report, counts, "judge", "score", "turn"):
+        score = row["score"]
         parsed = type(score) in (int, float) and math.isfinite(score) and score != -1
-        found[name][key] = score if parsed else None
+        found.setdefault(name, {})[row["question_id"], row["turn"]] = score if parsed else None
         counts[name, "judged" if parsed else "unparsed"] += 1
         counts[name, "outside 1-10"] += parsed and not 1 <= score <= 10
 
@@ -1199,11 +1185,10 @@ def report_mt_bench(flags: argparse.Namespace) -> None:
                         for q in questions.values() if category in (None, q.category)]
         return mean_score([sum(of_one) for of_one in per_question], [len(of_one) for of_one in per_question])
 
-    categories = dict.fromkeys(question.category for question in questions.values())
-    scores = {name: {"overall": mean(of_model, (1, 2)), "turn 1": mean(of_model, (1,)), "turn 2": mean(of_model, (2,))}
-              | {category: mean(of_model, (1, 2), category) for category in categories}
-              for name, of_model in found.items()}
+    categories, scores = dict.fromkeys(question.category for question in questions.values()), {}
     for name, of_model in found.items():
+        scores[name] = {"overall": mean(of_model, (1, 2))} | {f"turn {i}": mean(of_model, (i,)) for i in (1, 2)}
+        scores[name] |= {category: mean(of_model, (1, 2), category) for category in categories}
         counts[name, "missing"] = 2 * len(questions) - len(of_model)
     write_report(flags, report, scores, counts, "{:.7g}", "judged", "missing", "duplicate", "unparsed", "outside 1-10")
 
@@ -1213,28 +1198,22 @@ def report_arena_hard(flags: argparse.Namespace) -> None:
     Bradley-Terry maximum-likelihood win rate.
 
     A strong verdict is three battles, a tie half a win in one; what is no verdict (None, "A>>A") is unparsed and none.
-    The first of several judgments of a question counts. Arena-Hard's bootstrap draws battles as if the three of a
-    verdict were independent, and so does this one: over questions, intervals would be wider.
-    """
+    Arena-Hard's bootstrap draws battles as if the three of a verdict were independent, and so does this one: over
+    questions, intervals would be wider."""
     questions = read_questions(flags.questions, ARENA_HARD) if flags.questions else None
     asked, report = len(questions) if questions else 500, {"benchmark": ARENA_HARD.name}  # 500 in v0.1
-    points, counts, seen, kinds = {}, Counter(), set(), ("judged", "missing", "duplicate", "unparsed")
-    for place, name, row in read_judgments(flags, questions, report, "games"):
+    points, counts, kinds = {}, Counter(), ("judged", "missing", "duplicate", "unparsed")
+    for place, name, row in read_judgments(flags, questions, report, counts, "games"):
         if not isinstance(row["games"], list) or len(row["games"]) > 2:
             raise InputError(f"{place}: wanted a list of two games; found {ascii(row['games'])[:60]}")
-        number, of_model = row["question_id"], points.setdefault(name, [])
-        if (name, number) in seen:
-            counts[name, "duplicate"] += 1
-            continue
-        seen.add((name, number))
+        of_model = points.setdefault(name, [])
         for swapped, game in enumerate(row["games"]):  # in the second game the model is A
             label = game.get("score") if isinstance(game, dict) else None
             won, weight = VERDICTS.get(str(label), (0.0, 0))
             of_model += [1 - won if swapped else won] * weight
             counts[name, "judged" if weight else "unparsed"] += 1
-        counts[name, "missing"] -= len(row["games"])
     for name in points:
-        counts[name, "missing"] += 2 * asked
+        counts[name, "missing"] = 2 * asked - counts[name, "judged"] - counts[name, "unparsed"]
     if flags.battles:
         (points, counts), kinds = read_battles(flags, questions), ("battles", "unparsed")
     scores = {name: {"win rate": mean_score([100 * won for won in of_model], [1] * len(of_model))}
@@ -1294,8 +1273,7 @@ OVERLAP = ("bleu4_lf", "rouge1_lf", "rouge2_lf", "rougeL_lf", "bleu4", "rouge1",
 def tables(flags: argparse.Namespace) -> None:
     """The paper's three tables, models side by side, from what other commands wrote with --json into a directory for
     each model: arena_hard*.json and mt_bench*.json (a column for each judge), score.json. likelihood.json, where it is
-    there, makes a table of its own. What is not there is a dash.
-    """
+    there, makes a table of its own. What is not there is a dash."""
     found = {"Table 1. Arena-Hard (win rate, %) and MT-Bench, 95% intervals": {},
              "Table 2. BLEU and ROUGE after training on HH-RLHF": {},
              "Table 3. BLEU and ROUGE after training on UltraFeedback": {}, "Likelihoods (not in the paper)": {}}
@@ -1309,16 +1287,12 @@ def tables(flags: argparse.Namespace) -> None:
             if not directory.is_dir() or name in overlap:
                 raise InputError(f"{text}: {'a second' if name in overlap else 'no'} directory of that name; wanted "
                                  "NAME=DIR, with what the other commands wrote")
-            overlap[name] = dict.fromkeys(OVERLAP, "-") | number_cells(directory / "score.json", OVERLAP)
+            overlap[name] = dict.fromkeys(OVERLAP, "-") | cells_of(directory / "score.json", name)
             if overlap is after_uf:  # what the paper had judged
-                judged[name] = judged_cells(directory, name)
-            if (path := directory / "likelihood.json").is_file():
-                try:
-                    likelihoods[name + " (HH-RLHF)" * (overlap is after_hh)] = {
-                        key: "{value:.4f} [{low:.4f}, {high:.4f}]".format(**of)
-                        for key, of in read_json(path)["measures"].items()}
-                except (KeyError, TypeError, AttributeError, ValueError):
-                    raise InputError(f"{path}: wanted what `likelihood --out .../likelihood.jsonl` writes") from None
+                paths = sorted([*directory.glob("arena_hard*.json"), *directory.glob("mt_bench*.json")])
+                judged[name] = {head: score for path in paths for head, score in cells_of(path, name).items()}
+            if likely := cells_of(directory / "likelihood.json", name):
+                likelihoods[name + " (HH-RLHF)" * (overlap is after_hh)] = likely
     for title, models in found.items():
         if models:
             columns = list(dict.fromkeys(column for cells in models.values() for column in cells))
@@ -1327,27 +1301,21 @@ def tables(flags: argparse.Namespace) -> None:
             print(f"{title}\n\n{table(['model', *columns], rows)}\n")
 
 
-def judged_cells(directory: Path, name: str) -> dict[str, str]:
-    """Benchmark and judge -> the first score of each report in a directory."""
-    cells = {}
-    for path in sorted([*directory.glob("arena_hard*.json"), *directory.glob("mt_bench*.json")]):
-        report = read_json(path)
-        try:
-            models = report["models"]
+def cells_of(path: Path, name: str) -> dict[str, str]:
+    """Column -> what a table shows of a file that `likelihood`, `report` (its first score) or `score` wrote; none where
+    it is not there."""
+    try:
+        of = read_json(path) if path.is_file() else {}
+        if "measures" in of:
+            return {key: "{value:.4f} [{low:.4f}, {high:.4f}]".format(**value) for key, value in of["measures"].items()}
+        if "models" in of:
+            models = of["models"]
             model = models[name] if name in models or len(models) > 1 else next(iter(models.values()))
-            cells[f"{report['benchmark']}, {report['judge'] or 'battles'}"] = cell(next(iter(model["scores"].values())))
-        except (KeyError, TypeError, AttributeError, ValueError, StopIteration):
-            raise InputError(f"{path}: wanted a report's --json, of one model or with {name} among several") from None
-    return cells
-
-
-def number_cells(path: Path, keys: tuple[str, ...]) -> dict[str, str]:
-    """These numbers of a JSON object; none where there is no such file."""
-    values = read_json(path) if path.is_file() else {}
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: wanted a JSON object of numbers")
-    return {key: f"{value:.2f}" for key, value in values.items()
-            if type(value) in (int, float) and key in keys}
+            return {f"{of['benchmark']}, {of['judge'] or 'battles'}": cell(next(iter(model["scores"].values())))}
+        return {key: f"{value:.2f}" for key, value in of.items() if key in OVERLAP}
+    except (KeyError, TypeError, AttributeError, ValueError, StopIteration):
+        raise InputError(f"{path}: wanted what likelihood, score, or report (of one model, or {name} among several) "
+                         "wrote") from None
 
 
 # ----------------------------------------------------------------------------------------------- equations 15 to 18
@@ -1385,7 +1353,7 @@ def log_gradient(x1: Tensor, x2: Tensor, gradient: tuple[Tensor, Tensor]) -> tup
 
 # --------------------------------------------------------------------------------------------------- runs of train.py
 
-COLUMNS = ("step", "margin", "seconds", "peak_memory_gib")  # of metrics.jsonl
+COLUMNS = ("step", "margin", "seconds", "peak_memory_gib")  # of metrics.jsonl, and of Run
 
 
 class Run(NamedTuple):
@@ -1410,18 +1378,13 @@ def read_run(text: str) -> Run:
         label = f"{loss}, {reference}" if asft.LOSSES[loss].reference else loss
     except (KeyError, TypeError):
         raise InputError(f"{path / 'config.json'}: no flags of train.py; wanted its config.json") from None
-    return Run(name or label, str(device), **read_metrics(path / "metrics.jsonl"))
-
-
-def read_metrics(path: Path) -> dict[str, list[float]]:
-    """The columns of a metrics.jsonl."""
-    rows = json_rows(path, *COLUMNS)
+    rows = json_rows(path / "metrics.jsonl", *COLUMNS)
     for place, row in rows:
         if not all(type(row[name]) in (int, float) and math.isfinite(row[name]) for name in COLUMNS):
             raise InputError(f"{place}: wanted an object with the numbers {', '.join(COLUMNS)}; found {shown(row)}")
     if not rows:
-        raise InputError(f"{path}: no step in it")
-    return {name: [float(row[name]) for _, row in rows] for name in COLUMNS}
+        raise InputError(f"{path / 'metrics.jsonl'}: no step in it")
+    return Run(name or label, str(device), *([float(row[name]) for _, row in rows] for name in COLUMNS))
 
 
 # ------------------------------------------------------------------------------------------------------------ figures
@@ -1525,8 +1488,6 @@ def figures(flags: argparse.Namespace) -> None:
         import matplotlib.figure
     except ImportError as error:
         raise InputError(f"figures are drawn by matplotlib: pip install matplotlib ({error})") from None
-    if not 0 < flags.beta < math.inf:
-        raise InputError(f"--beta is {flags.beta}, wanted a number above 0")
     runs = [read_run(text) for text in flags.runs]
     if twice := [run.label for i, run in enumerate(runs) if run.label in [other.label for other in runs[:i]]]:
         raise InputError(f"--runs: two are labelled {twice[0]!r}; name them as NAME=DIR")
@@ -1534,7 +1495,7 @@ def figures(flags: argparse.Namespace) -> None:
     if runs:
         drawn |= {"figure2a": (draw_margins, runs), "figure2b": (draw_costs, runs)}
     captions, out = [], Path(flags.out)
-    try:
+    with naming(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
         for name, (draw, of) in drawn.items():
             figure = matplotlib.figure.Figure(layout="constrained")
@@ -1543,8 +1504,6 @@ def figures(flags: argparse.Namespace) -> None:
             print(f"{out / f'{name}.png'}\n{caption}\n")
             captions.append(f"![{name}]({name}.png)\n\n{caption}\n")
         (out / "captions.md").write_text("\n".join(captions))
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}") from None
     print(f"captions in {out / 'captions.md'}" + ("" if runs else "; Figure 2 wants --runs, so only Figure 1 is drawn"))
 
 
@@ -1556,135 +1515,144 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} ({self.prog} --help)")
 
 
-def add_model(command: argparse.ArgumentParser) -> None:
-    """The flags of each command that computes."""
-    command.add_argument("--model", required=True, metavar="DIR", help="Hugging Face directory of a Llama")
-    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="cuda where there is "
-                         "one for each process")
-    command.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of all weights: bf16 "
-                         "on CUDA, fp32 on a CPU")
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """What reads a flag's number: finite, from low to high."""
+    def read(text: str) -> float:
+        try:
+            if low <= (value := kind(text)) <= high and value < math.inf:
+                return value
+        except ValueError:
+            pass
+        most = f" and at most {high:g}" if high < math.inf else ""
+        raise argparse.ArgumentTypeError(f"found {text}, wanted {kind.__name__}, {low:g} or more{most}")
+    return read
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command's flags, and the command itself as `command`."""
     parser = _Parser(prog="python eval.py", description=__doc__, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands, file = parser.add_subparsers(required=True, metavar="COMMAND"), {"required": True, "metavar": "FILE"}
 
-    command = commands.add_parser("generate", help="a model's answers to prompts", allow_abbrev=False)
-    command.set_defaults(command=answer_prompts)
-    add_model(command)
-    command.add_argument("--prompts", required=True, metavar="FILE", help="JSONL of prompts (formats: README)")
-    command.add_argument("--out", required=True, metavar="FILE", help="JSONL of answers; FILE.json beside it says how "
-                         "they were made. The same call goes on where it was interrupted")
-    command.add_argument("--raw", action="store_true", help="go on with each prompt as plain text, after BOS, without "
-                         "the chat format")
-    command.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token, always [0]")
-    command.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest likeliest tokens that together "
-                         "have this probability [1: all]")
-    command.add_argument("--top-k", type=int, default=0, help="draw from so many likeliest tokens [0: all]")
-    command.add_argument("--seed", type=int, default=0, help="of what is drawn [0]")
-    command.add_argument("--max-new-tokens", type=int, default=512, help="of an answer [512]")
-    command.add_argument("--cache-tokens", type=int, default=CACHE_TOKENS, help="tokens of all rows of a batch "
-                         f"together: bounds memory, the answers stay the same [{CACHE_TOKENS}]")
+    def new(name: str, run: Callable, text: str, steps=commands, **defaults) -> argparse.ArgumentParser:
+        command = steps.add_parser(name, help=text, allow_abbrev=False)
+        command.set_defaults(command=run, **defaults)
+        return command
 
-    command = commands.add_parser("likelihood", help="log-probs of preference pairs", allow_abbrev=False)
-    command.set_defaults(command=likelihood)
-    add_model(command)
-    command.add_argument("--compare", metavar="DIR", help="a second model, on the same pairs")
-    command.add_argument("--data", required=True, metavar="FILE", help="preference pairs (formats: README)")
-    command.add_argument("--out", required=True, metavar="OUT", help="a directory, for pairs.jsonl and summary.json, "
-                         "or NAME.jsonl, with NAME.json beside it")
-    command.add_argument("--max-tokens", type=int, help="as in train.py [2048, or what the model takes if less]")
-    command.add_argument("--overlong", default="truncate", choices=("truncate", "drop"), help="as in train.py")
-    command.add_argument("--skip-bad-lines", action="store_true", help="as in train.py")
-    command.add_argument("--max-tokens-per-gpu", type=int, default=8192, help="as in train.py [8192]")
-    command.add_argument("--seed", type=int, default=0, help="of the bootstrap [0]")
+    def add_model(add: Callable, answers: bool) -> None:
+        add("--model", required=True, metavar="DIR", help="Hugging Face directory of a Llama")
+        add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="cuda where each process has one")
+        add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of all weights: bf16 on CUDA, fp32 "
+            "on a CPU")
+        add("--seed", type=number(int, 0), default=0, help=f"of {'what is drawn' if answers else 'the bootstrap'} [0]")
+        if answers:
+            add("--cache-tokens", type=number(int, 1), default=CACHE_TOKENS, help="tokens of all rows of a batch "
+                "together: bounds memory, the answers stay the same [%(default)s]")
 
-    command = commands.add_parser("score", help="BLEU-4 and ROUGE of predictions against references",
-                                  allow_abbrev=False)
-    command.set_defaults(command=score)
-    command.add_argument("--predictions", required=True, metavar="FILE", help="JSONL rows with the strings prediction "
-                         "and reference; other keys are ignored")
-    command.add_argument("--json", metavar="OUT", help="file of the scores, as JSON; without it they are only printed")
+    add = new("generate", answer_prompts, "a model's answers to prompts").add_argument
+    add_model(add, answers=True)
+    add("--prompts", **file, help="JSONL of prompts (formats: README)")
+    add("--out", **file, help="JSONL of answers; FILE.json beside it says how they were made. The same call goes on "
+        "where it was interrupted")
+    add("--raw", action="store_true", help="go on with each prompt as plain text, after BOS, without the chat format")
+    add("--temperature", type=number(float, 0), default=0.0, help="0: the likeliest token, always [0]")
+    add("--top-p", type=number(float, 1e-9, 1), default=1.0, help="draw from the fewest likeliest tokens that together "
+        "have this probability [1: all]")
+    add("--top-k", type=number(int, 0), default=0, help="draw from so many likeliest tokens [0: all]")
+    add("--max-new-tokens", type=number(int, 1), default=512, help="of an answer [512]")
+
+    add = new("likelihood", likelihood, "log-probs of preference pairs").add_argument
+    add_model(add, answers=False)
+    add("--compare", metavar="DIR", help="a second model, on the same pairs")
+    add("--data", **file, help="preference pairs (formats: README)")
+    add("--out", required=True, metavar="OUT", help="a directory, for pairs.jsonl and summary.json, or NAME.jsonl, "
+        "with NAME.json beside it")
+    add("--max-tokens", type=number(int, 2), help="as in train.py [2048, or what the model takes if less]")
+    add("--overlong", default="truncate", choices=("truncate", "drop"), help="as in train.py")
+    add("--skip-bad-lines", action="store_true", help="as in train.py")
+    add("--max-tokens-per-gpu", type=number(int, 1), default=8192, help="as in train.py [8192]")
+
+    add = new("score", score, "BLEU-4 and ROUGE of predictions against references").add_argument
+    add("--predictions", **file, help="JSONL rows with the strings prediction and reference; other keys are ignored")
+    add("--json", metavar="OUT", help="file of the scores, as JSON; without it they are only printed")
 
     for bench, name, judge, report in ((MT_BENCH, "mt-bench", judge_mt_bench, report_mt_bench),
                                        (ARENA_HARD, "arena-hard", judge_arena_hard, report_arena_hard)):
-        steps = commands.add_parser(name, help=f"{bench.name}: answer, judge, report", allow_abbrev=False)
-        steps = steps.add_subparsers(required=True, metavar="STEP")
+        steps = new(name, None, f"{bench.name}: answer, judge, report").add_subparsers(required=True, metavar="STEP")
 
-        command = steps.add_parser("answer", help="answers of a model", allow_abbrev=False)
-        command.set_defaults(command=answer, bench=bench)
-        add_model(command)
-        command.add_argument("--questions", required=True, metavar="FILE", help="the benchmark's question.jsonl")
-        command.add_argument("--out", required=True, metavar="FILE", help="answers; those it has already are left")
-        command.add_argument("--model-id", metavar="NAME", help="whom the rows stand for [the directory's "
-                             "name; of OUT/model, OUT's]")
-        command.add_argument("--seed", type=int, default=0, help="of sampling, where the temperature is above 0 [0]")
+        add = new("answer", answer, "answers of a model", steps, bench=bench).add_argument
+        add_model(add, answers=True)
+        add("--questions", **file, help="the benchmark's question.jsonl")
+        add("--out", **file, help="answers; those it has already are left. FILE.json beside it says how they were made")
+        add("--model-id", metavar="NAME", help="whom the rows stand for [the directory's name; of OUT/model, OUT's]")
 
-        command = steps.add_parser("judge", help="judgments of answers, by an endpoint", allow_abbrev=False)
-        command.set_defaults(command=judge)
-        command.add_argument("--questions", required=True, metavar="FILE", help="the benchmark's question.jsonl")
-        command.add_argument("--answers", required=True, metavar="FILE", help="one model's answers")
+        add = new("judge", judge, "judgments of answers, by an endpoint", steps).add_argument
+        add("--questions", **file, help="the benchmark's question.jsonl")
+        add("--answers", **file, help="one model's answers")
         if bench is MT_BENCH:
-            command.add_argument("--references", required=True, metavar="FILE", help="reference_answer/gpt-4.jsonl")
-            command.add_argument("--prompts", required=True, metavar="FILE", help="judge_prompts.jsonl")
+            add("--references", **file, help="reference_answer/gpt-4.jsonl")
+            add("--prompts", **file, help="judge_prompts.jsonl")
         else:
-            command.add_argument("--baseline", required=True, metavar="FILE", help="model_answer/gpt-4-0314.jsonl")
-            command.add_argument("--config", required=True, metavar="FILE", help="judge_config.yaml")
-        command.add_argument("--out", required=True, metavar="FILE", help="judgments; those it has already are left. "
-                             "The replies as they came go to FILE.raw")
-        command.add_argument("--endpoint", required=True, metavar="URL", help="of an OpenAI-compatible chat service, "
-                             "such as https://api.openai.com/v1")
-        command.add_argument("--judge-model", required=True, metavar="NAME", help="the judge, as the endpoint calls it")
-        command.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="environment variable "
-                             "that holds the endpoint's key [OPENAI_API_KEY]")
-        command.add_argument("--concurrency", type=int, default=8, help="requests under way at once [8]")
-        command.add_argument("--timeout", type=float, default=300.0, help="seconds without a byte of the reply [300]")
-        command.add_argument("--tries", type=int, default=8, help="of a request, before it counts as failed [8]")
-        command.add_argument("--wait", type=float, default=1.0, help="seconds before the second try, doubled before "
-                             "each further one up to 60, times 0.5 to 1.5 by chance; Retry-After is heeded [1]")
+            add("--baseline", **file, help="model_answer/gpt-4-0314.jsonl")
+            add("--config", **file, help="judge_config.yaml")
+        add("--out", **file, help="judgments; those it has already are left. The replies as they came go to FILE.raw")
+        add("--endpoint", default="", metavar="URL", help="of an OpenAI-compatible chat service, such as "
+            "https://api.openai.com/v1; not needed where all is judged")
+        add("--judge-model", required=True, metavar="NAME", help="the judge, as the endpoint calls it")
+        add("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the "
+            "endpoint's key [OPENAI_API_KEY]")
+        add("--concurrency", type=number(int, 1), default=8, help="requests under way at once [8]")
+        add("--timeout", type=number(float, 1e-3, 1e6), default=300.0, help="seconds without a byte of the reply [300]")
+        add("--tries", type=number(int, 1), default=8, help="of a request, before it counts as failed [8]")
+        add("--wait", type=number(float, 0, 1e6), default=1.0, help="seconds before the second try, doubled before "
+            "each further one up to 60, times 0.5 to 1.5 by chance; Retry-After is heeded [1]")
 
-        command = steps.add_parser("report", help="scores of judgments, with intervals", allow_abbrev=False)
-        command.set_defaults(command=report)
+        command = new("report", report, "scores of judgments, with intervals", steps)
         given = command.add_mutually_exclusive_group(required=True)
         given.add_argument("--judgments", nargs="+", default=[], metavar="FILE", help="of one judge, any models")
         if bench is ARENA_HARD:
             given.add_argument("--battles", metavar="FILE", help="instead: weighted battles, as Arena-Hard counts them")
-            command.add_argument("--baseline-model", default="gpt-4-0314", metavar="NAME", help="in battles "
-                                 "[gpt-4-0314]")
+            command.add_argument("--baseline-model", default="gpt-4-0314", metavar="NAME", help="[gpt-4-0314]")
         command.add_argument("--questions", metavar="FILE", help="question.jsonl [the published ones]")
         command.add_argument("--json", metavar="OUT", help="file of the report, as JSON")
 
-    command = commands.add_parser("tables", help="the paper's tables, models side by side", allow_abbrev=False)
-    command.set_defaults(command=tables)
-    command.add_argument("--runs", nargs="+", default=[], metavar="NAME=DIR", help="models trained on UltraFeedback: "
-                         "directories with arena_hard*.json, mt_bench*.json, score.json, likelihood.json")
-    command.add_argument("--hh-runs", nargs="+", default=[], metavar="NAME=DIR", help="models trained on HH-RLHF")
+    add = new("tables", tables, "the paper's tables, models side by side").add_argument
+    add("--runs", nargs="+", default=[], metavar="NAME=DIR", help="models trained on UltraFeedback: directories with "
+        "arena_hard*.json, mt_bench*.json, score.json, likelihood.json")
+    add("--hh-runs", nargs="+", default=[], metavar="NAME=DIR", help="models trained on HH-RLHF")
 
-    command = commands.add_parser("figures", help="the paper's figures, as PNG", allow_abbrev=False)
-    command.set_defaults(command=figures)
-    command.add_argument("--out", required=True, metavar="DIR", help="directory of the pictures and captions.md")
-    command.add_argument("--beta", type=float, default=0.1, help="of Figure 1's Bradley-Terry surface, equation 15. "
-                         "OPEN: the paper does not say; 0.1 is DPO's usual one [0.1]")
-    command.add_argument("--runs", nargs="+", default=[], metavar="RUN", help="for Figure 2: directories that train.py "
-                         "wrote, each as DIR or NAME=DIR")
+    add = new("figures", figures, "the paper's figures, as PNG").add_argument
+    add("--out", required=True, metavar="DIR", help="directory of the pictures and captions.md")
+    add("--beta", type=number(float, 1e-9), default=0.1, help="of Figure 1's Bradley-Terry surface, equation 15. OPEN: "
+        "the paper does not say; 0.1 is DPO's usual one [0.1]")
+    add("--runs", nargs="+", default=[], metavar="RUN", help="for Figure 2: directories that train.py wrote, each as "
+        "DIR or NAME=DIR")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0, or 2 for a user's mistake, with one clear line, or 130 when interrupted."""
+    """Exit code: 0, or 2 for a user's mistake and for memory that is not there, with one clear line, or 130 when
+    interrupted."""
+    flags = argparse.Namespace()
     try:
         flags = parse(arguments)
         flags.command(flags)
         return 0
-    except InputError as error:
-        if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(10)  # most mistakes are found by all: when process 0 has said so, torchrun ends the others
-        print(f"eval.py: {error}", file=sys.stderr, flush=True)
-        return 2
     except KeyboardInterrupt:
         return 130
+    except InputError as error:
+        said = str(error)
+    except (RuntimeError, MemoryError) as error:  # a GPU's allocator raises OutOfMemoryError, a CPU's only says so
+        lower = next((name for name in ("cache_tokens", "max_tokens_per_gpu") if name in flags), None)
+        if lower is None or (not isinstance(error, (torch.OutOfMemoryError, MemoryError))
+                             and "can't allocate memory" not in str(error)):
+            raise
+        said = (f"out of memory; lower --{lower.replace('_', '-')} from {getattr(flags, lower)} to "
+                f"{getattr(flags, lower) // 2}, unless the model alone is too large")
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(10)  # most mistakes are found by all: when process 0 has said so, torchrun ends the others
+    print(f"eval.py: {said}", file=sys.stderr, flush=True)
+    return 2
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def test_what_is_not_a_run_is_named(tmp_path, capsys):
 
 
 def test_wrong_flags_are_one_line(tmp_path, capsys):
-    assert "--beta is 0.0" in complaint(capsys, "figures", "--out", tmp_path / "out", "--beta", "0")
+    assert "--beta: found 0, wanted float" in complaint(capsys, "figures", "--out", tmp_path / "out", "--beta", "0")
     assert "--beta" in complaint(capsys, "figures", "--out", tmp_path / "out", "--beta", "much")
     assert "--out" in complaint(capsys, "figures")
     assert "COMMAND" in complaint(capsys)

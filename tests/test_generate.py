@@ -119,10 +119,10 @@ def test_the_cache_is_never_larger_than_told_unless_a_single_row_is(monkeypatch)
 def test_an_answer_ends_at_its_limit_or_at_the_models_context_whichever_comes_first():
     model = tiny_model(max_position_embeddings=16)
     requests = [Request(0, [1] * 10, max_new_tokens=4), Request(1, [1] * 10, max_new_tokens=50),
-                Request(2, [1] * 16, max_new_tokens=5), Request(3, [1] * 15, max_new_tokens=5), Request(4, [1], 0.0, 0)]
+                Request(2, [1] * 16, max_new_tokens=5), Request(3, [1] * 15, max_new_tokens=5)]
     found = answers(model, requests)
     assert {i: (len(new), finish) for i, (new, finish) in found.items()} == {
-        0: (4, "length"), 1: (6, "length"), 2: (0, "length"), 3: (1, "length"), 4: (0, "length")}
+        0: (4, "length"), 1: (6, "length"), 2: (0, "overlong"), 3: (1, "length")}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -176,6 +176,9 @@ def test_evenly_spread_uniform_numbers_draw_each_token_as_often_as_its_probabili
     assert all(abs(drawn[i] / 10_000 - w / sum(weights)) <= 1e-4 for i, w in enumerate(weights)) and 2 not in drawn
     assert choose(logits.expand(3, -1), [1.0, 0.0, 1.0], [0.0, 0.1, 1 - 2**-53], 1.0, 0) == [0, 3, 4]
     assert choose(torch.tensor([[-math.inf, 0.0]]), [1.0], [0.0], 1.0, 0) == [1]  # never one of probability 0
+    for temperature in (1e-30, 1e-40, 1e-50):  # in fp32 the last is 0, and logits over the others are infinite
+        for top_p, top_k in ((1.0, 0), (0.9, 2)):
+            assert choose(100 * logits, [temperature], [0.5], top_p, top_k) == [3]
 
 
 def test_what_is_drawn_depends_on_seed_row_number_and_position_alone():
@@ -402,8 +405,9 @@ def test_mistakes_of_the_command_line_get_one_line(prompt_file, tmp_path, capsys
         (tmp_path / "bare" / name).symlink_to(EXAMPLE / name)
     out = tmp_path / "o.jsonl"
     for words, complaint in (
-            (["--top-p", "0"], "--top-p is 0.0"), (["--temperature", "nan"], "--temperature is nan"),
-            (["--temperature", "-1"], "--temperature is -1.0"), (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
+            (["--top-p", "0"], "--top-p: found 0, wanted float, 1e-09 or more and at most 1"),
+            (["--temperature", "nan"], "--temperature: found nan"), (["--seed", "1.5"], "found 1.5, wanted int"),
+            (["--temperature", "-1"], "found -1"), (["--max-new-tokens", "0"], "--max-new-tokens: found 0"),
             (["--sed", "1"], "unrecognized arguments: --sed"), (["--out", str(Path(__file__) / "o")], "exists"),
             (["--model", str(tmp_path / "bare")], "tokenizer.json: No such file or directory; wanted"),
             (["--model", str(tmp_path / "none")], "config.json: No such file"),
@@ -412,6 +416,25 @@ def test_mistakes_of_the_command_line_get_one_line(prompt_file, tmp_path, capsys
             continue
         assert evaluation.main([*command(prompt_file, out), *words]) == 2
         assert complaint in (error := capsys.readouterr().err) and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), MemoryError(),
+                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_memory_that_is_not_there_is_one_line_with_the_flag_to_lower(prompt_file, tmp_path, monkeypatch, capsys, error):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Cache, "__init__", full)
+    monkeypatch.setattr(evaluation, "pair_logps", full)
+    likelihood = ["likelihood", "--model", EXAMPLE, "--data", ROOT / "examples/heldout.jsonl", "--out", tmp_path / "l"]
+    for words, wanted in ((command(prompt_file, tmp_path / "o.jsonl"), "lower --cache-tokens from 600 to 300"),
+                          (list(map(str, likelihood)), "lower --max-tokens-per-gpu from 8192 to 4096")):
+        assert evaluation.main(words) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("eval.py: out of memory; ") and wanted in said and said.count("\n") == 1
+    error = RuntimeError("a fault of ours")
+    with pytest.raises(RuntimeError, match="ours"):
+        evaluation.main(list(map(str, likelihood)))
 
 
 def test_rows_of_several_processes_are_each_whole_and_half_a_line_of_a_killed_one_is_cut_off(tmp_path):

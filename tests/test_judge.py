@@ -4,6 +4,7 @@ import email.utils
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 from conftest import REAL, ROOT, needs_real, tiny_model
 
 import eval as evaluation
@@ -241,6 +243,12 @@ def test_arena_hard_plays_two_games_with_the_sides_swapped_as_its_configuration_
         assert row["games"][0]["user_prompt"].endswith(f"\nB: mine of {row['question_id']}")
 
 
+def test_a_temperature_may_have_a_decimal_point(arena, serve):
+    (arena.where / "config.yaml").write_text(CONFIG.replace("temperature: 0", "temperature: 0.5"))
+    endpoint = serve(lambda payload, count: BOTH)
+    assert arena.judge(endpoint) == 0 and {payload["temperature"] for payload in endpoint.asked} == {0.5}
+
+
 def test_arena_hard_asks_once_more_where_no_label_is_found_and_two_labels_are_none(arena, serve):
     def act(payload, count):
         if "q1" in payload["messages"][1]["content"]:
@@ -389,8 +397,12 @@ def test_after_its_tries_a_judgment_is_a_counted_failure_that_the_next_run_tries
     assert either.judge(endpoint) == 0
     assert len(endpoint.asked) - before == 2 and len(rows_of(either.out)) == made + failures
     assert f"{made} there before, 0 failed" in capsys.readouterr().out
-    assert either.judge(endpoint) == 0
-    assert len(endpoint.asked) - before == 2
+    flags = either.flags("")  # nothing is left: it needs no endpoint, nor a key
+    del flags[flags.index("--endpoint"):flags.index("--endpoint") + 2]
+    assert evaluation.main([*flags, "--key-variable", "NONE"]) == 0
+    assert f"{made + failures} judgments of mine by gpt-4 there before" in capsys.readouterr().out
+    either.out.write_text("")
+    assert "--endpoint: wanted a plain" in complaint(capsys, evaluation.main(flags))
 
 
 def test_a_request_that_cannot_succeed_is_not_tried_again(mt, serve, capsys):
@@ -439,18 +451,26 @@ def test_a_word_in_the_place_of_a_key_changes_no_reply(mt, serve, monkeypatch):
     assert {row["judgment"] for row in rows_of(mt.out)} == {"a fair answer [[7]]"}
 
 
-def test_a_full_disk_stops_the_run_with_one_line(mt, serve, capsys, monkeypatch):
-    def append_row(path, row):
-        raise OSError(28, "No space left on device", str(path))
+def test_a_full_disk_stops_the_run_with_one_line_and_what_is_there_stays(mt, serve, capsys):
+    endpoint, limits = serve(lambda payload, count: BOTH), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (900, limits[1]))  # bytes of a file
+    try:
+        code = mt.judge(endpoint, "--concurrency", "1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in complaint(capsys, code)
+    kept = mt.out.read_bytes().count(b"\n")
+    assert 0 < kept <= len(endpoint.asked) < 6
+    assert mt.judge(endpoint) == 0 and len(rows_of(mt.out)) == 6
+    assert len(endpoint.asked) <= 7  # one reply found no room
 
-    monkeypatch.setattr(evaluation, "append_row", append_row)
-    assert "No space left" in complaint(capsys, mt.judge(serve(lambda payload, count: BOTH)))
 
-
-@pytest.mark.parametrize("flags", [["--tries", "0"], ["--concurrency", "0"], ["--timeout", "0"], ["--wait", "nan"]])
+@pytest.mark.parametrize("flags", [["--tries", "0"], ["--concurrency", "0"], ["--timeout", "0"], ["--wait", "nan"],
+                                   ["--wait", "inf"], ["--tries", "many"]])
 def test_impossible_numbers_are_refused_before_anything_is_asked(mt, serve, capsys, flags):
     endpoint = serve(lambda payload, count: BOTH)
-    assert "--concurrency" in complaint(capsys, mt.judge(endpoint, *flags)) and endpoint.asked == []
+    assert f"{flags[0]}: found {flags[1]}, wanted" in complaint(capsys, mt.judge(endpoint, *flags))
+    assert endpoint.asked == []
 
 
 def test_a_key_that_no_header_can_hold_is_refused_unshown(mt, serve, capsys, monkeypatch):
@@ -866,8 +886,7 @@ def test_mt_bench_is_answered_in_two_turns_at_the_temperature_of_its_category(mt
     assert evaluation.main(answer_flags(mt, "--model-id", "mine")) == 0
     first, second = spoken
     assert [r.temperature for r in first] == [0.7, 0.0, 0.1] == [r.temperature for r in second]
-    room = evaluation.load_generator(MODEL, "cpu")[0].config.max_position_embeddings
-    assert all(r.max_new_tokens == min(1024, room - len(r.prompt)) for r in first + second)
+    assert all(r.max_new_tokens == 1024 for r in first + second)
     assert len({r.number for r in first + second}) == 6 and [r.number for r in first] == [0, 1, 2]
     text = ChatFormat(MODEL).decode(second[1].prompt)
     assert "1+1?" in text and "Yes 1." in text and text.index("Yes 1.") < text.index("And plus 1?")
@@ -876,14 +895,14 @@ def test_mt_bench_is_answered_in_two_turns_at_the_temperature_of_its_category(mt
     assert rows[111]["choices"] == [{"index": 0, "turns": ["Yes 1.", "Yes 4."]}] and rows[111]["model_id"] == "mine"
     assert len({row["answer_id"] for row in rows.values()}) == 3
     assert "3 of 3 questions answered by mine, 0 there before; 0 skipped" in (printed := capsys.readouterr().out)
-    assert "1 turns cut at the token limit" in printed
+    assert "1 turns cut at their limit" in printed
+    assert re.search("questions 1 to 3 of 3, turn 2: 3 of this process's 3 answers, .* tokens/s", printed)
 
 
 def test_arena_hard_is_answered_greedily_with_the_number_of_tokens(arena, spoken):
     assert evaluation.main(answer_flags(arena)) == 0
     (requests,) = spoken
-    room = evaluation.load_generator(MODEL, "cpu")[0].config.max_position_embeddings
-    assert all(r.temperature == 0 and r.max_new_tokens == min(4096, room - len(r.prompt)) for r in requests)
+    assert all(r.temperature == 0 and r.max_new_tokens == 4096 for r in requests)
     rows = rows_of(arena.where / "new/answers.jsonl")
     (turn,) = rows[-1]["choices"][0]["turns"]
     from data import ChatFormat
@@ -894,37 +913,76 @@ def test_arena_hard_is_answered_greedily_with_the_number_of_tokens(arena, spoken
 
 def test_questions_that_are_answered_are_left_and_others_keep_their_random_stream(mt, spoken, capsys):
     out = mt.where / "new/answers.jsonl"
-    out.parent.mkdir()
-    write(out, answers({111: ["a", "b"]}, "examples"))
+    assert evaluation.main(answer_flags(mt)) == 0
+    (kept,) = [row for row in rows_of(out) if row["question_id"] == 111]
+    write(out, [kept])
+    spoken.clear()
     assert evaluation.main(answer_flags(mt)) == 0
     assert [[r.number for r in requests] for requests in spoken] == [[0, 2], [3, 5]]
-    assert [row["question_id"] for row in rows_of(out)][0] == 111 and len(rows_of(out)) == 3
+    assert rows_of(out)[0] == kept and len(rows_of(out)) == 3
     assert "2 of 3 questions answered by examples, 1 there before" in capsys.readouterr().out
 
 
-def test_a_prompt_without_room_is_skipped_and_counted(mt, spoken, capsys):
+def test_killed_in_a_first_turn_it_keeps_all_questions_but_those_at_once_and_goes_on(mt, spoken, monkeypatch):
+    monkeypatch.setattr(evaluation, "MT_BENCH", evaluation.MT_BENCH._replace(at_once=2))
+    speak, tokens = evaluation.generate, []
+
+    def generate(*arguments, cache_tokens, **options):
+        if len(tokens) == 2:
+            raise KeyboardInterrupt
+        tokens.append(cache_tokens)
+        return speak(*arguments, **options)
+
+    monkeypatch.setattr(evaluation, "generate", generate)
+    out = mt.where / "new/answers.jsonl"
+    assert evaluation.main(answer_flags(mt, "--cache-tokens", "77")) == 130
+    assert {row["question_id"] for row in rows_of(out)} == {81, 111} and tokens == [77, 77]
+    monkeypatch.setattr(evaluation, "generate", speak)
+    spoken.clear()
+    assert evaluation.main(answer_flags(mt)) == 0
+    assert [[r.number for r in requests] for requests in spoken] == [[2], [5]] and len(rows_of(out)) == 3
+
+
+def test_a_prompt_without_room_is_skipped_and_counted(mt, capsys):
     lines = (mt.where / "question.jsonl").read_text().replace("And plus 1?", "more " * 3000)
     (mt.where / "question.jsonl").write_text(lines.replace("Write a line.", "much " * 3000))
     assert evaluation.main(answer_flags(mt)) == 0
-    assert [len(requests) for requests in spoken] == [2, 1]
     assert [row["question_id"] for row in rows_of(mt.where / "new/answers.jsonl")] == [141]
     assert "1 of 3 questions answered by examples, 0 there before; 2 skipped" in capsys.readouterr().out
 
 
-def test_answers_of_another_model_or_to_other_questions_are_refused_and_kept(mt, spoken, capsys):
-    out = mt.where / "new/answers.jsonl"
-    out.parent.mkdir()
-    for rows in (answers({111: ["a", "b"]}, "else"), answers({999: ["a", "b"]}, "examples")):
-        before = write(out, rows).read_bytes()
-        assert str(out) in complaint(capsys, evaluation.main(answer_flags(mt)))
-        assert out.read_bytes() == before
+def test_answers_of_other_weights_another_origin_or_to_other_questions_are_refused_and_kept(mt, spoken, capsys):
+    out, other = mt.where / "new/answers.jsonl", mt.where / "other"
+    other.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (other / name).symlink_to(MODEL / name)
+    (other / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert evaluation.main(answer_flags(mt)) == 0
+    before, asked = out.read_bytes(), len(spoken)
+    for flags, said in ((["--model", other, "--model-id", "examples"], "made with model "),
+                        (["--model-id", "else"], "made with model_id examples, not else"),
+                        (["--seed", "1"], "made with seed 0, not 1")):
+        assert said in complaint(capsys, evaluation.main(answer_flags(mt, *flags)))
+    (mt.where / "question.jsonl").write_text((mt.where / "question.jsonl").read_text().replace("line", "word"))
+    assert "made with questions " in complaint(capsys, evaluation.main(answer_flags(mt)))
+    out.with_name("answers.jsonl.json").unlink()
+    assert "answers.jsonl.json is missing" in complaint(capsys, evaluation.main(answer_flags(mt)))
+    assert out.read_bytes() == before and len(spoken) == asked
+    write(out, answers({999: ["a", "b"]}, "examples"))
+    assert f"{out}:1: question_id 999 is none" in complaint(capsys, evaluation.main(answer_flags(mt)))
+
+
+def test_questions_that_cannot_be_asked_are_one_line(mt, spoken, tmp_path, capsys):
+    save_model(tiny_model(), tmp_path / "small", dtype=torch.float32)
+    (tmp_path / "small/tokenizer.json").symlink_to(MODEL / "tokenizer.json")
+    error = complaint(capsys, evaluation.main(answer_flags(mt, "--model", tmp_path / "small")))
+    assert "question.jsonl:1: token id 5" in error and "is not below the model's vocab_size 97" in error
+    questions = (mt.where / "question.jsonl").read_text()
+    for text, said in ((questions.replace('"stem"', '"cooking"'), ":3: category 'cooking'"), ("", "no question"),
+                       (questions.replace("And weight?", "\\ud800"), ":3: turns hold half a surrogate pair")):
+        (mt.where / "question.jsonl").write_text(text)
+        assert said in complaint(capsys, evaluation.main(answer_flags(mt)))
     assert spoken == []
-    bad = (mt.where / "question.jsonl").read_text().replace('"stem"', '"cooking"')
-    (mt.where / "question.jsonl").write_text(bad)
-    assert ":3: category 'cooking'" in complaint(capsys, evaluation.main(answer_flags(mt)))
-    mt.answers.write_text("")
-    (mt.where / "question.jsonl").write_text("")
-    assert "no question" in complaint(capsys, evaluation.main(answer_flags(mt)))
 
 
 def test_the_example_model_answers_and_is_judged_and_reported(either, serve, tmp_path, capsys):

@@ -183,6 +183,14 @@ def test_models_whose_tokenizers_differ_are_not_compared(data, other, tmp_path, 
     (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert likelihood(data, tmp_path / "out", "--compare", tmp_path / "m") == 2
     assert f"other ids than {EXAMPLE}'s, first for {data}:1" in capsys.readouterr().err
+    # The same ids, but for a last pair that one of the two makes empty and so drops.
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "~"}, "content": ""}
+    (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    data.write_text(data.read_text() + '{"prompt": "Well?", "chosen": "~", "rejected": "No."}\n')
+    for first, second in ((EXAMPLE, tmp_path / "m"), (tmp_path / "m", EXAMPLE)):
+        assert likelihood(data, tmp_path / "out", "--compare", second, model=first) == 2
+        assert f"other ids than {first}'s, first for {data}:31" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -201,3 +209,11 @@ def test_mistakes_get_one_line_and_what_is_there_stays(data, tmp_path, capsys):
         assert likelihood(*words) == 2
         assert complaint in (error := capsys.readouterr().err) and error.startswith("eval.py: "), error
     assert (tmp_path / "there.jsonl").read_text() == "kept" and not (tmp_path / "o").exists()
+
+
+def test_an_out_that_cannot_be_written_is_found_before_the_work(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "read_preferences", None)
+    for out, complaint in ((data / "o", "Not a directory"), ("/proc/o.jsonl", "--out /proc/o.jsonl: "),
+                           ("/proc/o/p", "--out /proc/o/p: ")):
+        assert likelihood(data, out) == 2
+        assert complaint in (error := capsys.readouterr().err) and error.count("\n") == 1, error

@@ -292,9 +292,17 @@ def test_without_json_it_only_prints(tmp_path, capsys, monkeypatch):
 
 def test_rows_of_generate_blank_lines_and_a_byte_order_mark_are_read(tmp_path):
     more = {"index": 0, "prompt": [{"role": "user", "content": "Hi"}], "tokens": 3, "stopped": True}
-    file = write_rows(tmp_path / "answers.jsonl", row("a\u2028b", "c\x85", **more), row("", ""))
+    file = write_rows(tmp_path / "answers.jsonl", row("a\u2028b", "c\x85", **more), row("", "", finish="overlong"))
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n\r\n"))
-    assert evaluation.read_predictions(file) == [("a\u2028b", "c\x85"), ("", "")]
+    assert evaluation.read_predictions(file) == ([("a\u2028b", "c\x85"), ("", "")], 1)
+
+
+def test_rows_that_generate_left_unanswered_are_counted_as_empty_and_said_to_be(tmp_path, capsys):
+    for finish, said in (("overlong", True), ("stop", False)):
+        file = write_rows(tmp_path / "answers.jsonl", row("a b", "a b", finish="stop"), row("", "a b", finish=finish))
+        assert evaluation.main(["score", "--predictions", str(file)]) == 0
+        printed = capsys.readouterr().out
+        assert ("1 of the rows were left unanswered" in printed) == said and " 50.00 " in printed
 
 
 def test_chinese_is_said_to_be_divided_otherwise_than_by_jieba(tmp_path, capsys):
