@@ -1109,12 +1109,11 @@ def plan(config: Config, llama: LlamaConfig, gpus: int) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # outside the tracker: what DTensor works out once, with whole tensors, is no memory of a step
+        optimizer.step()  # makes the moments; a fused step takes nothing else
         optimizer.zero_grad()
         tracker = FSDPMemTracker(model, optimizer)
         with tracker:
             model(batch)[0].sum().backward()
-            optimizer.step()
         (peak,) = tracker.get_tracker_snapshot("peak").values()
 
     parameters = sum(math.prod(shape) for shape in expected_shapes(llama).values())
