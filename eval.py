@@ -1448,7 +1448,9 @@ def draw_margins(figure, runs: list[Run]) -> str:
         colour, dashes = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
         smooth = [statistics.fmean(run.margin[max(0, j + 1 - window):j + 1]) for j in range(len(run.margin))]
         ax.plot(run.step, run.margin, color=colour, alpha=0.3, linewidth=0.8)
-        ax.plot(run.step, smooth, dashes, color=colour, linewidth=2, label=run.label, marker="o" * (len(smooth) == 1))
+        width = 3.5 - 2 * (i % 2)  # a line that another covers, as DPO's two references do, shows on both sides of it
+        ax.plot(run.step, smooth, dashes, color=colour, linewidth=width, label=run.label,
+                marker="o" * (len(smooth) == 1))
     ax.axhline(0, color="grey", linewidth=0.8)
     ax.set(title="Figure 2(a). Likelihood margin over training", xlabel="step (updates)",
            ylabel="margin, log p_w - log p_l (nats per token)")
