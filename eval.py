@@ -105,12 +105,12 @@ def locked(path: str | Path) -> Iterator[IO[bytes]]:
             if size and file.read() != b"\n":
                 file.seek(0)
                 last = file.read().split(b"\n")[-1]
+                if not any(last.startswith(start[:len(last)]) for start in FIRST_KEYS):
+                    raise InputError(f"{path}: its last line is no row of this command; name another file")
                 try:
                     json.loads(last)
                     file.write(b"\n")
                 except ValueError:
-                    if not any(last.startswith(start[:len(last)]) for start in FIRST_KEYS):
-                        raise InputError(f"{path}: its last line is no row of this command; name another") from None
                     file.truncate(size - len(last))
             file.seek(0)
             yield file
@@ -154,9 +154,10 @@ def json_rows(path: str | Path, *keys: str, questions: dict | None = None) -> li
         if lacks := [key for key in keys if not isinstance(row, dict) or key not in row]:
             raise InputError(f"{place}: {', '.join(lacks)} is missing; wanted a JSON object with {', '.join(keys)}; "
                              f"found {shown(row)}")
-        number = row.get("question_id", 0)
-        if not isinstance(number, int | str) or (questions and number not in questions):
-            raise InputError(f"{place}: question_id {shown(number)} is none of the questions'")
+        if "question_id" in keys:
+            number = row["question_id"]
+            if not isinstance(number, int | str) or (questions and number not in questions):
+                raise InputError(f"{place}: question_id {shown(number)} is none of the questions'")
         rows.append((place, row))
     return rows
 
@@ -326,7 +327,8 @@ def claim_rows(flags: argparse.Namespace, asked: str, read: Callable[[], dict], 
     with locked(out):
         rows = read()
         if not rows:
-            beside.write_text(json.dumps(settings, indent=2) + "\n")
+            with naming(beside):
+                beside.write_text(json.dumps(settings, indent=2) + "\n")
         elif not beside.exists():
             raise InputError(f"--out {out}: {beside} is missing, which says how its rows were made; name another file")
         found = read_json(beside)
@@ -1088,8 +1090,8 @@ def read_setting(path: str | Path, key: str, *kinds: type):
         raise InputError(f"{path}: {error.strerror}; wanted Arena-Hard's judge_config.yaml") from None
     except ValueError:
         pass
-    raise InputError(f"{path}: wanted one line `{key}: VALUE`, VALUE being a "
-                     f"{' or '.join(kind.__name__ for kind in kinds)} in JSON's form")
+    raise InputError(f"{path}: wanted one line `{key}: VALUE`, VALUE of type "
+                     f"{' or '.join(kind.__name__ for kind in kinds)}, in JSON's form")
 
 
 def judge_arena_hard(flags: argparse.Namespace) -> None:
@@ -1287,11 +1289,12 @@ def tables(flags: argparse.Namespace) -> None:
             if not directory.is_dir() or name in overlap:
                 raise InputError(f"{text}: {'a second' if name in overlap else 'no'} directory of that name; wanted "
                                  "NAME=DIR, with what the other commands wrote")
-            overlap[name] = dict.fromkeys(OVERLAP, "-") | cells_of(directory / "score.json", name)
+            overlap[name] = dict.fromkeys(OVERLAP, "-") | cells_of(directory / "score.json", "bleu4_lf", name)
             if overlap is after_uf:  # what the paper had judged
                 paths = sorted([*directory.glob("arena_hard*.json"), *directory.glob("mt_bench*.json")])
-                judged[name] = {head: score for path in paths for head, score in cells_of(path, name).items()}
-            if likely := cells_of(directory / "likelihood.json", name):
+                paths = [path for path in paths if not path.name.endswith(".jsonl.json")]  # how answers were made
+                judged[name] = {head: score for path in paths for head, score in cells_of(path, "models", name).items()}
+            if likely := cells_of(directory / "likelihood.json", "measures", name):
                 likelihoods[name + " (HH-RLHF)" * (overlap is after_hh)] = likely
     for title, models in found.items():
         if models:
@@ -1301,21 +1304,24 @@ def tables(flags: argparse.Namespace) -> None:
             print(f"{title}\n\n{table(['model', *columns], rows)}\n")
 
 
-def cells_of(path: Path, name: str) -> dict[str, str]:
-    """Column -> what a table shows of a file that `likelihood`, `report` (its first score) or `score` wrote; none where
-    it is not there."""
+def cells_of(path: Path, kind: str, name: str) -> dict[str, str]:
+    """Column -> what a table shows of a file that `likelihood` ("measures"), `report` ("models"; its first score) or
+    `score` ("bleu4_lf") wrote; none where it is not there."""
+    if not path.is_file():
+        return {}
+    of = read_json(path, "what eval.py wrote with --json")
     try:
-        of = read_json(path) if path.is_file() else {}
-        if "measures" in of:
-            return {key: "{value:.4f} [{low:.4f}, {high:.4f}]".format(**value) for key, value in of["measures"].items()}
-        if "models" in of:
-            models = of["models"]
+        if kind == "measures":
+            return {key: "{value:.4f} [{low:.4f}, {high:.4f}]".format(**value) for key, value in of[kind].items()}
+        if kind == "models":
+            models = of[kind]
             model = models[name] if name in models or len(models) > 1 else next(iter(models.values()))
             return {f"{of['benchmark']}, {of['judge'] or 'battles'}": cell(next(iter(model["scores"].values())))}
-        return {key: f"{value:.2f}" for key, value in of.items() if key in OVERLAP}
+        return {kind: f"{of[kind]:.2f}"} | {key: f"{of[key]:.2f}" for key in OVERLAP if key in of}
     except (KeyError, TypeError, AttributeError, ValueError, StopIteration):
-        raise InputError(f"{path}: wanted what likelihood, score, or report (of one model, or {name} among several) "
-                         "wrote") from None
+        wrote = {"measures": "likelihood", "bleu4_lf": "score",
+                 "models": f"report (of one model, or {name} among several)"}
+        raise InputError(f"{path}: wanted what {wrote[kind]} wrote") from None
 
 
 # ----------------------------------------------------------------------------------------------- equations 15 to 18
@@ -1639,11 +1645,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         flags = parse(arguments)
         flags.command(flags)
+        sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
         return 130
     except InputError as error:
         said = str(error)
+    except OSError as error:
+        said = f"{error.filename or 'standard output'}: {error.strerror}"
     except (RuntimeError, MemoryError) as error:  # a GPU's allocator raises OutOfMemoryError, a CPU's only says so
         lower = next((name for name in ("cache_tokens", "max_tokens_per_gpu") if name in flags), None)
         if lower is None or (not isinstance(error, (torch.OutOfMemoryError, MemoryError))
@@ -1659,5 +1668,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     os._exit(code)  # as in train.py: sys.exit lets gloo's threads race the interpreter's end

@@ -915,8 +915,8 @@ class Log:
                 "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in modules}}
 
     def config(self, facts: dict) -> None:
-        if self.active:
-            write_whole(self.out / "config.json", json.dumps(facts, indent=2) + "\n")
+        """For process 0."""
+        write_whole(self.out / "config.json", json.dumps(facts, indent=2) + "\n")
 
     def step(self, row: dict, steps: int, seconds_left: float) -> None:
         if not self.active:
@@ -939,14 +939,15 @@ class Log:
         self.say(("\r\x1b[K" if self.moving else "") + text.format(step=step, **row))
 
     def rewind(self, done: int) -> None:
-        """Forgets what is logged of the steps after `done`, which will run again. Raises InputError where the others
-        are not all there, or where a checkpoint must have been: its disk may only not be mounted."""
+        """For process 0: forgets what is logged of the steps after `done`, which will run again. Raises InputError
+        where the others are not all there, or a checkpoint must have been: its disk may only not be mounted."""
         path, home = self.out / "metrics.jsonl", self.out / "checkpoints"
-        if self.active and not done and path.exists():
+        if not done and path.exists():
             logged, every = path.read_bytes().count(b"\n"), read_json(self.out / "config.json")["flags"]["save_every"]
             if 0 < every < logged:
-                raise InputError(f"{path}: has {logged} steps, but there is no checkpoint in {home}")
-        for name in ("metrics.jsonl", "eval.jsonl") if self.active else ():
+                raise InputError(f"{path}: has {logged} steps, but there is no checkpoint in {home}; to begin again, "
+                                 "name a fresh --out")
+        for name in ("metrics.jsonl", "eval.jsonl"):
             path, kept = self.out / name, []
             for line in path.read_text().splitlines(keepends=True) if path.exists() and done else []:
                 try:
@@ -972,8 +973,6 @@ class Log:
 def claim_out(config: Config, marks: dict[str, str]) -> Path:
     """For process 0: takes the run's directory, new, or of the run to go on with, whose fingerprint must be this one's.
     Raises InputError."""
-    if config.resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        raise InputError("torchrun has started this run again; that wants --out DIR --resume")
     out = Path(config.out or f"runs/{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3])
     if config.resume is not None and (out / "config.json").exists():
         there = read_json(out / "config.json").get("fingerprint")
@@ -1002,6 +1001,8 @@ def describe(counts: Counter) -> str:
 
 def run(config: Config) -> None:
     """A whole run: check everything, then train, then save."""
+    if config.resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        raise InputError("torchrun has started this run again, which wants --out DIR --resume; above stands why")
     llama = LlamaConfig.load(config.model)
     config = dataclasses.replace(config, max_tokens=resolve_max_tokens(config.max_tokens, llama))
     if config.plan:
@@ -1026,7 +1027,7 @@ def run(config: Config) -> None:
     facts = log.header(config, mesh, model, parts, counts, steps) | {"fingerprint": marks}
     identity = checksum(marks | {name: value for name, value in vars(config).items() if name not in MAY_CHANGE})
     if not on_first_process((out / "config.json").exists):
-        log.config(facts)
+        on_first_process(lambda: log.config(facts))
     if config.loss_row.reference:
         cache = Path(config.reference_cache or out / "reference.safetensors")
         if cached and logps is None:
@@ -1036,8 +1037,8 @@ def run(config: Config) -> None:
     rehearse(config, model, data, steps)
     checkpoint, state = newest_checkpoint(out, identity, log)
     if config.resume is not None:
-        log.rewind(state["step"])
-        log.config(facts)
+        on_first_process(lambda: log.rewind(state["step"]))
+        on_first_process(lambda: log.config(facts))
         log.say(f"going on from {checkpoint}" if checkpoint else "no checkpoint yet: beginning with the first step")
     asked = held_out.pairs[:config.samples] if held_out is not None and chat is not None else []
     if checkpoint:
@@ -1053,7 +1054,8 @@ def run(config: Config) -> None:
         on_first_process(lambda: [flush(path) for path in out.glob("*.jsonl")])
         save_model(model, out / "model", dtype=dtype, source=config.model)
     if asked and log.active:
-        before = json.loads((out / "eval.jsonl").read_text().split("\n")[0])["answers"]
+        first = json.loads((out / "eval.jsonl").read_text().split("\n")[0])  # of step 0, unless that was lost
+        before = first.get("answers", ["(not in eval.jsonl)"] * len(asked))
         for pair, old, new in zip(asked, before, after, strict=True):
             log.say(f"\n  prompt  {show(chat.last_turn(pair.prompt))}\n  before  {show(old)}\n  after   {show(new)}")
     log.say(f"\nsaved {out / 'model'} ({config.save_dtype}); metrics in {out / 'metrics.jsonl'}")

@@ -393,7 +393,8 @@ def test_the_answers_of_another_model_other_prompts_or_other_settings_are_refuse
 def test_a_file_of_another_origin_is_refused_and_stays(prompt_file, tmp_path, capsys):
     row = '{"index": %s, "prediction": "a", "tokens": 1, "finish": "stop"}\n'
     for text, complaint in ((row % 0, "o.jsonl.json is missing"), (row % '"0"', "o.jsonl:1: not an answer"),
-                            ("1\n", "o.jsonl:1: index"), ("my notes", "its last line is no row of this command")):
+                            ("1\n", "o.jsonl:1: index"), ("my notes", "its last line is no row of this command"),
+                            ('{"mine": 1}', "its last line is no row of this command")):
         (tmp_path / "o.jsonl").write_text(text)
         assert evaluation.main(command(prompt_file, tmp_path / "o.jsonl")) == 2
         assert complaint in capsys.readouterr().err and (tmp_path / "o.jsonl").read_text() == text

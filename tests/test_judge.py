@@ -843,12 +843,15 @@ def test_a_key_is_hidden_in_every_form_that_json_gives_it():
 def test_tables_name_what_they_cannot_read(tmp_path, capsys):
     assert "nowhere" in complaint(capsys, evaluation.main(["tables", "--runs", f"x={tmp_path / 'nowhere'}"]))
     assert "second" in complaint(capsys, evaluation.main(["tables", "--runs", f"x={tmp_path}", f"x={tmp_path}"]))
-    for text in ("[]", '{"models": {}}', '{"models": {"a": {}, "b": {}}}', '{"models": {"x": {"scores": {}}}}', "{"):
-        (tmp_path / "mt_bench.json").write_text(text)
-        assert "mt_bench.json" in complaint(capsys, evaluation.main(["tables", "--runs", f"x={tmp_path}"]))
-    (tmp_path / "mt_bench.json").unlink()
-    (tmp_path / "score.json").write_text("[]")
-    assert "score.json" in complaint(capsys, evaluation.main(["tables", "--runs", f"x={tmp_path}"]))
+    score, likely = '{"bleu4_lf": 1.0, "rouge1": 2.0}', '{"measures": {}}'
+    for name, texts in {
+            "mt_bench.json": ["[]", "{}", '{"models": {}}', '{"models": {"a": {}, "b": {}}}',
+                              '{"models": {"x": {"scores": {}}}}', "{", score, likely],
+            "score.json": ["[]", "{}", '{"bleu4_lf": "x"}', likely], "likelihood.json": ["{}", score]}.items():
+        for text in texts:
+            (tmp_path / name).write_text(text)
+            assert name in complaint(capsys, evaluation.main(["tables", "--runs", f"x={tmp_path}"]))
+        (tmp_path / name).unlink()
 
 
 # --------------------------------------------------------------------------------------------------------- answers

@@ -269,6 +269,8 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again_unasked(start, whol
     shutil.copytree(whole, tmp_path / "out")
     shutil.rmtree(tmp_path / "out/model")
     (tmp_path / "out/checkpoints").rename(tmp_path / "elsewhere")
+    done = run_train("--resume", tmp_path / "out", processes=2)  # each says so, or is ended; none waits for the other
+    assert "metrics.jsonl: has 7 steps, but" in done.stderr and "RuntimeError" not in done.stderr
     for _ in range(2):
         assert train.main(["--resume", str(tmp_path / "out")]) == 2
         assert "metrics.jsonl: has 7 steps, but there is no checkpoint in" in capsys.readouterr().err
@@ -441,6 +443,19 @@ def test_torchrun_recovers_by_itself_when_a_worker_is_killed_or_told_to_stop(sta
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
 
 
+def test_a_run_whose_first_answers_are_lost_ends_with_the_others(tmp_path, capsys):
+    out, texts = tmp_path / "out", ["--samples", "1", "--max-steps", "2", "--save-every", "1", "--device", "cpu"]
+    assert train.main(["--out", str(out), *texts]) == 0
+    model = (out / "model/model.safetensors").read_bytes()
+    shutil.rmtree(out / "model")
+    (out / "eval.jsonl").unlink()
+    capsys.readouterr()
+    assert train.main(["--resume", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "before  (not in eval.jsonl)" in said and "saved" in said
+    assert (out / "model/model.safetensors").read_bytes() == model
+
+
 def test_a_run_that_torchrun_starts_again_does_not_begin_anew_elsewhere(start, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     monkeypatch.chdir(tmp_path)
@@ -448,7 +463,7 @@ def test_a_run_that_torchrun_starts_again_does_not_begin_anew_elsewhere(start, t
     del given[given.index("--out"):][:2]
     for more in ([], ["--out", "here"]):
         assert train.main(given + more) == 2
-        assert "torchrun has started this run again; that wants --out DIR --resume" in capsys.readouterr().err
+        assert "torchrun has started this run again, which wants --out DIR --resume" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -4,10 +4,12 @@ import json
 import random
 import re
 import statistics
+import subprocess
+import sys
 import time
 
 import pytest
-from conftest import REAL, needs_real
+from conftest import REAL, ROOT, needs_real
 
 import eval as evaluation
 
@@ -290,8 +292,16 @@ def test_without_json_it_only_prints(tmp_path, capsys, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
 
 
+def test_a_closed_or_full_standard_output_is_one_line(tmp_path):
+    file = write_rows(tmp_path / "answers.jsonl", row("a", "a"))
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, ROOT / "eval.py", "score", "--predictions", file], stdout=full,
+                              stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "eval.py: standard output: No space left on device\n")
+
+
 def test_rows_of_generate_blank_lines_and_a_byte_order_mark_are_read(tmp_path):
-    more = {"index": 0, "prompt": [{"role": "user", "content": "Hi"}], "tokens": 3, "stopped": True}
+    more = {"index": 0, "question_id": None, "prompt": [{"role": "user", "content": "Hi"}], "tokens": 3}
     file = write_rows(tmp_path / "answers.jsonl", row("a\u2028b", "c\x85", **more), row("", "", finish="overlong"))
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n\r\n"))
     assert evaluation.read_predictions(file) == ([("a\u2028b", "c\x85"), ("", "")], 1)
