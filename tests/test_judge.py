@@ -946,6 +946,17 @@ def test_killed_in_a_first_turn_it_keeps_all_questions_but_those_at_once_and_goe
     assert [[r.number for r in requests] for requests in spoken] == [[2], [5]] and len(rows_of(out)) == 3
 
 
+def test_two_processes_answer_each_its_share_with_the_same_random_streams(mt, spoken, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert evaluation.main(answer_flags(mt)) == 0
+    # The one that comes second finds an answer, and still takes the questions that are its own.
+    assert [[r.number for r in requests] for requests in spoken] == [[1], [4], [0, 2], [3, 5]]
+    assert {row["question_id"] for row in rows_of(mt.where / "new/answers.jsonl")} == {81, 111, 141}
+    assert len(rows_of(mt.where / "new/answers.jsonl")) == 3
+
+
 def test_a_prompt_without_room_is_skipped_and_counted(mt, capsys):
     lines = (mt.where / "question.jsonl").read_text().replace("And plus 1?", "more " * 3000)
     (mt.where / "question.jsonl").write_text(lines.replace("Write a line.", "much " * 3000))
