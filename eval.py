@@ -1509,9 +1509,9 @@ def figures(flags: argparse.Namespace) -> None:
             figure = matplotlib.figure.Figure(layout="constrained")
             caption = f"**{name.replace('figure', 'Figure ')}.** {draw(figure, of)}"
             figure.savefig(out / f"{name}.png", dpi=DPI)
-            print(f"{out / f'{name}.png'}\n{caption}\n")
             captions.append(f"![{name}]({name}.png)\n\n{caption}\n")
         (out / "captions.md").write_text("\n".join(captions))
+    print("\n".join(captions))
     print(f"captions in {out / 'captions.md'}" + ("" if runs else "; Figure 2 wants --runs, so only Figure 1 is drawn"))
 
 
