@@ -78,7 +78,7 @@ import asft
 from data import (ChatFormat, Pair, Prompt, encode_preferences, pack, read_preferences, read_prompts, read_records,
                   resolve_max_tokens, split_pairs)
 from model import (Cache, InputError, Llama, LlamaConfig, check_weights, choose_device, files_checksum, load_model,
-                   naming, read_json, shown)
+                   naming, out_of_memory, read_json, shown)
 
 # ----------------------------------------------------------------------------------- files that several processes write
 
@@ -388,14 +388,6 @@ def answer_prompts(flags: argparse.Namespace) -> None:
                       "max_new_tokens")
     model, chat, stop_ids = load_generator(flags.model, flags.device, flags.precision)
     encoded = encode_prompts(prompts, chat, model.config.vocab_size)
-
-    def write(i: int, new: list[int], finish: str) -> None:
-        turns, reference = prompts[i].prompt, prompts[i].reference
-        if isinstance(turns[0], tuple):  # as it was asked, where that is one question
-            turns = turns[0][1] if len(turns) == 1 else [{"role": role, "content": text} for role, text in turns]
-        append_row(out, {"index": i, "prompt": turns, "prediction": chat.decode(new), "tokens": len(new),
-                         "finish": finish} | ({} if reference is None else {"reference": reference}))
-
     mine = [i for i in share(range(len(prompts))) if i not in done]
     if os.environ.get("RANK", "0") == "0":
         print(f"{flags.model}: {len(prompts):,} prompts, {len(done):,} of them answered before", flush=True)
@@ -403,7 +395,11 @@ def answer_prompts(flags: argparse.Namespace) -> None:
     answers = generate(model, requests, stop_ids, top_p=flags.top_p, top_k=flags.top_k, seed=flags.seed,
                        cache_tokens=flags.cache_tokens)
     for k, new, finish in told(answers, len(mine)):
-        write(mine[k], new, finish)
+        turns, reference = prompts[mine[k]].prompt, prompts[mine[k]].reference
+        if isinstance(turns[0], tuple):  # as it was asked, where that is one question
+            turns = turns[0][1] if len(turns) == 1 else [{"role": role, "content": text} for role, text in turns]
+        append_row(out, {"index": mine[k], "prompt": turns, "prediction": chat.decode(new), "tokens": len(new),
+                         "finish": finish} | ({} if reference is None else {"reference": reference}))
     if rows := order_rows(out, len(prompts)):
         count = Counter(row["finish"] for row in rows)
         mean = sum(row["tokens"] for row in rows) / len(rows)
@@ -713,7 +709,7 @@ def read_predictions(path: Path) -> tuple[list[tuple[str, str]], int]:
     for place, row in json_rows(path, "prediction", "reference"):
         for key in ("prediction", "reference"):
             if not isinstance(row[key], str):
-                raise InputError(f"{place}: {key} is {ascii(row[key])[:60]}, wanted a string")
+                raise InputError(f"{place}: {key} is {shown(row[key])}, wanted a string")
         rows.append((row["prediction"], row["reference"]))
         overlong += row.get("finish") == "overlong"
     if not rows:
@@ -783,7 +779,7 @@ def turn_texts(holder: object, turns: int, place: str) -> list[str]:
     found = found if isinstance(found, list) else []
     texts = [turn.get("content") if isinstance(turn, dict) else turn for turn in found]
     if len(texts) != turns or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{place}: wanted turns with {turns} text{'s' * (turns > 1)}; found {ascii(found)[:60]}")
+        raise InputError(f"{place}: wanted turns with {turns} text{'s' * (turns > 1)}; found {shown(found)}")
     return texts
 
 
@@ -1207,7 +1203,7 @@ def report_arena_hard(flags: argparse.Namespace) -> None:
     points, counts, kinds = {}, Counter(), ("judged", "missing", "duplicate", "unparsed")
     for place, name, row in read_judgments(flags, questions, report, counts, "games"):
         if not isinstance(row["games"], list) or len(row["games"]) > 2:
-            raise InputError(f"{place}: wanted a list of two games; found {ascii(row['games'])[:60]}")
+            raise InputError(f"{place}: wanted a list of two games; found {shown(row['games'])}")
         of_model = points.setdefault(name, [])
         for swapped, game in enumerate(row["games"]):  # in the second game the model is A
             label = game.get("score") if isinstance(game, dict) else None
@@ -1653,10 +1649,9 @@ def main(arguments: list[str] | None = None) -> int:
         said = str(error)
     except OSError as error:
         said = f"{error.filename or 'standard output'}: {error.strerror}"
-    except (RuntimeError, MemoryError) as error:  # a GPU's allocator raises OutOfMemoryError, a CPU's only says so
+    except (RuntimeError, MemoryError) as error:
         lower = next((name for name in ("cache_tokens", "max_tokens_per_gpu") if name in flags), None)
-        if lower is None or (not isinstance(error, (torch.OutOfMemoryError, MemoryError))
-                             and "can't allocate memory" not in str(error)):
+        if lower is None or not out_of_memory(error):
             raise
         said = (f"out of memory; lower --{lower.replace('_', '-')} from {getattr(flags, lower)} to "
                 f"{getattr(flags, lower) // 2}, unless the model alone is too large")

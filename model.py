@@ -850,6 +850,11 @@ def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtyp
     return here, torch.bfloat16 if precision == "bf16" or (cuda and precision == "auto") else torch.float32
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether that is what it says. A GPU's allocator raises OutOfMemoryError, a CPU's a RuntimeError with a text."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 def flush(path: Path) -> None:
     """Makes a written file, or a directory's entries, survive a power cut. Raises InputError where it cannot: some say
     only here that they are full."""

@@ -72,8 +72,8 @@ import asft
 from data import (Batch, ChatFormat, Pair, encode_preferences, pack, plan_step, read_preferences, resolve_max_tokens,
                   split_pairs)
 from model import (InputError, Llama, LlamaConfig, check_weights, choose_device, expected_shapes, file_checksum,
-                   files_checksum, finite, flush, load_weights, local_rows, naming, open_safetensors, read_json,
-                   rows_of_rank, save_model, shown)
+                   files_checksum, finite, flush, load_weights, local_rows, naming, open_safetensors, out_of_memory,
+                   read_json, rows_of_rank, save_model, shown)
 
 # ------------------------------------------------------------------------------------------------------ configuration
 
@@ -553,8 +553,8 @@ def rehearse(config: Config, model: Llama, data: Data, steps: int) -> None:
     try:
         rows, batch, _ = data.batch(largest)
         (losses_of(model, data, rows, batch)[0].sum() * 0).backward()
-    except (RuntimeError, MemoryError) as error:  # a GPU's allocator raises OutOfMemoryError, a CPU's only says so
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
             raise
         less = (f"lower --max-tokens-per-gpu from {config.max_tokens_per_gpu} to {max(tokens // 2, longest)}"
                 if tokens > longest else f"that is one pair: lower --max-tokens from {config.max_tokens} to "
@@ -1108,12 +1108,8 @@ def plan(config: Config, llama: LlamaConfig, gpus: int) -> None:
         model.checkpoint_blocks = config.checkpoint_blocks != "off"
         shard(model, mesh, torch.float32 if config.precision == "fp32" else torch.bfloat16)
         model.to_empty(device="cpu")
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # makes the moments; a fused step takes nothing else
-        optimizer.zero_grad()
-        tracker = FSDPMemTracker(model, optimizer)
+        # The moments are there; the update itself, which is fused, takes nothing.
+        tracker = FSDPMemTracker(model, make_optimizer(config, model))
         with tracker:
             model(batch)[0].sum().backward()
         (peak,) = tracker.get_tracker_snapshot("peak").values()
