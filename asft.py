@@ -1,8 +1,9 @@
 """ASFT, Aligned Supervised Fine-Tuning through Absolute Likelihood (arXiv 2409.10571), and its baselines.
 
 Pure functions: per-response log-probabilities in, one loss per pair and a dict of detached per-pair metrics out. The
-caller averages over pairs. This file imports torch alone and nothing of ours: copy it, or one function of it, into any
-trainer.
+caller averages over pairs. Of packages this file imports torch alone, and nothing of ours: copy it into any trainer.
+
+The equations are reconstructed from the paper's Appendix B and its prose, and have its numbers.
 
 In reading order
     log1mexp, log_odds      the two numerically delicate functions; everything else is a sum
@@ -108,7 +109,6 @@ def asft_loss(logp_w_B: Tensor, logp_l_B: Tensor, *, beta: float = 0.1, sft_weig
     """
     if beta < 0 or sft_weight < 0 or temperature <= 0 or eps <= 0:
         raise ValueError("asft_loss wants beta >= 0, sft_weight >= 0, temperature > 0, eps > 0; "
-
                         f"found {beta=}, {sft_weight=}, {temperature=}, {eps=}")
     logp_w_B, logp_l_B = _pair(logp_w_B, logp_l_B)
     bounded_l_B = _bounded(logp_l_B, eps)
@@ -134,8 +134,11 @@ def orpo_loss(logp_w_B: Tensor, logp_l_B: Tensor, *, beta: float = 0.1, eps: flo
 
     Its align term is ASFT's plus log(p_w(1-p_l) + p_l(1-p_w)), a number of at most 0, exactly. Differs from TRL 1.16,
     whose odds term is the same but whose SFT term pools prompt and response tokens over the batch; the SFT term here is
-    LLaMA-Factory's, the one ASFT has. `beta` is ORPO's lambda. eps as in `asft_loss`, for both responses.
+    LLaMA-Factory's, the one ASFT has. `beta` is ORPO's lambda. eps as in `asft_loss`, for both responses; ValueError
+    unless it is above 0.
     """
+    if eps <= 0:
+        raise ValueError(f"orpo_loss wants eps > 0; found {eps=}")
     logp_w_B, logp_l_B = _pair(logp_w_B, logp_l_B)
     sft_B = -logp_w_B
     align_B = -F.logsigmoid(log_odds(_bounded(logp_w_B, eps)) - log_odds(_bounded(logp_l_B, eps)))
@@ -157,7 +160,6 @@ def simpo_loss(logp_w_B: Tensor, logp_l_B: Tensor, *, beta: float = 2.0, gamma: 
 
 
 def dpo_loss(sum_logp_w_B: Tensor, sum_logp_l_B: Tensor, ref_w_B: Tensor, ref_l_B: Tensor, *,
-
             beta: float = 0.1) -> tuple[Tensor, Metrics]:
     """DPO (arXiv 2305.18290; equations 1 to 3): -logsigmoid(beta * ((s_w - s_w_ref) - (s_l - s_l_ref))).
 
@@ -170,7 +172,6 @@ def dpo_loss(sum_logp_w_B: Tensor, sum_logp_l_B: Tensor, ref_w_B: Tensor, ref_l_
 
 
 def ipo_loss(logp_w_B: Tensor, logp_l_B: Tensor, ref_w_B: Tensor, ref_l_B: Tensor, *,
-
             beta: float = 0.1) -> tuple[Tensor, Metrics]:
     """IPO (arXiv 2310.12036): (h - 1/(2 beta))^2 with h = (w - w_ref) - (l - l_ref), in nats squared.
 
@@ -220,7 +221,6 @@ def response_logps(logits_RTV: Tensor, tokens_RT: Tensor, scored_RT: Tensor) -> 
     """
     if logits_RTV.shape[:2] != tokens_RT.shape or tokens_RT.shape != scored_RT.shape:
         raise ValueError("response_logps wants logits (R, T, V), tokens (R, T) and scored (R, T); "
-
                         f"found {tuple(logits_RTV.shape)}, {tuple(tokens_RT.shape)}, {tuple(scored_RT.shape)}")
     scored_RT = scored_RT.bool()
     if bool(scored_RT[:, 0].any()) or not bool(scored_RT.any(dim=1).all()):
@@ -237,7 +237,8 @@ def response_logps(logits_RTV: Tensor, tokens_RT: Tensor, scored_RT: Tensor) -> 
 
 def comparison(logp_w_B: Tensor, logp_l_B: Tensor) -> Metrics:
     """margin = l_w - l_l in nats, and accuracy: 1 where the chosen response is likelier per token; a tie counts 0."""
-    margin_B = (at_least_fp32(logp_w_B) - at_least_fp32(logp_l_B)).detach()
+    logp_w_B, logp_l_B = _pair(logp_w_B, logp_l_B)
+    margin_B = (logp_w_B - logp_l_B).detach()
     return {"margin": margin_B, "accuracy": (margin_B > 0).to(margin_B.dtype)}
 
 

@@ -74,14 +74,12 @@ def read_preferences(path: str | Path, counts: Counter | None = None, skip_bad_l
         try:
             if isinstance(record, ValueError):
                 raise record
-            sides = _sides(record)
+            if (sides := _sides(record)) is None:
+                counts["unequal prompts"] += 1
+            else:
+                preferences.append(Preference(*sides, place))
         except ValueError as error:
             bad.append(f"{place}: {error}")
-            continue
-        if sides is None:
-            counts["unequal prompts"] += 1
-        else:
-            preferences.append(Preference(*sides, place))
     counts["bad lines"] += len(bad)
     if bad and not skip_bad_lines:
         more = f"\n... and {len(bad) - BAD_LINES_SHOWN} more" if len(bad) > BAD_LINES_SHOWN else ""
@@ -545,7 +543,7 @@ def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = Non
                         max(key_lengths) if longest is None else longest)
     length_R = torch.tensor(lengths)
     return Batch(int64(tokens), int64(positions), segments, int64(scored), int64(targets),
-                torch.repeat_interleave(torch.arange(len(lengths)), length_R), length_R)
+                torch.repeat_interleave(length_R), length_R)
 
 
 MicroBatch = list[int]  # indexes of pairs
@@ -579,7 +577,7 @@ def split_pairs(indexes: np.ndarray, sizes: np.ndarray, ranks: int, max_tokens: 
     if indexes and sizes[indexes[0]] > max_tokens:
         raise InputError(f"a pair of {sizes[indexes[0]]} packed tokens exceeds --max-tokens-per-gpu {max_tokens}; "
                          "raise that or lower --max-tokens")
-    m = max(1, -(-int(sum(sizes[i] for i in indexes)) // (ranks * max_tokens)))
+    m = max(1, -(-int(sizes[indexes].sum()) // (ranks * max_tokens)))
     while True:
         bins, loads = [[] for _ in range(ranks * m)], np.zeros(ranks * m, dtype=np.int64)
         for i in indexes:

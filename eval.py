@@ -77,8 +77,8 @@ from torch import Tensor
 import asft
 from data import (ChatFormat, Pair, Prompt, encode_preferences, pack, read_preferences, read_prompts, read_records,
                   resolve_max_tokens, split_pairs)
-from model import (Cache, InputError, Llama, LlamaConfig, check_weights, choose_device, files_checksum, load_model,
-                   naming, out_of_memory, read_json, shown)
+from model import (Cache, InputError, Llama, LlamaConfig, check_weights, choose_device, files_checksum, generation_eos,
+                   load_model, naming, out_of_memory, read_json, shown)
 
 # ----------------------------------------------------------------------------------- files that several processes write
 
@@ -286,16 +286,10 @@ def load_generator(directory: str | Path, device: str = "auto",
     for a directory that is no Hugging Face model with its tokenizer."""
     here, dtype = choose_device(device, precision)
     chat = ChatFormat(directory)
-    path, more = Path(directory) / "generation_config.json", None
-    if path.exists():
-        config = read_json(path)
-        more = config.get("eos_token_id") if isinstance(config, dict) else config
-    more = [] if more is None else more if isinstance(more, list) else [more]
-    if not all(type(i) is int and i >= 0 for i in more):  # type(), since JSON's true is an int to isinstance
-        raise InputError(f"{path}: eos_token_id is {more!r}, wanted a token id or a list of them")
+    stop_ids = chat.stop_ids.union(generation_eos(directory))
     model = load_model(directory, dtype, here).requires_grad_(False)
     model.pack_linears()
-    return model, chat, chat.stop_ids | set(more)
+    return model, chat, stop_ids
 
 
 def told(answers: Iterator[tuple[int, list[int], str]], count: int,
@@ -365,16 +359,12 @@ def order_rows(out: Path, count: int) -> list[dict] | None:
 def encode_prompts(prompts: list[Prompt], chat: ChatFormat, vocab_size: int) -> list[list[int]]:
     """Token ids: of turns in the chat format, up to the header of the assistant's; of a plain text after BOS. Raises
     InputError for ids that are not below vocab_size."""
-    texts = dict.fromkeys(text for p in prompts
-                          for text in ([p.prompt] if isinstance(p.prompt, str) else
-                                       [turn[1] for turn in p.prompt if isinstance(turn, tuple)]))
-    contents = dict(zip(texts, chat.encode(list(texts)), strict=True))
     encoded = []
     for p in prompts:
         if isinstance(p.prompt, str):
-            ids = [chat.begin, *contents[p.prompt]]
+            ids = [chat.begin, *chat.encode([p.prompt])[0]]
         else:
-            ids = chat.prompt(p.prompt, contents) if isinstance(p.prompt[0], tuple) else p.prompt
+            ids = chat.prompt(p.prompt) if isinstance(p.prompt[0], tuple) else p.prompt
         if max(ids) >= vocab_size:
             raise InputError(f"{p.place}: token id {max(ids)} is not below the model's vocab_size {vocab_size}")
         encoded.append(ids)
@@ -948,27 +938,27 @@ def ask(judge: Judge, messages: list[dict], about: dict) -> str:
     for attempt in range(judge.tries):
         if judge.stop.is_set():
             raise UnjudgedError("stopped")
-        status, asked, again = None, 0.0, True
+        wait = 0.0
         try:
             request = urllib.request.Request(judge.url, data, headers)
             with judge.opener.open(request, timeout=judge.timeout) as response:
                 body = hide(response.read().decode(errors="replace"), judge.key)
-            status, asked = response.status, seconds_asked(response.headers["Retry-After"])
+            status, wait = response.status, seconds_asked(response.headers["Retry-After"])
         except (OSError, http.client.HTTPException) as error:
             reason = hide(str(getattr(error, "reason", error)), judge.key) or type(error).__name__
         else:
             append_row(judge.raw, about | {"request": digest, "status": status, "body": body, "tstamp": time.time()})
-            reason, again = f"HTTP {status}", status in (200, 408, 429) or status >= 500
             if status == 200 and (reply := reply_of(body)):
                 return reply
             if status in HOPELESS or 300 <= status < 400:
                 raise InputError(f"{judge.url}: HTTP {status}: {' '.join(body.split())[:200]}")
-        if not again:
-            raise UnjudgedError(f"{reason}: {' '.join(body.split())[:100]}")
+            if status not in (200, 408, 429) and status < 500:
+                raise UnjudgedError(f"HTTP {status}: {' '.join(body.split())[:100]}")
+            reason = "no reply in a body of HTTP 200" if status == 200 else f"HTTP {status}"
         if attempt + 1 < judge.tries:
             spread = min(judge.wait * 2 ** min(attempt, 20), LONGEST_WAIT) * random.uniform(0.5, 1.5)
-            judge.stop.wait(max(asked, spread))
-    raise UnjudgedError("no reply in a body of HTTP 200" if status == 200 else reason)
+            judge.stop.wait(max(wait, spread))
+    raise UnjudgedError(reason)
 
 
 Job = tuple[list[str], Callable[[Judge], dict]]  # the prompts that the judge sees, and what makes the row
@@ -1181,7 +1171,7 @@ def report_mt_bench(flags: argparse.Namespace) -> None:
     def mean(scores: dict, turns: tuple[int, ...], category: str | None = None) -> dict | None:
         per_question = [[scores[q.id, turn] for turn in turns if scores.get((q.id, turn)) is not None]
                         for q in questions.values() if category in (None, q.category)]
-        return mean_score([sum(of_one) for of_one in per_question], [len(of_one) for of_one in per_question])
+        return mean_score(list(map(sum, per_question)), list(map(len, per_question)))
 
     categories, scores = dict.fromkeys(question.category for question in questions.values()), {}
     for name, of_model in found.items():
@@ -1394,7 +1384,6 @@ def read_run(text: str) -> Run:
 # Okabe and Ito's colours, told apart by the colour-blind; a line's dashes tell it apart as well.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
-DPI = 150
 
 
 def draw_surfaces(figure, beta: float) -> str:
@@ -1493,7 +1482,7 @@ def figures(flags: argparse.Namespace) -> None:
     except ImportError as error:
         raise InputError(f"figures are drawn by matplotlib: pip install matplotlib ({error})") from None
     runs = [read_run(text) for text in flags.runs]
-    if twice := [run.label for i, run in enumerate(runs) if run.label in [other.label for other in runs[:i]]]:
+    if twice := [label for label, count in Counter(run.label for run in runs).items() if count > 1]:
         raise InputError(f"--runs: two are labelled {twice[0]!r}; name them as NAME=DIR")
     drawn = {"figure1": (draw_surfaces, flags.beta)}
     if runs:
@@ -1504,7 +1493,7 @@ def figures(flags: argparse.Namespace) -> None:
         for name, (draw, of) in drawn.items():
             figure = matplotlib.figure.Figure(layout="constrained")
             caption = f"**{name.replace('figure', 'Figure ')}.** {draw(figure, of)}"
-            figure.savefig(out / f"{name}.png", dpi=DPI)
+            figure.savefig(out / f"{name}.png", dpi=150)
             captions.append(f"![{name}]({name}.png)\n\n{caption}\n")
         (out / "captions.md").write_text("\n".join(captions))
     print("\n".join(captions))

@@ -28,10 +28,10 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
@@ -104,9 +104,9 @@ def shown(value: object, most: int = 60) -> str:
 # Keys of config.json with one acceptable meaning. A checkpoint that says otherwise would load and compute nonsense.
 ONLY = {"hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False], "attention_dropout": [0],
         "quantization_config": [None], "partial_rotary_factor": [1], "sliding_window": [None]}
-# Whole numbers are below 2**24, so that no product of three sizes overflows, but for this one: --plan builds every
-# layer before any file could contradict it. The largest Llama has 126.
-MOST = {"num_hidden_layers": 2**12}
+# Whole numbers are below 2**24, but for two: --plan builds every layer before any file could contradict it, and no
+# tensor may have 2**63 bytes. The largest Llama has 126 layers, and heads of 128.
+MOST = {"num_hidden_layers": 2**12, "head_dim": 2**12}
 
 
 @dataclass(frozen=True)
@@ -164,13 +164,6 @@ class LlamaConfig:
                                  f"{'whole ' * (kind is int)}number below {limit:,}")
             return kind(value)
 
-        def ids(key: str) -> tuple[int, ...]:
-            value = raw.get(key)
-            value = [] if value is None else value if isinstance(value, list) else [value]
-            if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in value):
-                raise InputError(f"{where}: {key} is {shown(raw[key])}, wanted a token id or a list of them")
-            return tuple(value)
-
         tie = raw.get("tie_word_embeddings", False)
         if not isinstance(tie, bool):
             raise InputError(f"{where}: tie_word_embeddings is {shown(tie)}, wanted true or false")
@@ -200,11 +193,11 @@ class LlamaConfig:
             head_dim=number("head_dim", int, width // heads),
             max_position_embeddings=number("max_position_embeddings", int),
             rms_norm_eps=number("rms_norm_eps", float, 1e-6),  # transformers' default where the key is missing
-            rope_theta=number("rope_theta", float, 10_000.0, raw if "rope_theta" in raw else rope),  # likewise
+            rope_theta=number("rope_theta", float, 10_000.0, rope if "rope_theta" in rope else raw),  # likewise
             rope_scaling=scaling,
             tie_word_embeddings=tie,
-            bos_token_id=next(iter(ids("bos_token_id")), None),
-            eos_token_id=ids("eos_token_id"))
+            bos_token_id=next(iter(token_ids(raw, "bos_token_id", where)), None),
+            eos_token_id=token_ids(raw, "eos_token_id", where))
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
             raise InputError(f"{where}: wanted num_attention_heads ({heads}) to be a multiple of num_key_value_heads "
                             f"({config.num_key_value_heads}), and head_dim ({config.head_dim}) to be even")
@@ -212,12 +205,29 @@ class LlamaConfig:
 
     def to_dict(self, dtype: torch.dtype) -> dict:
         """What config.json holds for weights of `dtype`, in the form that transformers 4 and 5 and vLLM read."""
-        fields = {key: value for key, value in vars(self).items() if key != "rope_scaling"}
         scaling = None if self.rope_scaling is None else {"rope_type": "llama3", **vars(self.rope_scaling)}
         eos = self.eos_token_id[0] if len(self.eos_token_id) == 1 else list(self.eos_token_id) or None
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **fields, "eos_token_id": eos,
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **vars(self), "eos_token_id": eos,
                 "rope_scaling": scaling, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
                 "torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+def token_ids(raw: dict, key: str, where: str | Path) -> tuple[int, ...]:
+    """What a configuration has under a key: a token id, a list of them, or none."""
+    value = raw.get(key)
+    value = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(i) is int and 0 <= i < 2**31 for i in value):  # type(), since JSON's true is an int to isinstance
+        raise InputError(f"{where}: {key} is {shown(raw[key])}, wanted a token id or a list of them")
+    return tuple(value)
+
+
+def generation_eos(directory: str | Path) -> tuple[int, ...]:
+    """The ids at which a directory's generation_config.json ends an answer; none where it has no such file."""
+    path = Path(directory) / "generation_config.json"
+    raw = read_json(path) if path.exists() else {}
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: {shown(raw)}, wanted an object, its eos_token_id a token id or a list of them")
+    return token_ids(raw, "eos_token_id", path)
 
 
 # -------------------------------------------------------------------------------------------------------- attention
@@ -586,7 +596,7 @@ class Llama(nn.Module):
         ends = F.pad(lengths.cumsum(0), (1, 0))
         starts = ends.int().to(device)
         position_T = torch.cat([torch.arange(n) for n in lengths]).to(device)
-        row_T = torch.repeat_interleave(torch.arange(row, row + len(prompts)), lengths).to(device)
+        row_T = (row + torch.repeat_interleave(lengths)).to(device)
         tokens_T = torch.tensor([token for prompt in prompts for token in prompt], device=device)
         segments = Segments(starts, starts, None, int(lengths.max()))
         hidden_TD = self._hidden(tokens_T, position_T, segments, cache.past(row_T, position_T, []))
@@ -730,14 +740,16 @@ def load_weights(model: Llama, directory: str | Path) -> None:
 
 
 def save_model(model: Llama, directory: str | Path, *, dtype: torch.dtype = torch.bfloat16,
-               source: str | Path | None = None) -> None:
+               source: str | Path | None = None, stop_ids: Sequence[int] = ()) -> None:
     """Writes a Hugging Face model directory that transformers and vLLM load; every rank of a sharded model must call
     it.
 
     Weights in `dtype`, in files of at most 5 GB with an index where there are several; tokenizer and generation files
-    are copied from `source`. Written to a directory aside, flushed, and renamed when whole: `directory` never holds
-    half a model. Rank 0 writes, and holds one file's tensors at a time. Raises InputError where `directory` exists,
-    cannot be written, or would hold a NaN or an infinity.
+    are copied from `source`. The eos_token_id of config.json and generation_config.json gains what it lacks of
+    `stop_ids`: a base model's ends texts, and an answer trained to end with its turn would run on. Written to a
+    directory aside, flushed, and renamed when whole: `directory` never holds half a model. Rank 0 writes, and holds one
+    file's tensors at a time. Raises InputError where `directory` exists, cannot be written, or would hold a NaN or an
+    infinity.
     """
     directory = Path(directory)
     if directory.exists():
@@ -773,7 +785,8 @@ def save_model(model: Llama, directory: str | Path, *, dtype: torch.dtype = torc
                 (aside / name).chmod(0o644)  # like the files beside it; safetensors makes it the owner's alone
     if writer:
         with naming(aside):
-            (aside / "config.json").write_text(json.dumps(model.config.to_dict(dtype), indent=2) + "\n")
+            config = replace(model.config, eos_token_id=tuple(dict.fromkeys((*model.config.eos_token_id, *stop_ids))))
+            (aside / "config.json").write_text(json.dumps(config.to_dict(dtype), indent=2) + "\n")
             if len(files) > 1:
                 index = {"metadata": {"total_size": sum(p.numel() * dtype.itemsize for p in model.parameters())},
                          "weight_map": {key: name for name, part in zip(names, files, strict=True) for key, _ in part}}
@@ -781,6 +794,10 @@ def save_model(model: Llama, directory: str | Path, *, dtype: torch.dtype = torc
             for name in COMPANIONS:
                 if source is not None and (Path(source) / name).is_file():
                     shutil.copyfile(Path(source) / name, aside / name)
+            path = aside / "generation_config.json"
+            if stop_ids and path.exists() and not set(stop_ids) <= set(eos := generation_eos(aside)):
+                settings = read_json(path) | {"eos_token_id": list(dict.fromkeys((*eos, *stop_ids)))}
+                path.write_text(json.dumps(settings, indent=2) + "\n")
             for path in [*aside.iterdir(), aside]:
                 flush(path)
             aside.rename(directory)
@@ -793,11 +810,8 @@ def local_rows(tensor: Tensor) -> tuple[Tensor, slice]:
     """What this rank holds of a tensor, and which rows of the whole that is."""
     if not isinstance(tensor, DTensor):
         return tensor, slice(0, len(tensor))
-    mesh, rows = tensor.device_mesh, slice(0, len(tensor))
-    for axis, placement in enumerate(tensor.placements):
-        if isinstance(placement, Shard):
-            rows = rows_of_rank(len(tensor), mesh.size(axis), mesh.get_local_rank(axis))
-    return tensor.to_local(), rows
+    mesh = tensor.device_mesh  # its last axis splits rows; one before it holds replicas
+    return tensor.to_local(), rows_of_rank(len(tensor), mesh.shape[-1], mesh.get_coordinate()[-1])
 
 
 def rows_of_rank(rows: int, ranks: int, rank: int) -> slice:

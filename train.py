@@ -32,9 +32,11 @@ Left out: LoRA, other optimisers, configuration files.
 
 import argparse
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -61,7 +63,7 @@ import safetensors
 import tokenizers
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -72,8 +74,8 @@ import asft
 from data import (Batch, ChatFormat, Pair, encode_preferences, pack, plan_step, read_preferences, resolve_max_tokens,
                   split_pairs)
 from model import (InputError, Llama, LlamaConfig, check_weights, choose_device, expected_shapes, file_checksum,
-                   files_checksum, finite, flush, load_weights, local_rows, naming, open_safetensors, out_of_memory,
-                   read_json, rows_of_rank, save_model, shown)
+                   files_checksum, finite, flush, generation_eos, load_weights, local_rows, naming, open_safetensors,
+                   out_of_memory, read_json, rows_of_rank, save_model, shown)
 
 # ------------------------------------------------------------------------------------------------------ configuration
 
@@ -118,7 +120,7 @@ class Config:
     gamma: float = flag(1.0, "simpo: target margin of the rewards")
     ipo_sum: bool = flag(False, "ipo: summed instead of mean log-probs. OPEN: public code has both; mean is TRL's")
     reference: str = flag("precompute", "dpo, ipo: reference log-probs, computed once before training, or by a live "
-                          "frozen copy of the model. PAPER: live", ("precompute", "live"))
+                          "frozen copy of the model. PAPER: live; the losses are the same", ("precompute", "live"))
     reference_cache: str | None = flag(None, "file of precomputed reference log-probs: read if it exists and was made "
                                        "by the same weights from the same tokens, else written (default: in OUT)")
 
@@ -291,8 +293,7 @@ def recorded_flags(given: dict) -> dict | None:
 
 def kinds_of(field: dataclasses.Field) -> tuple[type, ...]:
     """The types of a field's values: str, or str and None, and so on."""
-    kind = typing.get_type_hints(Config)[field.name]
-    return typing.get_args(kind) or (kind,)
+    return typing.get_args(field.type) or (field.type,)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float, min_lr_ratio: float) -> float:
@@ -461,14 +462,14 @@ def read_cache(cache: Path, key: str, parts: list[Data]) -> Tensor | None:
     return logps
 
 
-def attach_reference(config: Config, mesh: DeviceMesh, model: Llama, parts: list[Data], key: str, logps: Tensor | None,
-                     cache: Path) -> None:
+def attach_reference(config: Config, mesh: DeviceMesh, model: Llama, parts: list[Data], key: str, cache: Path) -> None:
     """Gives each part the log-probs of the frozen starting model: of a live copy, or numbers computed once and kept."""
     if config.reference == "live":
         live = build_model(config, mesh).requires_grad_(False)
         for part in parts:
             part.reference = live
         return
+    logps = on_first_process(lambda: read_cache(cache, key, parts))
     if logps is None:
         everything = Data([pair for part in parts for pair in part.pairs], config, mesh.device_type)
         logps = torch.zeros(len(everything.pairs), 2, 2, device=mesh.device_type)
@@ -481,13 +482,8 @@ def attach_reference(config: Config, mesh: DeviceMesh, model: Llama, parts: list
         if not finite(logps):
             raise StoppedError("the starting model's log-probs, which the loss wants, are not finite")
         if dist.get_rank() == 0:
-            aside = cache.with_name(f".{cache.name}.partial")
-            with naming(cache):
-                save_file({"logps": logps.cpu()}, aside,
-                          metadata={"key": key, "checksum": checksum({"logps": logps.tolist()})})
-                flush(aside)
-                aside.rename(cache)
-                flush(cache.parent)
+            metadata = {"key": key, "checksum": checksum({"logps": logps.tolist()})}
+            write_whole(cache, save({"logps": logps.cpu()}, metadata))
     of_parts = logps.to(mesh.device_type).split([len(part.pairs) for part in parts])
     for part, of_part in zip(parts, of_parts, strict=True):
         part.reference = of_part
@@ -545,14 +541,15 @@ def make_optimizer(config: Config, model: Llama) -> torch.optim.AdamW:
     return optimizer
 
 
-def rehearse(config: Config, model: Llama, data: Data, steps: int) -> None:
+def rehearse(model: Llama, data: Data, steps: int) -> None:
     """Forward and backward of the run's largest micro-batch, for nothing but its memory. Raises StoppedError with
     advice where that is not there: in the first minute, and not in the hour in which that batch is drawn."""
-    largest = largest_micro_batch(config, data, steps, dist.get_world_size())
+    config, (largest, passes) = data.config, largest_micro_batch(data, steps, dist.get_world_size())
     tokens, longest = int(data.sizes[largest].sum()), int(data.sizes.max())
     try:
-        rows, batch, _ = data.batch(largest)
-        (losses_of(model, data, rows, batch)[0].sum() * 0).backward()
+        for _ in range(passes):
+            rows, batch, _ = data.batch(largest)
+            (losses_of(model, data, rows, batch)[0].sum() * 0).backward()
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -564,17 +561,19 @@ def rehearse(config: Config, model: Llama, data: Data, steps: int) -> None:
     model.zero_grad()
 
 
-def plan_of(config: Config, data: Data, step: int, processes: int) -> list[list[list[int]]]:
+def plan_of(data: Data, step: int, processes: int) -> list[list[list[int]]]:
     """[process][micro-batch] -> indexes of pairs."""
+    config = data.config
     seed = config.seed if config.shuffle else None
     return plan_step(data.sizes, config.pairs_per_step, seed, step, processes, config.max_tokens_per_gpu)
 
 
-def largest_micro_batch(config: Config, data: Data, steps: int, processes: int) -> list[int]:
-    """Of the whole run."""
-    every = (indexes for step in range(steps) for of_process in plan_of(config, data, step, processes)
-             for indexes in of_process)
-    return max(every, key=lambda indexes: data.sizes[indexes].sum())
+def largest_micro_batch(data: Data, steps: int, processes: int) -> tuple[list[int], int]:
+    """Of the whole run; and how many passes show its peak: two where a step has several micro-batches, since the second
+    then meets the gradients of the first."""
+    every = [of_process for step in range(steps) for of_process in plan_of(data, step, processes)]
+    largest = max(itertools.chain(*every), key=lambda indexes: data.sizes[indexes].sum())
+    return largest, 1 + any(len(of_process) > 1 for of_process in every)
 
 
 class StopRequest:
@@ -605,7 +604,7 @@ def train(config: Config, model: Llama, optimizer: torch.optim.AdamW, data: Data
     left = 0.0
     for step in range(done, steps):
         started = time.perf_counter()
-        plan = plan_of(config, data, step, world)
+        plan = plan_of(data, step, world)
         drawn = [i for of_rank in plan for indexes in of_rank for i in indexes]
 
         sums, suspects = Sums(), []
@@ -643,7 +642,7 @@ def train(config: Config, model: Llama, optimizer: torch.optim.AdamW, data: Data
         wanted = step + 1 == steps or (config.eval_every and (step + 1) % config.eval_every == 0)
         if held_out is not None and wanted:
             row |= evaluate(model, held_out, log, step + 1)
-        log.metrics(row)
+        log.append("metrics.jsonl", row)
         asked = torch.tensor(stop.number, device=data.device)
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         if step + 1 < steps and (asked or (config.save_every and (step + 1) % config.save_every == 0)):
@@ -771,8 +770,7 @@ def write_tensors(path: Path, tensors: list[tuple[str, Tensor]]) -> str:
             block = block.detach().cpu().flatten().numpy() if isinstance(block, Tensor) else block
             file.write(block)
             digest.update(block)
-        file.flush()
-        os.fsync(file.fileno())
+    flush(path)
     return digest.hexdigest()
 
 
@@ -781,11 +779,11 @@ def checksum(facts: dict) -> str:
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file: it holds the old text or the new, never a part."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replaces a file: it holds the old content or the new, never a part."""
     aside = path.with_name(f".{path.name}.partial")
     with naming(path):
-        aside.write_text(text)
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
         flush(aside)
         aside.rename(path)
         flush(path.parent)
@@ -812,7 +810,7 @@ def newest_checkpoint(out: Path, identity: str, log: "Log") -> tuple[Path | None
         except DamagedError as error:
             log.say(f"{error}; trying the checkpoint before")
             continue
-        if facts["run"] != identity:
+        if facts.get("run") != identity:
             raise InputError(f"{path}: of a run with other flags, pairs or weights than {out / 'config.json'} says")
         for bad in found[:i] if dist.get_rank() == 0 else ():
             aside = bad.with_name(f"damaged-{bad.name}")
@@ -833,6 +831,8 @@ def checked_facts(path: Path) -> dict:
             raise ValueError("its checksum differs")
         if path.name != f"step-{facts['step']:06d}" or any("/" in file for file in facts["files"]):
             raise ValueError("it is another directory's")
+        if not facts["files"]:
+            raise ValueError("it names no file")
         for name in sorted(facts["files"])[dist.get_rank()::dist.get_world_size()]:
             if file_checksum(path / name) != facts["files"][name]:
                 raise ValueError("its checksum differs")
@@ -866,7 +866,7 @@ def load_checkpoint(path: Path, facts: dict, model: Llama, optimizer: torch.opti
 
 def peak_memory_gib() -> float:
     """Of this process so far (the log has the largest of all): the GPU's memory, or what is resident without one."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
@@ -878,7 +878,7 @@ class Log:
     def __init__(self, out: Path, active: bool):
         self.out, self.active, self.moving = out, active, sys.stdout.isatty()
 
-    def say(self, text: str = "") -> None:
+    def say(self, text: str) -> None:
         if self.active:
             print(text, flush=True)
 
@@ -914,10 +914,6 @@ class Log:
                 "steps": steps, "parameters": parameters, "processes": processes, "device": device,
                 "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in modules}}
 
-    def config(self, facts: dict) -> None:
-        """For process 0."""
-        write_whole(self.out / "config.json", json.dumps(facts, indent=2) + "\n")
-
     def step(self, row: dict, steps: int, seconds_left: float) -> None:
         if not self.active:
             return
@@ -929,11 +925,8 @@ class Log:
             text = "\r\x1b[K" + text[:shutil.get_terminal_size().columns - 1]
         print(text, end="" if self.moving and row["step"] < steps else "\n", flush=True)
 
-    def metrics(self, row: dict) -> None:
-        self._append("metrics.jsonl", row)
-
     def evaluation(self, step: int, row: dict, answers: list[str]) -> None:
-        self._append("eval.jsonl", {"step": step, **row} | ({"answers": answers} if answers else {}))
+        self.append("eval.jsonl", {"step": step, **row} | ({"answers": answers} if answers else {}))
         text = ("held-out after {step} | loss {eval_loss:.4f} sft {eval_sft:.4f} align {eval_align:.4f} | margin "
                 "{eval_margin:+.4f} accuracy {eval_accuracy:.1%} logp_w {eval_logp_w:.4f} logp_l {eval_logp_l:.4f}")
         self.say(("\r\x1b[K" if self.moving else "") + text.format(step=step, **row))
@@ -949,19 +942,19 @@ class Log:
                                  "name a fresh --out")
         for name in ("metrics.jsonl", "eval.jsonl"):
             path, kept = self.out / name, []
-            for line in path.read_text().splitlines(keepends=True) if path.exists() and done else []:
+            for line in path.read_bytes().splitlines() if path.exists() and done else []:
                 try:
                     if json.loads(line)["step"] > done:
                         break
                 except (ValueError, LookupError, TypeError):
                     break  # cut short by the end of the process; else rows are missing, which is found below
-                kept.append(line)
+                kept.append(line + b"\n")
             if name == "metrics.jsonl" and len(kept) != done:
                 raise InputError(f"{path}: {len(kept)} whole rows up to step {done}, of which there is a checkpoint; "
                                  'for a lost one a line {"step": N} may stand')
-            write_whole(path, "".join(kept))
+            write_whole(path, b"".join(kept))
 
-    def _append(self, name: str, row: dict) -> None:
+    def append(self, name: str, row: dict) -> None:
         if self.active:
             with naming(self.out / name), open(self.out / name, "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -980,15 +973,16 @@ def claim_out(config: Config, marks: dict[str, str]) -> Path:
             if not isinstance(there, dict) or marks[name] != there.get(name):
                 raise InputError(f"--resume {out}: other {name} than the run began with")
     elif out.exists() and (not out.is_dir() or any(path.name[0] != "." for path in out.iterdir())):
-        raise InputError(f"--out {out} is not empty; a new run wants a fresh directory, its own is gone on with by "
-                         "--resume")
+        raise InputError(f"--out {out} is not empty: a new run wants a fresh directory; --resume goes on with the "
+                         "run that is in it")
     try:
         out.mkdir(parents=True, exist_ok=True)
         fcntl.lockf(os.open(out / ".lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it ends
     except BlockingIOError:
         raise InputError(f"--out {out}: another process is training there") from None
     except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}") from None
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):  # a cluster's disk without locks
+            raise InputError(f"--out {out}: {error.strerror}") from None
     return out
 
 
@@ -1009,15 +1003,16 @@ def run(config: Config) -> None:
         plan(config, llama, config.plan)
         return
     check_weights(config.model, llama)
+    generation_eos(config.model)  # now, not when it is exported
     mesh = start_processes(config)
     parts, counts, chat = read_data(config, llama, mesh.device_type)
     data, held_out = parts[0], parts[1] if config.eval_data else None
     marks = on_first_process(lambda: fingerprint(config, parts))
-    key, logps, cached = " ".join(marks.values()), None, config.loss_row.reference and config.reference == "precompute"
-    if cached and config.reference_cache:  # before a directory is made: it may be the wrong one
-        logps = on_first_process(lambda: read_cache(Path(config.reference_cache), key, parts))
+    key = " ".join(marks.values())
+    if config.loss_row.reference and config.reference_cache:  # before a directory is made: it may be the wrong one
+        on_first_process(lambda: read_cache(Path(config.reference_cache), key, parts))
     out = on_first_process(lambda: claim_out(config, marks))
-    log, steps = Log(out, dist.get_rank() == 0), count_steps(config, data)
+    log, steps = Log(out, dist.get_rank() == 0), count_steps(data)
     if on_first_process((out / "model").exists):
         log.say(f"{out} is finished: its model is {out / 'model'}")
         return
@@ -1026,21 +1021,19 @@ def run(config: Config) -> None:
         raise InputError(f"--out {out}: not there for process {missing[0]}; all processes of a run want one directory")
     facts = log.header(config, mesh, model, parts, counts, steps) | {"fingerprint": marks}
     identity = checksum(marks | {name: value for name, value in vars(config).items() if name not in MAY_CHANGE})
-    if not on_first_process((out / "config.json").exists):
-        on_first_process(lambda: log.config(facts))
+    record = functools.partial(write_whole, out / "config.json", json.dumps(facts, indent=2) + "\n")
+    on_first_process(lambda: (out / "config.json").exists() or record())
     if config.loss_row.reference:
         cache = Path(config.reference_cache or out / "reference.safetensors")
-        if cached and logps is None:
-            logps = on_first_process(lambda: read_cache(cache, key, parts))
-        attach_reference(config, mesh, model, parts, key, logps, cache)
+        attach_reference(config, mesh, model, parts, key, cache)
     optimizer = make_optimizer(config, model)
-    rehearse(config, model, data, steps)
+    rehearse(model, data, steps)
     checkpoint, state = newest_checkpoint(out, identity, log)
     if config.resume is not None:
         on_first_process(lambda: log.rewind(state["step"]))
-        on_first_process(lambda: log.config(facts))
+        on_first_process(record)
         log.say(f"going on from {checkpoint}" if checkpoint else "no checkpoint yet: beginning with the first step")
-    asked = held_out.pairs[:config.samples] if held_out is not None and chat is not None else []
+    asked = parts[-1].pairs[:config.samples]  # of the held-out ones: --samples wants --eval-data
     if checkpoint:
         load_checkpoint(checkpoint, state, model, optimizer)
     elif held_out is not None:
@@ -1052,7 +1045,7 @@ def run(config: Config) -> None:
         after = [answer(model, chat, pair.prompt, mesh.device_type) for pair in asked]
         dtype = torch.bfloat16 if config.save_dtype == "bf16" else torch.float32
         on_first_process(lambda: [flush(path) for path in out.glob("*.jsonl")])
-        save_model(model, out / "model", dtype=dtype, source=config.model)
+        save_model(model, out / "model", dtype=dtype, source=config.model, stop_ids=[chat.end_of_turn] if chat else [])
     if asked and log.active:
         first = json.loads((out / "eval.jsonl").read_text().split("\n")[0])  # of step 0, unless that was lost
         before = first.get("answers", ["(not in eval.jsonl)"] * len(asked))
@@ -1061,8 +1054,9 @@ def run(config: Config) -> None:
     log.say(f"\nsaved {out / 'model'} ({config.save_dtype}); metrics in {out / 'metrics.jsonl'}")
 
 
-def count_steps(config: Config, data: Data) -> int:
+def count_steps(data: Data) -> int:
     """Updates of the whole run; the last one of an epoch may have fewer pairs."""
+    config = data.config
     return min(config.epochs * -(-len(data.pairs) // config.pairs_per_step), config.max_steps or sys.maxsize)
 
 
@@ -1097,8 +1091,8 @@ def plan(config: Config, llama: LlamaConfig, gpus: int) -> None:
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     data = read_data(config, llama, "cpu")[0][0]
-    steps = count_steps(config, data)
-    largest = largest_micro_batch(config, data, steps, gpus)
+    steps = count_steps(data)
+    largest, passes = largest_micro_batch(data, steps, gpus)
     batch = data.batch(largest)[1]
 
     mesh = init_device_mesh("cpu", (gpus,))
@@ -1106,12 +1100,13 @@ def plan(config: Config, llama: LlamaConfig, gpus: int) -> None:
         with torch.device("meta"):
             model = Llama(llama)
         model.checkpoint_blocks = config.checkpoint_blocks != "off"
-        shard(model, mesh, torch.float32 if config.precision == "fp32" else torch.bfloat16)
+        shard(model, mesh, torch.bfloat16)
         model.to_empty(device="cpu")
         # The moments are there; the update itself, which is fused, takes nothing.
         tracker = FSDPMemTracker(model, make_optimizer(config, model))
         with tracker:
-            model(batch)[0].sum().backward()
+            for _ in range(passes):
+                model(batch)[0].sum().backward()
         (peak,) = tracker.get_tracker_snapshot("peak").values()
 
     parameters = sum(math.prod(shape) for shape in expected_shapes(llama).values())
@@ -1150,21 +1145,29 @@ def show(text: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0; 2 for a user's mistake; 1 for numbers that are not finite and for memory that is not there; 128 and
     the signal's number for a run that was told to stop. Each with one clear message."""
+    def ends(code: int, said: object) -> int:
+        if (rank := int(os.environ.get("RANK", 0))) > 0:
+            time.sleep(10)  # most mistakes are found by all: when process 0 has said so, torchrun ends the others
+        print(f"train.py{f', process {rank}' * (rank > 0)}: {said}", file=sys.stderr, flush=True)
+        return code
+
     try:
         run(parse(arguments))
         return 0
     except KeyboardInterrupt:  # before training, where there is nothing to save
         return 130
     except OSError as error:
-        print(f"train.py: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr, flush=True)
-        return 2
-    except (InputError, StoppedError) as error:
-        code = error.code if isinstance(error, StoppedError) else 2
-        if code < 128:  # a signal: process 0 has said so
-            if (rank := int(os.environ.get("RANK", 0))) > 0:
-                time.sleep(10)  # most mistakes are found by all: when process 0 has said so, torchrun ends the others
-            print(f"train.py{f', process {rank}' * (rank > 0)}: {error}", file=sys.stderr, flush=True)
-        return code
+        return ends(2, f"{error.filename or 'standard output'}: {error.strerror}")
+    except InputError as error:
+        return ends(2, error)
+    except StoppedError as error:
+        return error.code if error.code >= 128 else ends(error.code, error)  # a signal: process 0 has said so
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return ends(1, "out of memory. Weights, gradients and moments take 16 bytes a parameter, split over the "
+                       "processes of a replica, and a micro-batch takes the more, the higher --max-tokens-per-gpu is; "
+                       "--plan N says how much on N GPUs")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

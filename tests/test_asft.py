@@ -344,7 +344,7 @@ def test_sft_does_not_depend_on_the_rejected_response_and_can_go_without():
     assert "margin" not in sft_loss(logp_w)[1]
 
 
-@pytest.mark.parametrize("name", ["asft", "orpo", "simpo", "dpo", "ipo"])
+@pytest.mark.parametrize("name", list(LOSSES))
 def test_log_probs_of_unequal_shapes_are_refused_rather_than_broadcast(name):
     logps = [torch.full((3,), -1.0) for _ in range(4 if LOSSES[name].reference else 2)]
     for i in range(len(logps)):
@@ -355,9 +355,12 @@ def test_log_probs_of_unequal_shapes_are_refused_rather_than_broadcast(name):
 
 @pytest.mark.parametrize("option, value", [
     ("beta", -0.1), ("sft_weight", -1.0), ("temperature", 0.0), ("temperature", -1.0), ("eps", 0.0), ("eps", -1e-6)])
-def test_asft_refuses_an_option_out_of_range_and_quotes_it(option, value):
+def test_an_option_out_of_range_is_refused_and_quoted(option, value):
     with pytest.raises(ValueError, match=rf"{option}={value}"):
         asft_loss(torch.tensor([-1.0]), torch.tensor([-1.0]), **{option: value})
+    if option == "eps":
+        with pytest.raises(ValueError, match=rf"{option}={value}"):
+            orpo_loss(torch.tensor([-1.0]), torch.tensor([-1.0]), eps=value)
 
 
 # ------------------------------------------------------------------------------------------------------- response_logps

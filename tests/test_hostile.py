@@ -320,11 +320,15 @@ def test_heads_that_do_not_divide_the_width_are_a_model_where_head_dim_says_thei
     assert LlamaConfig.from_dict(RAW | changes).head_dim == counted
 
 
-def test_simulating_a_billion_layers_is_refused_though_no_weights_contradict_it(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(RAW | {"num_hidden_layers": 10**9}))
+@pytest.mark.parametrize("changes, said", [
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+    (dict.fromkeys(("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"), 2**23),
+     "head_dim is 8388608")])
+def test_simulating_absurd_sizes_is_refused_though_no_weights_contradict_them(tmp_path, capsys, changes, said):
+    (tmp_path / "config.json").write_text(json.dumps(RAW | changes))
     with cheaply():
         assert train.main(["--plan", "8", "--model", str(tmp_path), "--data", "pairs.jsonl"]) == 2
-    assert "num_hidden_layers is 1000000000" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("raw", [

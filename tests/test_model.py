@@ -94,6 +94,8 @@ def test_plain_rope_of_transformers_4_and_of_5_is_the_same_config():
     new = RAW | {"rope_parameters": {"rope_type": "default", "rope_theta": 250000.0}}
     assert LlamaConfig.from_dict(old) == LlamaConfig.from_dict(new)
     assert (LlamaConfig.from_dict(new).rope_theta, LlamaConfig.from_dict(new).rope_scaling) == (250000.0, None)
+    for other in (None, 500000.0):  # where both are there, transformers 5 takes rope_parameters' too
+        assert LlamaConfig.from_dict(new | {"rope_theta": other}) == LlamaConfig.from_dict(new)
 
 
 def test_missing_keys_mean_what_they_mean_to_transformers():
@@ -932,6 +934,25 @@ def test_tokenizer_and_generation_files_are_copied_byte_for_byte_and_nothing_els
     found = {path.name for path in (tmp_path / "saved").iterdir()}
     assert found == {*companions, "config.json", "model.safetensors"}
     assert all((tmp_path / "saved" / name).read_bytes() == (source / name).read_bytes() for name in companions)
+
+
+@pytest.mark.parametrize("config, generation, ids", [
+    ((96,), '{"eos_token_id": 96, "temperature": 0.6}', [96, 95]), ((), "{}", [95]), ((96,), None, [96, 95]),
+    ((96,), '{"eos_token_id": [95, 96]}', [95, 96]), ((95, 96), '{"eos_token_id": null}', [95])])
+def test_an_export_ends_answers_where_they_were_trained_to_end(tmp_path, config, generation, ids):
+    """A base model's files name the end of a text alone, and transformers and vLLM would go on after the turn's."""
+    (tmp_path / "source").mkdir()
+    path = tmp_path / "source/generation_config.json"
+    if generation is not None:
+        path.write_text(generation)
+    save_model(tiny_model(eos_token_id=config), tmp_path / "saved", source=tmp_path / "source", stop_ids=[95])
+    assert set(LlamaConfig.load(tmp_path / "saved").eos_token_id) == {95, *config}
+    if generation is None:
+        assert not (tmp_path / "saved/generation_config.json").exists()
+    else:
+        text = (tmp_path / "saved/generation_config.json").read_text()
+        assert json.loads(text) == json.loads(generation) | {"eos_token_id": ids}
+        assert (text == generation) == ("[95, 96]" in generation)  # untouched where nothing is missing
 
 
 def test_saving_leaves_the_model_as_it_was(tmp_path):

@@ -2,6 +2,7 @@
 
 # ruff: noqa: F811
 
+import errno
 import json
 import os
 import pickle
@@ -225,6 +226,22 @@ def test_a_checkpoint_made_to_deceive_with_checksums_that_fit_is_refused_by_file
     assert not (tmp_path / "out/sentinel").exists()
 
 
+@pytest.mark.parametrize("lacks, said", [("run", "of a run with other flags"), ("files", "checkpoint.json: damaged")])
+def test_a_checkpoint_that_says_nothing_of_its_run_or_has_no_files_is_not_gone_on_from(start, whole, tmp_path, capsys,
+                                                                                       lacks, said):
+    shutil.copytree(whole, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/model")
+    home = tmp_path / "out/checkpoints/step-000006"
+    written = json.loads((home / "checkpoint.json").read_text())
+    written = {key: value for key, value in written.items() if key not in ("checksum", lacks)}
+    written |= {"files": {}} if lacks == "files" else {}
+    (home / "checkpoint.json").write_text(json.dumps(written | {"checksum": train.checksum(written)}))
+    code = train.main(["--resume", str(tmp_path / "out")])
+    told = capsys.readouterr()
+    assert said in told.out + told.err and "step-000006" in told.out + told.err
+    assert code == 2 if lacks == "run" else weights(tmp_path / "out") == weights(whole)
+
+
 def test_a_copy_beside_a_checkpoints_files_is_not_read(start, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "out")
     shutil.rmtree(tmp_path / "out/model")
@@ -296,6 +313,23 @@ def test_a_checkpoint_of_another_run_and_lost_log_rows_are_refused(start, whole,
                                                 + "".join(lines[1:]))
     assert train.main(["--resume", str(tmp_path / "out")]) == 0
     assert weights(tmp_path / "out") == weights(whole)
+
+
+def test_a_damaged_log_is_named_and_a_row_without_its_end_gets_one(start, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/model")
+    path = tmp_path / "out/metrics.jsonl"
+    six = path.read_bytes().splitlines(keepends=True)[:6]
+    path.write_bytes(b"".join(six)[:-1])  # as a disk that fills leaves it
+    (tmp_path / "out/eval.jsonl").write_bytes(b"\xff\n")
+    assert train.main(["--resume", str(tmp_path / "out")]) == 0
+    assert facts(tmp_path / "out") == facts(whole) and weights(tmp_path / "out") == weights(whole)
+    shutil.rmtree(tmp_path / "out/model")
+    flipped = bytearray(b"".join(six))
+    flipped[5] ^= 0x80
+    path.write_bytes(flipped)
+    assert train.main(["--resume", str(tmp_path / "out")]) == 2
+    assert "metrics.jsonl: 0 whole rows up to step 6" in (said := capsys.readouterr().err) and said.count("\n") == 1
 
 
 def test_a_lost_config_json_can_be_replaced_by_one_of_the_same_run_begun_elsewhere(start, whole, tmp_path, monkeypatch,
@@ -552,6 +586,18 @@ def test_resume_with_out_begins_a_run_that_is_not_there_yet(start, whole, tmp_pa
     assert "--resume wants the directory of a run" in capsys.readouterr().err
 
 
+def test_a_disk_without_locks_does_not_keep_a_run_from_beginning(start, tmp_path, monkeypatch, capsys):
+    def lockf(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(train.fcntl, "lockf", lockf)
+    number = errno.ENOLCK
+    assert train.main([str(flag) for flag in flags(start, tmp_path / "out", "--max-steps", 1)]) == 0
+    number = errno.EIO
+    assert train.main([str(flag) for flag in flags(start, tmp_path / "other", "--max-steps", 1)]) == 2
+    assert "Input/output error" in capsys.readouterr().err
+
+
 def test_a_finished_run_is_left_as_it_is(start, whole, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file() and path.name != ".lock"}
     assert train.main(["--resume", str(whole)]) == 0
@@ -653,6 +699,45 @@ def test_memory_that_is_not_there_is_missed_before_the_first_step_and_the_flag_t
     said = "out of memory in the run's largest micro-batch, 96000 tokens; lower --max-tokens-per-gpu from 200000 to"
     assert f"{said} 48000" in done.stderr and "--checkpoint-blocks on" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("tokens, micro_batches, graded", [(10_000, 1, [False]), (40, 2, [False, True])])
+def test_memory_is_tried_beside_gradients_where_a_step_has_several_micro_batches(start, tmp_path, monkeypatch, tokens,
+                                                                                 micro_batches, graded):
+    calls, inner = [], train.losses_of
+
+    def losses_of(model, data, rows, batch):
+        calls.append((sorted(rows), any(parameter.grad is not None for parameter in model.parameters())))
+        return inner(model, data, rows, batch)
+
+    monkeypatch.setattr(train, "losses_of", losses_of)
+    more = ["--data", tmp_path / "pairs.jsonl", "--pairs-per-step", 2, "--max-steps", 1, "--max-tokens-per-gpu", tokens]
+    write_pairs(tmp_path / "pairs.jsonl", random_pairs([(9, 9, 9), (8, 9, 10)]))
+    assert train.main([str(flag) for flag in flags(start, tmp_path / "out", *more)]) == 0
+    rehearsed, step = calls[:len(graded)], calls[len(graded):]
+    assert [has for _, has in rehearsed] == graded and len({tuple(rows) for rows, _ in rehearsed}) == 1
+    assert [has for _, has in step] == [False, True][:micro_batches]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+                                   MemoryError()])
+def test_memory_that_is_not_there_for_the_optimizer_ends_in_one_line(start, tmp_path, monkeypatch, capsys, error):
+    def make_optimizer(*_):
+        raise error
+
+    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
+    assert train.main([str(flag) for flag in flags(start, tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("train.py: out of memory. ") and "--plan" in said and said.count("\n") == 1
+
+
+def test_an_error_of_ours_is_not_taken_for_memory_that_is_not_there(start, tmp_path, monkeypatch):
+    def make_optimizer(*_):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        train.main([str(flag) for flag in flags(start, tmp_path / "out")])
 
 
 def test_no_value_that_is_not_finite_is_ever_saved(start, tmp_path, capsys):

@@ -449,21 +449,21 @@ def test_a_preset_with_a_flag_that_contradicts_it_is_refused(capsys, arguments, 
 # --------------------------------------------------------------------------------------------------------- simulation
 
 
-@pytest.mark.parametrize("gpus, goal", [(8, 24), (1, 130)])
-def test_the_simulated_peak_of_llama_3_8b_is_below_the_goal(tmp_path, gpus, goal):
-    """Llama-3-8B's shapes, up to 8,192 tokens a micro-batch, UltraFeedback's mean lengths, fp32 masters."""
+@pytest.mark.parametrize("gpus, pairs, least, goal", [(8, 160, 19.5, 24), (1, 80, 124, 130)])
+def test_the_simulated_peak_of_llama_3_8b_is_below_the_goal(tmp_path, gpus, pairs, least, goal):
+    """Llama-3-8B's shapes, up to 8,192 tokens a micro-batch, UltraFeedback's mean lengths, fp32 masters, several
+    micro-batches a step: without the gradients of earlier ones the peaks would be 18.2 and 122.6 GiB."""
     config = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
               "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0,
               "max_position_embeddings": 8192, "rms_norm_eps": 1e-5}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    write_pairs(tmp_path / "pairs.jsonl", random_pairs([(177, 330, 278)] * 80))
-    done = run_train("--model", tmp_path, "--data", tmp_path / "pairs.jsonl", "--plan", gpus, "--pairs-per-step", 80)
+    write_pairs(tmp_path / "pairs.jsonl", random_pairs([(177, 330, 278)] * pairs))
+    done = run_train("--model", tmp_path, "--data", tmp_path / "pairs.jsonl", "--plan", gpus, "--pairs-per-step", pairs)
     assert done.returncode == 0, done.stderr
     assert "8,030,261,248" in done.stdout and re.search(r"at most 7,850 a micro-batch", done.stdout)
     peak = float(re.search(r"memory +([\d.]+) GiB", done.stdout)[1])
-    # At the least the weights, gradients and moments: 16 bytes a parameter, split over the GPUs.
-    assert 0.9 * 16 * 8.03e9 / gpus / 2**30 < peak < goal
+    assert least < peak < goal
     # 6 FLOPs a parameter and token of the blocks, 6 D a logit of the head, and little for attention, by hand.
     flops = float(re.search(r"FLOPs +([\d.e+]+)", done.stdout)[1])
-    tokens, scored = 80 * 785, 80 * 608
+    tokens, scored = pairs * 785, pairs * 608
     assert flops == pytest.approx(6 * (32 * 218_103_808 * tokens + 128256 * 4096 * scored), rel=0.03)
