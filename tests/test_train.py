@@ -8,12 +8,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import random_pairs, run_train, tiny_config, tiny_model
+from conftest import ROOT, random_pairs, run_train, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
 import asft
 import train
-from data import plan_step
+from data import ChatFormat, plan_step
 from model import Llama, load_model, load_weights, local_rows, save_model
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -416,6 +416,18 @@ def test_on_a_terminal_the_step_line_moves_in_place(start, tmp_path, capsys, mon
 def test_other_seeds_draw_other_pairs(start, tmp_path):
     assert trained(start, tmp_path / "a", "--max-steps", 1)[0]["loss"] != trained(
         start, tmp_path / "b", "--max-steps", 1, "--seed", 1)[0]["loss"]
+
+
+def test_the_export_of_a_base_model_ends_its_answers(tmp_path):
+    for path in (ROOT / "examples/model").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for name in ("config.json", "generation_config.json"):  # <|end_of_text|>, as Llama-3-8B's say
+        (tmp_path / name).write_text(json.dumps(json.loads((tmp_path / name).read_text()) | {"eos_token_id": 507}))
+    assert train.main(["--model", str(tmp_path), "--data", str(ROOT / "examples/heldout.jsonl"), "--device", "cpu",
+                       "--out", str(tmp_path / "out"), "--max-steps", "1", "--pairs-per-step", "2"]) == 0
+    end_of_turn = ChatFormat(tmp_path / "out/model").end_of_turn
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out/model" / name).read_text())["eos_token_id"] == [507, end_of_turn]
 
 
 def test_configurations_of_models_are_kept_in_the_export(start, tmp_path):
