@@ -3,7 +3,7 @@
 Pure functions: per-response log-probabilities in, one loss per pair and a dict of detached per-pair metrics out. The
 caller averages over pairs. Of packages this file imports torch alone, and nothing of ours: copy it into any trainer.
 
-The equations are reconstructed from the paper's Appendix B and its prose, and have its numbers.
+The equations are reconstructed from the paper's Appendix B and its prose, and bear its equation numbers.
 
 In reading order
     log1mexp, log_odds      the two numerically delicate functions; everything else is a sum

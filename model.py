@@ -192,8 +192,8 @@ class LlamaConfig:
             num_key_value_heads=number("num_key_value_heads", int, heads),
             head_dim=number("head_dim", int, width // heads),
             max_position_embeddings=number("max_position_embeddings", int),
-            rms_norm_eps=number("rms_norm_eps", float, 1e-6),  # transformers' default where the key is missing
-            rope_theta=number("rope_theta", float, 10_000.0, rope if "rope_theta" in rope else raw),  # likewise
+            rms_norm_eps=number("rms_norm_eps", float, 1e-6),  # without the key, these two are transformers' defaults
+            rope_theta=number("rope_theta", float, 10_000.0, raw if rope.get("rope_theta") is None else rope),
             rope_scaling=scaling,
             tie_word_embeddings=tie,
             bos_token_id=next(iter(token_ids(raw, "bos_token_id", where)), None),
@@ -865,8 +865,10 @@ def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtyp
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether that is what it says. A GPU's allocator raises OutOfMemoryError, a CPU's a RuntimeError with a text."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """Whether that is what it says. A GPU's allocator raises OutOfMemoryError; a CPU's, CUDA itself and its libraries
+    raise RuntimeErrors, told by their texts."""
+    texts = ("can't allocate memory", "out of memory", "alloc_failed")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error).lower() for text in texts)
 
 
 def flush(path: Path) -> None:

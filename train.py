@@ -36,7 +36,6 @@ import errno
 import fcntl
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -542,13 +541,13 @@ def make_optimizer(config: Config, model: Llama) -> torch.optim.AdamW:
 
 
 def rehearse(model: Llama, data: Data, steps: int) -> None:
-    """Forward and backward of the run's largest micro-batch, for nothing but its memory. Raises StoppedError with
-    advice where that is not there: in the first minute, and not in the hour in which that batch is drawn."""
-    config, (largest, passes) = data.config, largest_micro_batch(data, steps, dist.get_world_size())
-    tokens, longest = int(data.sizes[largest].sum()), int(data.sizes.max())
+    """Forward and backward of the run's largest micro-batches, for nothing but their memory. Raises StoppedError with
+    advice where that is not there: in the first minute, and not in the hour in which such a batch is drawn."""
+    config, longest = data.config, int(data.sizes.max())
     try:
-        for _ in range(passes):
-            rows, batch, _ = data.batch(largest)
+        for indexes in largest_micro_batches(data, steps, dist.get_world_size()):
+            tokens = int(data.sizes[indexes].sum())
+            rows, batch, _ = data.batch(indexes)
             (losses_of(model, data, rows, batch)[0].sum() * 0).backward()
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
@@ -568,12 +567,12 @@ def plan_of(data: Data, step: int, processes: int) -> list[list[list[int]]]:
     return plan_step(data.sizes, config.pairs_per_step, seed, step, processes, config.max_tokens_per_gpu)
 
 
-def largest_micro_batch(data: Data, steps: int, processes: int) -> tuple[list[int], int]:
-    """Of the whole run; and how many passes show its peak: two where a step has several micro-batches, since the second
-    then meets the gradients of the first."""
+def largest_micro_batches(data: Data, steps: int, processes: int) -> list[list[int]]:
+    """The largest of the whole run, with which its step begins; then, where steps have several, the largest that meets
+    the gradients of one before it: run in this order, they take what the run takes at most."""
     every = [of_process for step in range(steps) for of_process in plan_of(data, step, processes)]
-    largest = max(itertools.chain(*every), key=lambda indexes: data.sizes[indexes].sum())
-    return largest, 1 + any(len(of_process) > 1 for of_process in every)
+    kinds = [of_process[0] for of_process in every], [indexes for of_process in every for indexes in of_process[1:]]
+    return [max(kind, key=lambda indexes: data.sizes[indexes].sum()) for kind in kinds if kind]
 
 
 class StopRequest:
@@ -946,8 +945,9 @@ class Log:
                 try:
                     if json.loads(line)["step"] > done:
                         break
-                except (ValueError, LookupError, TypeError):
-                    break  # cut short by the end of the process; else rows are missing, which is found below
+                except (ValueError, LookupError, TypeError):  # cut short by the end of the process, or damaged
+                    self.say(f"{path}: row {len(kept) + 1} is not whole; it and what follows are dropped")
+                    break
                 kept.append(line + b"\n")
             if name == "metrics.jsonl" and len(kept) != done:
                 raise InputError(f"{path}: {len(kept)} whole rows up to step {done}, of which there is a checkpoint; "
@@ -981,8 +981,9 @@ def claim_out(config: Config, marks: dict[str, str]) -> Path:
     except BlockingIOError:
         raise InputError(f"--out {out}: another process is training there") from None
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):  # a cluster's disk without locks
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
             raise InputError(f"--out {out}: {error.strerror}") from None
+        print(f"--out {out}: its disk has no locks, so a second run there would go unnoticed", flush=True)
     return out
 
 
@@ -1009,7 +1010,8 @@ def run(config: Config) -> None:
     data, held_out = parts[0], parts[1] if config.eval_data else None
     marks = on_first_process(lambda: fingerprint(config, parts))
     key = " ".join(marks.values())
-    if config.loss_row.reference and config.reference_cache:  # before a directory is made: it may be the wrong one
+    if config.loss_row.reference and config.reference == "precompute" and config.reference_cache:
+        # Before a directory is made: it may be the wrong one.
         on_first_process(lambda: read_cache(Path(config.reference_cache), key, parts))
     out = on_first_process(lambda: claim_out(config, marks))
     log, steps = Log(out, dist.get_rank() == 0), count_steps(data)
@@ -1081,7 +1083,7 @@ def read_data(config: Config, llama: LlamaConfig, device: str) -> tuple[list[Dat
 
 
 def plan(config: Config, llama: LlamaConfig, gpus: int) -> None:
-    """Prints what the run would take on `gpus` CUDA devices: a step on its largest micro-batch is simulated, with fake
+    """Prints what the run would take on `gpus` CUDA devices: its largest micro-batches are simulated, with fake
     tensors on one of a fake group of processes, under torch's own memory trackers. What the allocator wastes and CUDA
     itself takes come on top.
     """
@@ -1092,8 +1094,8 @@ def plan(config: Config, llama: LlamaConfig, gpus: int) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     data = read_data(config, llama, "cpu")[0][0]
     steps = count_steps(data)
-    largest, passes = largest_micro_batch(data, steps, gpus)
-    batch = data.batch(largest)[1]
+    largest = largest_micro_batches(data, steps, gpus)
+    batches = [data.batch(indexes)[1] for indexes in largest]
 
     mesh = init_device_mesh("cpu", (gpus,))
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -1105,7 +1107,8 @@ def plan(config: Config, llama: LlamaConfig, gpus: int) -> None:
         # The moments are there; the update itself, which is fused, takes nothing.
         tracker = FSDPMemTracker(model, make_optimizer(config, model))
         with tracker:
-            for _ in range(passes):
+            for batch in batches:
+                tracker.reset_mod_stats()  # it counts by module too, and takes a second forward for a mistake
                 model(batch)[0].sum().backward()
         (peak,) = tracker.get_tracker_snapshot("peak").values()
 
@@ -1117,7 +1120,7 @@ def plan(config: Config, llama: LlamaConfig, gpus: int) -> None:
     print(f"{config.model} on {gpus} GPU{'s' * (gpus > 1)}, {config.data}\n"
           f"  parameters  {parameters:,}\n"
           f"  steps       {steps:,} of {config.pairs_per_step} pairs, {data.sizes.sum() * a_step:,.0f} tokens a step, "
-          f"at most {data.sizes[largest].sum():,} a micro-batch\n"
+          f"at most {data.sizes[largest[0]].sum():,} a micro-batch\n"
           f"  FLOPs       {flops * a_step:.3g} a step (forward and backward; recomputation not counted)\n"
           f"  memory      {total:.1f} GiB at the peak, on each GPU: "
           + ", ".join(f"{name} {size:.1f}" for name, size in kinds.items() if size >= 0.05))
@@ -1166,8 +1169,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not out_of_memory(error):
             raise
         return ends(1, "out of memory. Weights, gradients and moments take 16 bytes a parameter, split over the "
-                       "processes of a replica, and a micro-batch takes the more, the higher --max-tokens-per-gpu is; "
-                       "--plan N says how much on N GPUs")
+                       "processes of a replica, and a micro-batch takes more, the higher --max-tokens-per-gpu; --plan "
+                       "N says how much on N GPUs")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

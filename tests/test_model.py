@@ -96,6 +96,7 @@ def test_plain_rope_of_transformers_4_and_of_5_is_the_same_config():
     assert (LlamaConfig.from_dict(new).rope_theta, LlamaConfig.from_dict(new).rope_scaling) == (250000.0, None)
     for other in (None, 500000.0):  # where both are there, transformers 5 takes rope_parameters' too
         assert LlamaConfig.from_dict(new | {"rope_theta": other}) == LlamaConfig.from_dict(new)
+    assert LlamaConfig.from_dict(old | {"rope_parameters": {"rope_theta": None}}).rope_theta == 250000.0
 
 
 def test_missing_keys_mean_what_they_mean_to_transformers():

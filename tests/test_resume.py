@@ -323,6 +323,7 @@ def test_a_damaged_log_is_named_and_a_row_without_its_end_gets_one(start, whole,
     path.write_bytes(b"".join(six)[:-1])  # as a disk that fills leaves it
     (tmp_path / "out/eval.jsonl").write_bytes(b"\xff\n")
     assert train.main(["--resume", str(tmp_path / "out")]) == 0
+    assert "eval.jsonl: row 1 is not whole; it and what follows are dropped" in capsys.readouterr().out
     assert facts(tmp_path / "out") == facts(whole) and weights(tmp_path / "out") == weights(whole)
     shutil.rmtree(tmp_path / "out/model")
     flipped = bytearray(b"".join(six))
@@ -593,6 +594,7 @@ def test_a_disk_without_locks_does_not_keep_a_run_from_beginning(start, tmp_path
     monkeypatch.setattr(train.fcntl, "lockf", lockf)
     number = errno.ENOLCK
     assert train.main([str(flag) for flag in flags(start, tmp_path / "out", "--max-steps", 1)]) == 0
+    assert "has no locks" in capsys.readouterr().out
     number = errno.EIO
     assert train.main([str(flag) for flag in flags(start, tmp_path / "other", "--max-steps", 1)]) == 2
     assert "Input/output error" in capsys.readouterr().err
@@ -712,15 +714,18 @@ def test_memory_is_tried_beside_gradients_where_a_step_has_several_micro_batches
 
     monkeypatch.setattr(train, "losses_of", losses_of)
     more = ["--data", tmp_path / "pairs.jsonl", "--pairs-per-step", 2, "--max-steps", 1, "--max-tokens-per-gpu", tokens]
-    write_pairs(tmp_path / "pairs.jsonl", random_pairs([(9, 9, 9), (8, 9, 10)]))
+    sizes = [28, 26]
+    write_pairs(tmp_path / "pairs.jsonl", random_pairs([(9, 9, 10), (8, 9, 9)]))
     assert train.main([str(flag) for flag in flags(start, tmp_path / "out", *more)]) == 0
     rehearsed, step = calls[:len(graded)], calls[len(graded):]
-    assert [has for _, has in rehearsed] == graded and len({tuple(rows) for rows, _ in rehearsed}) == 1
+    assert [has for _, has in rehearsed] == graded
+    assert [sum(sizes[row] for row in rows) for rows, _ in rehearsed] == ([54] if tokens > 54 else [28, 26])
     assert [has for _, has in step] == [False, True][:micro_batches]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
-                                   MemoryError()])
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), MemoryError(),
+    RuntimeError("CUDA error: out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `f`")])
 def test_memory_that_is_not_there_for_the_optimizer_ends_in_one_line(start, tmp_path, monkeypatch, capsys, error):
     def make_optimizer(*_):
         raise error

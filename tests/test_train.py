@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import asft
 import train
 from data import ChatFormat, plan_step
-from model import Llama, load_model, load_weights, local_rows, save_model
+from model import Llama, LlamaConfig, load_model, load_weights, local_rows, save_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -459,6 +459,12 @@ def test_a_preset_with_a_flag_that_contradicts_it_is_refused(capsys, arguments, 
 
 
 # --------------------------------------------------------------------------------------------------------- simulation
+
+
+def test_a_tied_model_of_which_a_step_has_several_micro_batches_is_simulated(tmp_path, capsys):
+    assert LlamaConfig.load(ROOT / "examples/model").tie_word_embeddings
+    done = run_train("--plan", 1, "--max-tokens-per-gpu", 500)
+    assert done.returncode == 0 and "a micro-batch" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("gpus, pairs, least, goal", [(8, 160, 19.5, 24), (1, 80, 124, 130)])
