@@ -264,8 +264,9 @@ def step(a: argparse.Namespace) -> None:
     """A row of STEPS."""
     shape, kind, limit, more, measured, base = STEPS[a.part]
     steps, pairs, flops = WARMUP + (2 if a.small else measured), make_pairs(a, kind)[1], []
-    # A step more than are wanted, since the export follows the last.
-    rows = train(a, *flags_for(a, shape, kind, limit), *more, "--max-steps", steps + 1, until=steps)[:steps]
+    # More steps than are wanted, since the export follows the last, and small steps are over before one looks.
+    last = steps + (20 if a.small else 1)
+    rows = train(a, *flags_for(a, shape, kind, limit), *more, "--max-steps", last, until=steps)[:steps]
     for row in rows[WARMUP:]:
         drawn = pairs[(row["step"] - 1) * row["pairs"]:row["step"] * row["pairs"]]
         assert sum(pair.packed_tokens(more != UNSHARED) for pair in drawn) == row["tokens"]
