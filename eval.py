@@ -77,8 +77,8 @@ from torch import Tensor
 import asft
 from data import (ChatFormat, Pair, Prompt, encode_preferences, pack, read_preferences, read_prompts, read_records,
                   resolve_max_tokens, split_pairs)
-from model import (Cache, InputError, Llama, LlamaConfig, check_weights, choose_device, files_checksum, generation_eos,
-                   load_model, naming, out_of_memory, read_json, shown)
+from model import (Cache, InputError, Llama, LlamaConfig, check_weights, choose_device, complain, files_checksum,
+                   generation_eos, load_model, naming, out_of_memory, read_json, shown)
 
 # ----------------------------------------------------------------------------------- files that several processes write
 
@@ -1644,9 +1644,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         said = (f"out of memory; lower --{lower.replace('_', '-')} from {getattr(flags, lower)} to "
                 f"{getattr(flags, lower) // 2}, unless the model alone is too large")
-    if int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(10)  # most mistakes are found by all: when process 0 has said so, torchrun ends the others
-    print(f"eval.py: {said}", file=sys.stderr, flush=True)
+    complain("eval.py", said)
     return 2
 
 

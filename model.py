@@ -28,10 +28,12 @@ import math
 import os
 import re
 import shutil
+import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +60,14 @@ class InputError(ValueError):
 # Nothing that is read can execute code: JSON, safetensors and tokenizer.json hold no more than data, and pickles are
 # never opened. Each reader checks what a file claims before it makes anything of that size.
 JSON_BYTES = 2**19  # of config.json, an index or a safetensors header; those of Llama 405B take a quarter
+
+
+def complain(program: str, said: object) -> None:
+    """One line on stderr, for a user. Most mistakes are found by all processes: when process 0 has said so, torchrun
+    ends the others, so these wait."""
+    if (rank := int(os.environ.get("RANK", 0))) > 0:
+        time.sleep(10)
+    print(f"{program}{f', process {rank}' * (rank > 0)}: {said}", file=sys.stderr, flush=True)
 
 
 def read_start(path: Path, limit: int, wanted: str) -> bytes:
@@ -255,6 +265,11 @@ class Segments:
 VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
+def on_cuda(x: Tensor) -> bool:
+    """Whether x is on CUDA, or stands for what is: train.py --plan simulates it with fake tensors."""
+    return x.is_cuda or isinstance(x, FakeTensor)
+
+
 def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments) -> Tensor:
     """Softmax attention within each segment; returns (T, H, K). Query head h reads key head h // (H / G).
 
@@ -266,8 +281,7 @@ def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments) -
     if segments.key_row_N is not None:
         # index_select, since its backward is one index-add; indexing with [] would sort.
         k_TGK, v_TGK = k_TGK.index_select(0, segments.key_row_N), v_TGK.index_select(0, segments.key_row_N)
-    # Fake tensors stand for CUDA's: train.py --plan simulates it.
-    if (q_THK.is_cuda or isinstance(q_THK, FakeTensor)) and q_THK.dtype in (torch.bfloat16, torch.float16):
+    if on_cuda(q_THK) and q_THK.dtype in (torch.bfloat16, torch.float16):
         return varlen_attn(q_THK, k_TGK, v_TGK, segments.query_starts, segments.key_starts, segments.longest,
                            segments.longest, window_size=(-1, 0), **VARLEN_GQA)
     query_lengths, key_lengths = segments.query_starts.diff().tolist(), segments.key_starts.diff().tolist()
@@ -488,7 +502,7 @@ class _TargetLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor, keep: bool) -> Tensor:
-        chunk = max(1, (CHUNK_ELEMENTS_CUDA if hidden_SD.is_cuda else CHUNK_ELEMENTS) // len(weight_VD))
+        chunk = max(1, (CHUNK_ELEMENTS_CUDA if on_cuda(hidden_SD) else CHUNK_ELEMENTS) // len(weight_VD))
         rows = len(target_S) if keep else max(chunk, MATMUL_ROWS // chunk * chunk)
         logp_S, scale_S = [], []
         for i in range(0, len(target_S), chunk):
@@ -785,8 +799,7 @@ def save_model(model: Llama, directory: str | Path, *, dtype: torch.dtype = torc
                 (aside / name).chmod(0o644)  # like the files beside it; safetensors makes it the owner's alone
     if writer:
         with naming(aside):
-            config = replace(model.config, eos_token_id=tuple(dict.fromkeys((*model.config.eos_token_id, *stop_ids))))
-            (aside / "config.json").write_text(json.dumps(config.to_dict(dtype), indent=2) + "\n")
+            (aside / "config.json").write_text(json.dumps(model.config.to_dict(dtype), indent=2) + "\n")
             if len(files) > 1:
                 index = {"metadata": {"total_size": sum(p.numel() * dtype.itemsize for p in model.parameters())},
                          "weight_map": {key: name for name, part in zip(names, files, strict=True) for key, _ in part}}
@@ -794,16 +807,23 @@ def save_model(model: Llama, directory: str | Path, *, dtype: torch.dtype = torc
             for name in COMPANIONS:
                 if source is not None and (Path(source) / name).is_file():
                     shutil.copyfile(Path(source) / name, aside / name)
-            path = aside / "generation_config.json"
-            if stop_ids and path.exists() and not set(stop_ids) <= set(eos := generation_eos(aside)):
-                settings = read_json(path) | {"eos_token_id": list(dict.fromkeys((*eos, *stop_ids)))}
-                path.write_text(json.dumps(settings, indent=2) + "\n")
+            for path in (aside / "config.json", aside / "generation_config.json"):
+                if stop_ids and path.exists():
+                    add_stop_ids(path, stop_ids)
             for path in [*aside.iterdir(), aside]:
                 flush(path)
             aside.rename(directory)
             flush(directory.parent)
     if dist.is_initialized():
         dist.barrier()
+
+
+def add_stop_ids(path: Path, stop_ids: Sequence[int]) -> None:
+    """Gives the eos_token_id of a JSON file what it lacks of these ids; a file that lacks none stays as it is."""
+    raw = read_json(path)
+    eos = token_ids(raw, "eos_token_id", path)
+    if more := [i for i in stop_ids if i not in eos]:
+        path.write_text(json.dumps(raw | {"eos_token_id": [*eos, *more]}, indent=2) + "\n")
 
 
 def local_rows(tensor: Tensor) -> tuple[Tensor, slice]:

@@ -72,9 +72,9 @@ from torch.distributed.tensor import DTensor
 import asft
 from data import (Batch, ChatFormat, Pair, encode_preferences, pack, plan_step, read_preferences, resolve_max_tokens,
                   split_pairs)
-from model import (InputError, Llama, LlamaConfig, check_weights, choose_device, expected_shapes, file_checksum,
-                   files_checksum, finite, flush, generation_eos, load_weights, local_rows, naming, open_safetensors,
-                   out_of_memory, read_json, rows_of_rank, save_model, shown)
+from model import (InputError, Llama, LlamaConfig, check_weights, choose_device, complain, expected_shapes,
+                   file_checksum, files_checksum, finite, flush, generation_eos, load_weights, local_rows, naming,
+                   open_safetensors, out_of_memory, read_json, rows_of_rank, save_model, shown)
 
 # ------------------------------------------------------------------------------------------------------ configuration
 
@@ -1148,29 +1148,28 @@ def show(text: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0; 2 for a user's mistake; 1 for numbers that are not finite and for memory that is not there; 128 and
     the signal's number for a run that was told to stop. Each with one clear message."""
-    def ends(code: int, said: object) -> int:
-        if (rank := int(os.environ.get("RANK", 0))) > 0:
-            time.sleep(10)  # most mistakes are found by all: when process 0 has said so, torchrun ends the others
-        print(f"train.py{f', process {rank}' * (rank > 0)}: {said}", file=sys.stderr, flush=True)
-        return code
-
     try:
         run(parse(arguments))
         return 0
     except KeyboardInterrupt:  # before training, where there is nothing to save
         return 130
     except OSError as error:
-        return ends(2, f"{error.filename or 'standard output'}: {error.strerror}")
+        complain("train.py", f"{error.filename or 'standard output'}: {error.strerror}")
+        return 2
     except InputError as error:
-        return ends(2, error)
+        complain("train.py", error)
+        return 2
     except StoppedError as error:
-        return error.code if error.code >= 128 else ends(error.code, error)  # a signal: process 0 has said so
+        if error.code < 128:  # else a signal: process 0 has said so
+            complain("train.py", error)
+        return error.code
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        return ends(1, "out of memory. Weights, gradients and moments take 16 bytes a parameter, split over the "
-                       "processes of a replica, and a micro-batch takes more, the higher --max-tokens-per-gpu; --plan "
-                       "N says how much on N GPUs")
+        complain("train.py", "out of memory. Weights, gradients and moments take 16 bytes a parameter, split over the "
+                 "processes of a replica, and a micro-batch takes more, the higher --max-tokens-per-gpu; --plan N says "
+                 "how much on N GPUs")
+        return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
