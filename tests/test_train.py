@@ -467,10 +467,11 @@ def test_a_tied_model_of_which_a_step_has_several_micro_batches_is_simulated():
     assert done.returncode == 0 and "a micro-batch" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("gpus, pairs, least, goal", [(8, 160, 19.5, 24), (1, 80, 124, 130)])
+@pytest.mark.parametrize("gpus, pairs, least, goal", [(8, 160, 21.5, 24), (1, 80, 124, 130)])
 def test_the_simulated_peak_of_llama_3_8b_is_below_the_goal(tmp_path, gpus, pairs, least, goal):
     """Llama-3-8B's shapes, up to 8,192 tokens a micro-batch, UltraFeedback's mean lengths, fp32 masters, several
-    micro-batches a step: without the gradients of earlier ones the peaks would be 18.7 and 122.6 GiB."""
+    micro-batches a step: without the gradients of earlier ones the peaks would be 18.7 and 122.6 GiB, with a CPU's
+    chunks of logits 20.9 on eight."""
     config = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
               "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0,
               "max_position_embeddings": 8192, "rms_norm_eps": 1e-5}
