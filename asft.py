@@ -70,8 +70,15 @@ def sft_loss(logp_w_B: Tensor, logp_l_B: Tensor | None = None) -> tuple[Tensor, 
     return loss_B, metrics if logp_l_B is None else metrics | comparison(logp_w_B, logp_l_B)
 
 
-def asft_loss(logp_w_B: Tensor, logp_l_B: Tensor, *, beta: float = 0.1, sft_weight: float = 1.0,
-              temperature: float = 1.0, eps: float = 1e-6) -> tuple[Tensor, Metrics]:
+def asft_loss(
+    logp_w_B: Tensor,
+    logp_l_B: Tensor,
+    *,
+    beta: float = 0.1,
+    sft_weight: float = 1.0,
+    temperature: float = 1.0,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Metrics]:
     """L_ASFT = L_SFT + beta * L_align (equation 14). Takes mean log-probs; no reference model.
 
     Equation 13, which the paper's Appendix B means to print, written out:
@@ -108,8 +115,10 @@ def asft_loss(logp_w_B: Tensor, logp_l_B: Tensor, *, beta: float = 0.1, sft_weig
     Raises ValueError for unequal shapes and for beta < 0, sft_weight < 0, temperature <= 0, eps <= 0.
     """
     if beta < 0 or sft_weight < 0 or temperature <= 0 or eps <= 0:
-        raise ValueError("asft_loss wants beta >= 0, sft_weight >= 0, temperature > 0, eps > 0; "
-                        f"found {beta=}, {sft_weight=}, {temperature=}, {eps=}")
+        raise ValueError(
+            "asft_loss wants beta >= 0, sft_weight >= 0, temperature > 0, eps > 0; "
+            f"found {beta=}, {sft_weight=}, {temperature=}, {eps=}"
+        )
     logp_w_B, logp_l_B = _pair(logp_w_B, logp_l_B)
     bounded_l_B = _bounded(logp_l_B, eps)
     sft_B = -logp_w_B
@@ -123,13 +132,25 @@ def asft_loss(logp_w_B: Tensor, logp_l_B: Tensor, *, beta: float = 0.1, sft_weig
     loss_B = sft_weight * sft_B + beta * align_B
     with torch.no_grad():
         clamped_B = (logp_l_B > -eps) | ((temperature != 1) & (logp_w_B > -eps))
-        push_B = temperature * torch.sigmoid(temperature * log_odds(bounded_l_B)) / -torch.expm1(bounded_l_B)
-    metrics = {"sft": sft_B.detach(), "align": align_B.detach(), "align_w": align_w_B.detach(),
-               "align_l": align_l_B.detach(), "rejected_weight": beta * push_B, "clamped": clamped_B.to(loss_B.dtype)}
+        push_B = (
+            temperature
+            * torch.sigmoid(temperature * log_odds(bounded_l_B))
+            / -torch.expm1(bounded_l_B)
+        )
+    metrics = {
+        "sft": sft_B.detach(),
+        "align": align_B.detach(),
+        "align_w": align_w_B.detach(),
+        "align_l": align_l_B.detach(),
+        "rejected_weight": beta * push_B,
+        "clamped": clamped_B.to(loss_B.dtype),
+    }
     return loss_B, metrics | comparison(logp_w_B, logp_l_B)
 
 
-def orpo_loss(logp_w_B: Tensor, logp_l_B: Tensor, *, beta: float = 0.1, eps: float = 1e-6) -> tuple[Tensor, Metrics]:
+def orpo_loss(
+    logp_w_B: Tensor, logp_l_B: Tensor, *, beta: float = 0.1, eps: float = 1e-6
+) -> tuple[Tensor, Metrics]:
     """ORPO (arXiv 2403.07691): -l_w - beta * logsigmoid(odds_w - odds_l). Takes mean log-probs; no reference model.
 
     Its align term is ASFT's plus log(p_w(1-p_l) + p_l(1-p_w)), a number of at most 0, exactly. Differs from TRL 1.16,
@@ -147,7 +168,9 @@ def orpo_loss(logp_w_B: Tensor, logp_l_B: Tensor, *, beta: float = 0.1, eps: flo
     return sft_B + beta * align_B, metrics | comparison(logp_w_B, logp_l_B)
 
 
-def simpo_loss(logp_w_B: Tensor, logp_l_B: Tensor, *, beta: float = 2.0, gamma: float = 1.0) -> tuple[Tensor, Metrics]:
+def simpo_loss(
+    logp_w_B: Tensor, logp_l_B: Tensor, *, beta: float = 2.0, gamma: float = 1.0
+) -> tuple[Tensor, Metrics]:
     """SimPO (arXiv 2405.14734): -logsigmoid(beta * (l_w - l_l) - gamma). Takes mean log-probs; no reference model.
 
     `gamma` is the target margin in units of the reward beta * l; TRL's CPO trainer computes the same from gamma / beta
@@ -159,8 +182,14 @@ def simpo_loss(logp_w_B: Tensor, logp_l_B: Tensor, *, beta: float = 2.0, gamma: 
     return loss_B, {"align": loss_B.detach()} | rewards | comparison(logp_w_B, logp_l_B)
 
 
-def dpo_loss(sum_logp_w_B: Tensor, sum_logp_l_B: Tensor, ref_w_B: Tensor, ref_l_B: Tensor, *,
-            beta: float = 0.1) -> tuple[Tensor, Metrics]:
+def dpo_loss(
+    sum_logp_w_B: Tensor,
+    sum_logp_l_B: Tensor,
+    ref_w_B: Tensor,
+    ref_l_B: Tensor,
+    *,
+    beta: float = 0.1,
+) -> tuple[Tensor, Metrics]:
     """DPO (arXiv 2305.18290; equations 1 to 3): -logsigmoid(beta * ((s_w - s_w_ref) - (s_l - s_l_ref))).
 
     Takes *summed* log-probs of the model and of the reference. Equal to TRL's loss_type "sigmoid". `beta` here is the
@@ -171,8 +200,9 @@ def dpo_loss(sum_logp_w_B: Tensor, sum_logp_l_B: Tensor, ref_w_B: Tensor, ref_l_
     return loss_B, {"align": loss_B.detach()} | _rewards(beta * ratio_w_B, beta * ratio_l_B)
 
 
-def ipo_loss(logp_w_B: Tensor, logp_l_B: Tensor, ref_w_B: Tensor, ref_l_B: Tensor, *,
-            beta: float = 0.1) -> tuple[Tensor, Metrics]:
+def ipo_loss(
+    logp_w_B: Tensor, logp_l_B: Tensor, ref_w_B: Tensor, ref_l_B: Tensor, *, beta: float = 0.1
+) -> tuple[Tensor, Metrics]:
     """IPO (arXiv 2310.12036): (h - 1/(2 beta))^2 with h = (w - w_ref) - (l - l_ref), in nats squared.
 
     Takes mean log-probs (TRL, LLaMA-Factory; the default of train.py) or sums (OpenRLHF, the DPO reference code): as
@@ -207,7 +237,9 @@ LOSSES = {
 }
 
 
-def response_logps(logits_RTV: Tensor, tokens_RT: Tensor, scored_RT: Tensor) -> tuple[Tensor, Tensor]:
+def response_logps(
+    logits_RTV: Tensor, tokens_RT: Tensor, scored_RT: Tensor
+) -> tuple[Tensor, Tensor]:
     """Mean and summed log-prob of each response, from padded logits: l(y) and s(y).
 
     Args:
@@ -220,13 +252,17 @@ def response_logps(logits_RTV: Tensor, tokens_RT: Tensor, scored_RT: Tensor) -> 
     would be 0/0) and for a scored first token (nothing predicts it).
     """
     if logits_RTV.shape[:2] != tokens_RT.shape or tokens_RT.shape != scored_RT.shape:
-        raise ValueError("response_logps wants logits (R, T, V), tokens (R, T) and scored (R, T); "
-                        f"found {tuple(logits_RTV.shape)}, {tuple(tokens_RT.shape)}, {tuple(scored_RT.shape)}")
+        raise ValueError(
+            "response_logps wants logits (R, T, V), tokens (R, T) and scored (R, T); "
+            f"found {tuple(logits_RTV.shape)}, {tuple(tokens_RT.shape)}, {tuple(scored_RT.shape)}"
+        )
     scored_RT = scored_RT.bool()
     if bool(scored_RT[:, 0].any()) or not bool(scored_RT.any(dim=1).all()):
         raise ValueError("each row wants at least one scored token, and not its first")
     sums, means = [], []
-    for logits_TV, tokens_T, scored_T in zip(logits_RTV[:, :-1], tokens_RT[:, 1:], scored_RT[:, 1:], strict=True):
+    for logits_TV, tokens_T, scored_T in zip(
+        logits_RTV[:, :-1], tokens_RT[:, 1:], scored_RT[:, 1:], strict=True
+    ):
         logits_SV = at_least_fp32(logits_TV[scored_T])
         target_S = tokens_T[scored_T]
         logp_S = logits_SV.gather(-1, target_S[:, None])[:, 0] - logits_SV.logsumexp(-1)
@@ -244,8 +280,11 @@ def comparison(logp_w_B: Tensor, logp_l_B: Tensor) -> Metrics:
 
 def _rewards(reward_w_B: Tensor, reward_l_B: Tensor) -> Metrics:
     """Implicit rewards, of the losses that have them."""
-    return {"reward_w": reward_w_B.detach(), "reward_l": reward_l_B.detach(),
-            "reward_margin": (reward_w_B - reward_l_B).detach()}
+    return {
+        "reward_w": reward_w_B.detach(),
+        "reward_l": reward_l_B.detach(),
+        "reward_margin": (reward_w_B - reward_l_B).detach(),
+    }
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -260,7 +299,9 @@ def _pair(*logps: Tensor) -> list[Tensor]:
     return [at_least_fp32(x) for x in logps]
 
 
-def _ratios(logp_w_B: Tensor, logp_l_B: Tensor, ref_w_B: Tensor, ref_l_B: Tensor) -> tuple[Tensor, Tensor]:
+def _ratios(
+    logp_w_B: Tensor, logp_l_B: Tensor, ref_w_B: Tensor, ref_l_B: Tensor
+) -> tuple[Tensor, Tensor]:
     logp_w_B, logp_l_B, ref_w_B, ref_l_B = _pair(logp_w_B, logp_l_B, ref_w_B, ref_l_B)
     return logp_w_B - ref_w_B, logp_l_B - ref_l_B
 

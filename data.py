@@ -36,8 +36,16 @@ from model import InputError, LlamaConfig, Segments, read_start, shown, unique
 
 # ---------------------------------------------------------------------------------------------------------- reading
 
-Turns = list[tuple[str, str]]  # (role, content), content without outer whitespace: the chat format has none
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+Turns = list[
+    tuple[str, str]
+]  # (role, content), content without outer whitespace: the chat format has none
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
 WHITE = re.compile(r"\s*")
 BAD_LINES_SHOWN = 20
 
@@ -52,7 +60,9 @@ class Preference:
     place: str  # "file:line"
 
 
-def read_preferences(path: str | Path, counts: Counter | None = None, skip_bad_lines: bool = False) -> list[Preference]:
+def read_preferences(
+    path: str | Path, counts: Counter | None = None, skip_bad_lines: bool = False
+) -> list[Preference]:
     """Reads JSONL, JSONL.gz, or a JSON array of the same records. A record is recognised by its keys, line by line:
 
         prompt_ids, chosen_ids, rejected_ids     token ids, used as they are
@@ -98,7 +108,9 @@ def read_records(path: Path) -> Iterator[tuple[int, object]]:
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"{path}: {error}; wanted a JSONL or JSONL.gz file") from None
         if len(raw) > limit:
-            raise InputError(f"{path}: unpacks to over {limit:,} bytes, a hundred times its own size; unpack it first")
+            raise InputError(
+                f"{path}: unpacks to over {limit:,} bytes, a hundred times its own size; unpack it first"
+            )
     if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise InputError(f"{path}: UTF-16, wanted UTF-8")
     raw = raw.removeprefix(b"\xef\xbb\xbf")
@@ -112,7 +124,10 @@ def read_records(path: Path) -> Iterator[tuple[int, object]]:
             except RecursionError:
                 yield number, ValueError("nested too deeply")
             except UnicodeDecodeError as error:
-                yield number, ValueError(f"not UTF-8 (byte {error.start} is 0x{line[error.start]:02x})")
+                yield (
+                    number,
+                    ValueError(f"not UTF-8 (byte {error.start} is 0x{line[error.start]:02x})"),
+                )
             except ValueError as error:
                 yield number, ValueError(f"not JSON: {error}")
 
@@ -130,17 +145,17 @@ def _array_records(path: Path, raw: bytes) -> Iterator[tuple[int, object]]:
     try:
         text, decoder = raw.decode(), json.JSONDecoder(object_pairs_hook=unique)
         at = skip_space(text.index("[") + 1)
-        while text[at:at + 1] != "]":
+        while text[at : at + 1] != "]":
             record, end = decoder.raw_decode(text, at)
             yield line, record
             at = skip_space(end)
-            if text[at:at + 1] == ",":
+            if text[at : at + 1] == ",":
                 at = skip_space(at + 1)
-                if text[at:at + 1] == "]":
+                if text[at : at + 1] == "]":
                     raise ValueError("no record after the last comma")
-            elif text[at:at + 1] != "]":
+            elif text[at : at + 1] != "]":
                 raise ValueError("wanted a comma or the closing bracket")
-        if text[at + 1:].strip():
+        if text[at + 1 :].strip():
             raise ValueError("text after the closing bracket")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 (byte {error.start})") from None
@@ -167,7 +182,9 @@ def _sides(record: object) -> tuple[Turns | list[int], str | list[int], str | li
         prompt = _turns(record["prompt"], "prompt")
     else:
         prompt = []
-    (prompt_w, chosen), (prompt_l, rejected) = (_side(prompt, record, key) for key in ("chosen", "rejected"))
+    (prompt_w, chosen), (prompt_l, rejected) = (
+        _side(prompt, record, key) for key in ("chosen", "rejected")
+    )
     return (prompt_w, chosen, rejected) if prompt_w == prompt_l else None
 
 
@@ -178,13 +195,17 @@ def _side(prompt: Turns, record: dict, key: str) -> tuple[Turns, str]:
         turns = [*prompt, ("assistant", _text(value, key).strip())]
     elif isinstance(value, str):
         if not value.lstrip().startswith(("Human:", "Assistant:")):
-            raise ValueError(f"key prompt is missing, and {key} is not a transcript that starts with 'Human:'")
+            raise ValueError(
+                f"key prompt is missing, and {key} is not a transcript that starts with 'Human:'"
+            )
         turns = _transcript(_text(value, key))
     else:
         turns = _turns(value if isinstance(value, list) else [value], key)
-        if not any(turns[i:i + len(prompt)] == prompt for i in range(len(turns))):
+        if not any(turns[i : i + len(prompt)] == prompt for i in range(len(turns))):
             if turns[0][0] != "assistant":
-                raise ValueError(f"prompt is not among the turns of {key}, nor do they start with the assistant's")
+                raise ValueError(
+                    f"prompt is not among the turns of {key}, nor do they start with the assistant's"
+                )
             turns = [*prompt, *turns]
     system = record.get("system")
     if system not in (None, "") and turns[0] != ("system", _text(system, "system")):
@@ -203,10 +224,14 @@ def _turns(value: object, key: str) -> Turns:
         keys = message.keys() if isinstance(message, dict) else set()
         role_key, content_key = ("role", "content") if "role" in keys else ("from", "value")
         if not {role_key, content_key} <= keys:
-            raise ValueError(f"{key} holds {shown(message)}, wanted a message with role and content (or from, value)")
+            raise ValueError(
+                f"{key} holds {shown(message)}, wanted a message with role and content (or from, value)"
+            )
         role, content = message[role_key], message[content_key]
         if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"{key} holds the role {shown(role)}, wanted one of {', '.join(ROLES)}")
+            raise ValueError(
+                f"{key} holds the role {shown(role)}, wanted one of {', '.join(ROLES)}"
+            )
         turns.append((ROLES[role], _text(content, key).strip()))
     return turns
 
@@ -216,9 +241,15 @@ def _instruction(record: dict) -> Turns:
     for exchange in [] if history is None else history if isinstance(history, list) else [history]:
         if not isinstance(exchange, list) or len(exchange) != 2:
             raise ValueError(f"history holds {shown(exchange)}, wanted [question, answer]")
-        turns += [("user", _text(exchange[0], "history").strip()), ("assistant", _text(exchange[1], "history").strip())]
+        turns += [
+            ("user", _text(exchange[0], "history").strip()),
+            ("assistant", _text(exchange[1], "history").strip()),
+        ]
     more = record.get("input")
-    parts = [_text(record["instruction"], "instruction"), "" if more is None else _text(more, "input")]
+    parts = [
+        _text(record["instruction"], "instruction"),
+        "" if more is None else _text(more, "input"),
+    ]
     return [*turns, ("user", "\n".join(part for part in parts if part).strip())]
 
 
@@ -233,7 +264,9 @@ def _transcript(text: str) -> Turns:
     turns = []
     for i, part in enumerate(("\n\n" + text.lstrip()).split("\n\nHuman:")):
         first, *replies = part.split("\n\nAssistant:")
-        turns += [("user", first.strip())] * (i > 0) + [("assistant", reply.strip()) for reply in replies]
+        turns += [("user", first.strip())] * (i > 0) + [
+            ("assistant", reply.strip()) for reply in replies
+        ]
     return turns
 
 
@@ -251,7 +284,9 @@ def _ids(record: dict, key: str) -> list[int]:
     value = record.get(key)
     # type(), since JSON's true is an int to isinstance.
     if not isinstance(value, list) or not all(type(i) is int and 0 <= i < 2**31 for i in value):
-        raise ValueError(f"{key} is {'missing' if value is None else shown(value)}, wanted a list of token ids")
+        raise ValueError(
+            f"{key} is {'missing' if value is None else shown(value)}, wanted a list of token ids"
+        )
     return value
 
 
@@ -265,8 +300,12 @@ class Prompt:
 
 
 # What holds the prompt of a row, and what may stand beside it.
-PROMPT_KEYS = {"prompt": ["system"], "messages": ["system"], "instruction": ["input", "system", "history"],
-               "prompt_ids": []}
+PROMPT_KEYS = {
+    "prompt": ["system"],
+    "messages": ["system"],
+    "instruction": ["input", "system", "history"],
+    "prompt_ids": [],
+}
 
 
 def read_prompts(path: str | Path, raw: bool = False) -> list[Prompt]:
@@ -288,7 +327,11 @@ def read_prompts(path: str | Path, raw: bool = False) -> list[Prompt]:
         try:
             if isinstance(record, ValueError):
                 raise record
-            prompts.append(Prompt(*_prompt({"prompt": record} if isinstance(record, str) else record, raw), place))
+            prompts.append(
+                Prompt(
+                    *_prompt({"prompt": record} if isinstance(record, str) else record, raw), place
+                )
+            )
         except ValueError as error:
             raise InputError(f"{place}: {error}") from None
     if not prompts:
@@ -303,18 +346,28 @@ def _prompt(record: object, raw: bool) -> tuple[Turns | str | list[int], str | N
     if "chosen" in record:
         turns, reference, _ = _sides(record | {"rejected": record["chosen"]})
         if raw or not turns or turns[-1][0] != "user":
-            raise ValueError("found a preference whose prompt does not end with the user's turn, or --raw")
+            raise ValueError(
+                "found a preference whose prompt does not end with the user's turn, or --raw"
+            )
         return turns, reference
     kinds = [key for key in PROMPT_KEYS if key in record]
     if len(kinds) != 1:
-        raise ValueError(f"found {shown(', '.join(sorted(record)))}, wanted one of the keys {', '.join(PROMPT_KEYS)}")
+        raise ValueError(
+            f"found {shown(', '.join(sorted(record)))}, wanted one of the keys {', '.join(PROMPT_KEYS)}"
+        )
     known = [kinds[0], *PROMPT_KEYS[kinds[0]], "reference", "output"]
     if strange := sorted(record.keys() - set(known)):
         raise ValueError(f"key {shown(strange[0])} is unknown, wanted some of {', '.join(known)}")
-    answers = [_text(record[key], key) for key in ("reference", "output") if record.get(key) is not None]
+    answers = [
+        _text(record[key], key) for key in ("reference", "output") if record.get(key) is not None
+    ]
     if len(answers) > 1:
         raise ValueError("found reference and output, wanted one of them")
-    value, system, reference = record[kinds[0]], record.get("system"), answers[0] if answers else None
+    value, system, reference = (
+        record[kinds[0]],
+        record.get("system"),
+        answers[0] if answers else None,
+    )
     if kinds[0] == "prompt_ids":
         if not _ids(record, "prompt_ids"):
             raise ValueError("the prompt is empty")
@@ -322,7 +375,11 @@ def _prompt(record: object, raw: bool) -> tuple[Turns | str | list[int], str | N
     if kinds[0] == "instruction":
         turns = _instruction(record)
     elif kinds[0] == "prompt" and isinstance(value, str):
-        turns = [("user", _text(value, "prompt"))] if raw else _transcript_or_user(_text(value, "prompt"))
+        turns = (
+            [("user", _text(value, "prompt"))]
+            if raw
+            else _transcript_or_user(_text(value, "prompt"))
+        )
     else:
         turns = _turns(value, kinds[0])
     if system not in (None, ""):
@@ -356,7 +413,9 @@ class ChatFormat:
         path = Path(directory) / "tokenizer.json"
         raw = read_start(path, TOKENIZER_BYTES + 1, "the model's tokenizer")
         if len(raw) > TOKENIZER_BYTES:
-            raise InputError(f"{path}: more than {TOKENIZER_BYTES:,} bytes, which is not a tokenizer")
+            raise InputError(
+                f"{path}: more than {TOKENIZER_BYTES:,} bytes, which is not a tokenizer"
+            )
         try:
             parsed = json.loads(raw, object_pairs_hook=unique)
             model = parsed.get("model") if isinstance(parsed, dict) else None
@@ -368,25 +427,36 @@ class ChatFormat:
             raise InputError(f"{path}: not a tokenizer ({shown(str(error), 150)})") from None
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self.tokenizer.encode_special_tokens = True  # control tokens in text are text. Not saved in tokenizer.json
+        self.tokenizer.encode_special_tokens = (
+            True  # control tokens in text are text. Not saved in tokenizer.json
+        )
         names = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
         for name in [*names, "<|end_of_text|>", "<|eom_id|>"]:
             number = self.tokenizer.token_to_id(name)
             if number is None and name != "<|eom_id|>":  # only 3.1 and later have it
                 raise InputError(f"{path}: has no token {name}, wanted Llama 3's control tokens")
             if number in self.encode([name])[0]:
-                raise InputError(f"{path}: makes the control token {name} from text (it is not marked special)")
-        self.begin, self.start_header, self.end_header, self.end_of_turn = map(self.tokenizer.token_to_id, names)
+                raise InputError(
+                    f"{path}: makes the control token {name} from text (it is not marked special)"
+                )
+        self.begin, self.start_header, self.end_header, self.end_of_turn = map(
+            self.tokenizer.token_to_id, names
+        )
         ends = map(self.tokenizer.token_to_id, ["<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"])
         self.stop_ids = frozenset(i for i in ends if i is not None)
         roles = ["system", "user", "assistant"]
         *role_ids, newlines = self.encode([*roles, "\n\n"])
-        self.headers = {role: [self.start_header, *ids, self.end_header, *newlines]
-                        for role, ids in zip(roles, role_ids, strict=True)}
+        self.headers = {
+            role: [self.start_header, *ids, self.end_header, *newlines]
+            for role, ids in zip(roles, role_ids, strict=True)
+        }
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of plain texts, without BOS."""
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            encoding.ids
+            for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, control tokens shown."""
@@ -396,7 +466,7 @@ class ChatFormat:
         """The content of the last message in a prompt's ids, for showing."""
         ids = prompt.tolist()
         ends = [i for i, token in enumerate(ids) if token in (self.end_header, self.end_of_turn)]
-        return self.decode(ids[ends[-3] + 1:ends[-2]]).strip() if len(ends) > 2 else ""
+        return self.decode(ids[ends[-3] + 1 : ends[-2]]).strip() if len(ends) > 2 else ""
 
     def prompt(self, turns: Turns, contents: dict[str, list[int]] | None = None) -> list[int]:
         """Ids of a conversation up to and with the header of the assistant's next turn. `contents` may hold encoded
@@ -431,9 +501,15 @@ class Pair:
         return len(self.prompt) * (1 if share_prompt else 2) + len(self.chosen) + len(self.rejected)
 
 
-def encode_preferences(preferences: list[Preference], chat: ChatFormat | None, max_tokens: int,
-                       overlong: str = "truncate", counts: Counter | None = None, vocab_size: int | None = None,
-                       progress: Callable[[str], None] | None = None) -> list[Pair]:
+def encode_preferences(
+    preferences: list[Preference],
+    chat: ChatFormat | None,
+    max_tokens: int,
+    overlong: str = "truncate",
+    counts: Counter | None = None,
+    vocab_size: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[Pair]:
     """Preferences -> pairs that can be trained on, in file order.
 
     A sequence, prompt plus one response, has at most `max_tokens` tokens. overlong="truncate": a response keeps what
@@ -447,19 +523,33 @@ def encode_preferences(preferences: list[Preference], chat: ChatFormat | None, m
     """
     counts = Counter() if counts is None else counts
     pairs, last = [], time.monotonic()
-    for start in range(0, len(preferences), 1000):  # chunks: an Encoding takes many times the memory of its ids
-        chunk = preferences[start:start + 1000]
-        texts = dict.fromkeys(content.strip() for p in chunk if isinstance(p.chosen, str)
-                              for content in (*(content for _, content in p.prompt), p.chosen, p.rejected))
+    for start in range(
+        0, len(preferences), 1000
+    ):  # chunks: an Encoding takes many times the memory of its ids
+        chunk = preferences[start : start + 1000]
+        texts = dict.fromkeys(
+            content.strip()
+            for p in chunk
+            if isinstance(p.chosen, str)
+            for content in (*(content for _, content in p.prompt), p.chosen, p.rejected)
+        )
         contents = dict(zip(texts, chat.encode(list(texts)), strict=True)) if texts else {}
         for p in chunk:
             if isinstance(p.chosen, str):
                 prompt = chat.prompt(p.prompt, contents)
-                chosen, rejected = chat.response(p.chosen, contents), chat.response(p.rejected, contents)
+                chosen, rejected = (
+                    chat.response(p.chosen, contents),
+                    chat.response(p.rejected, contents),
+                )
             else:
                 prompt, chosen, rejected = p.prompt, p.chosen, p.rejected
-            if vocab_size is not None and (top := max([*prompt, *chosen, *rejected], default=0)) >= vocab_size:
-                raise InputError(f"{p.place}: token id {top} is not below the model's vocab_size {vocab_size}")
+            if (
+                vocab_size is not None
+                and (top := max([*prompt, *chosen, *rejected], default=0)) >= vocab_size
+            ):
+                raise InputError(
+                    f"{p.place}: token id {top} is not below the model's vocab_size {vocab_size}"
+                )
             room = max_tokens - len(prompt)
             too_long = max(len(chosen), len(rejected)) > room
             if not prompt or not chosen or not rejected:
@@ -483,7 +573,9 @@ def resolve_max_tokens(max_tokens: int | None, config: LlamaConfig) -> int:
     """Tokens of prompt plus response: as asked, or the smaller of 2,048 (the paper's) and what the model can take."""
     limit = config.max_position_embeddings
     if max_tokens is not None and max_tokens > limit:
-        raise InputError(f"--max-tokens {max_tokens} is above the model's max_position_embeddings {limit}")
+        raise InputError(
+            f"--max-tokens {max_tokens} is above the model's max_position_embeddings {limit}"
+        )
     return min(2048, limit) if max_tokens is None else max_tokens
 
 
@@ -521,14 +613,20 @@ def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = Non
         n_p, n_w, n_l = len(pair.prompt), len(pair.chosen), len(pair.rejected)
         again = 0 if share_prompt else n_p
         first_l = row + n_p + n_w + again  # row of the first rejected token
-        prompt_l = np.arange(row, row + n_p) if share_prompt else np.arange(row + n_p + n_w, first_l)
+        prompt_l = (
+            np.arange(row, row + n_p) if share_prompt else np.arange(row + n_p + n_w, first_l)
+        )
         tokens += [pair.prompt, pair.chosen, pair.prompt[:again], pair.rejected]
         positions += [np.arange(n_p + n_w), np.arange(n_p - again, n_p + n_l)]
         query_lengths += [n_p + n_w, again + n_l]
         key_lengths += [n_p + n_w, n_p + n_l]
         key_rows += [np.arange(row, row + n_p + n_w), prompt_l, np.arange(first_l, first_l + n_l)]
         # The row before each response token predicts it; before the first one stands the last prompt row.
-        scored += [np.arange(row + n_p - 1, row + n_p + n_w - 1), prompt_l[-1:], np.arange(first_l, first_l + n_l - 1)]
+        scored += [
+            np.arange(row + n_p - 1, row + n_p + n_w - 1),
+            prompt_l[-1:],
+            np.arange(first_l, first_l + n_l - 1),
+        ]
         targets += [pair.chosen, pair.rejected]
         lengths += [n_w, n_l]
         row = first_l + n_l
@@ -539,18 +637,30 @@ def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = Non
     def starts(segment_lengths: list[int]) -> Tensor:
         return torch.tensor([0, *np.cumsum(segment_lengths)], dtype=torch.int32)
 
-    segments = Segments(starts(query_lengths), starts(key_lengths), int64(key_rows) if share_prompt else None,
-                        max(key_lengths) if longest is None else longest)
+    segments = Segments(
+        starts(query_lengths),
+        starts(key_lengths),
+        int64(key_rows) if share_prompt else None,
+        max(key_lengths) if longest is None else longest,
+    )
     length_R = torch.tensor(lengths)
-    return Batch(int64(tokens), int64(positions), segments, int64(scored), int64(targets),
-                torch.repeat_interleave(length_R), length_R)
+    return Batch(
+        int64(tokens),
+        int64(positions),
+        segments,
+        int64(scored),
+        int64(targets),
+        torch.repeat_interleave(length_R),
+        length_R,
+    )
 
 
 MicroBatch = list[int]  # indexes of pairs
 
 
-def plan_step(sizes: np.ndarray, pairs_per_step: int, seed: int | None, step: int, ranks: int,
-              max_tokens: int) -> list[list[MicroBatch]]:
+def plan_step(
+    sizes: np.ndarray, pairs_per_step: int, seed: int | None, step: int, ranks: int, max_tokens: int
+) -> list[list[MicroBatch]]:
     """Which pairs each rank computes in which micro-batch of step `step` (from 0): a pure function of its arguments.
 
     The step's pairs depend on (number of pairs, pairs_per_step, seed, step) alone, not on the machine: each epoch is a
@@ -567,16 +677,20 @@ def plan_step(sizes: np.ndarray, pairs_per_step: int, seed: int | None, step: in
     order = np.arange(len(sizes))
     if seed is not None:
         order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(order)
-    chosen = order[within * pairs_per_step:(within + 1) * pairs_per_step]
+    chosen = order[within * pairs_per_step : (within + 1) * pairs_per_step]
     return split_pairs(chosen, sizes, ranks, max_tokens)
 
 
-def split_pairs(indexes: np.ndarray, sizes: np.ndarray, ranks: int, max_tokens: int) -> list[list[MicroBatch]]:
+def split_pairs(
+    indexes: np.ndarray, sizes: np.ndarray, ranks: int, max_tokens: int
+) -> list[list[MicroBatch]]:
     """[rank][micro-batch] -> indexes of pairs: see `plan_step`."""
     indexes = sorted(map(int, indexes), key=lambda i: (-sizes[i], i))
     if indexes and sizes[indexes[0]] > max_tokens:
-        raise InputError(f"a pair of {sizes[indexes[0]]} packed tokens exceeds --max-tokens-per-gpu {max_tokens}; "
-                         "raise that or lower --max-tokens")
+        raise InputError(
+            f"a pair of {sizes[indexes[0]]} packed tokens exceeds --max-tokens-per-gpu {max_tokens}; "
+            "raise that or lower --max-tokens"
+        )
     m = max(1, -(-int(sizes[indexes].sum()) // (ranks * max_tokens)))
     while True:
         bins, loads = [[] for _ in range(ranks * m)], np.zeros(ranks * m, dtype=np.int64)

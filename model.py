@@ -59,7 +59,9 @@ class InputError(ValueError):
 
 # Nothing that is read can execute code: JSON, safetensors and tokenizer.json hold no more than data, and pickles are
 # never opened. Each reader checks what a file claims before it makes anything of that size.
-JSON_BYTES = 2**19  # of config.json, an index or a safetensors header; those of Llama 405B take a quarter
+JSON_BYTES = (
+    2**19
+)  # of config.json, an index or a safetensors header; those of Llama 405B take a quarter
 
 
 def complain(program: str, said: object) -> None:
@@ -106,14 +108,21 @@ def unique(pairs: list[tuple[str, object]]) -> dict:
 def shown(value: object, most: int = 60) -> str:
     """A value out of a file as a message shows it: short, printable, on one line."""
     text = ascii(value)
-    return text if len(text) <= most else text[:most - 3] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
 
 # Keys of config.json with one acceptable meaning. A checkpoint that says otherwise would load and compute nonsense.
-ONLY = {"hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False], "attention_dropout": [0],
-        "quantization_config": [None], "partial_rotary_factor": [1], "sliding_window": [None]}
+ONLY = {
+    "hidden_act": ["silu"],
+    "attention_bias": [False],
+    "mlp_bias": [False],
+    "attention_dropout": [0],
+    "quantization_config": [None],
+    "partial_rotary_factor": [1],
+    "sliding_window": [None],
+}
 # Whole numbers are below 2**24, but for two: --plan builds every layer before any file could contradict it, and no
 # tensor may have 2**63 bytes. The largest Llama has 126 layers, and heads of 128.
 MOST = {"num_hidden_layers": 2**12, "head_dim": 2**12}
@@ -151,7 +160,9 @@ class LlamaConfig:
     @classmethod
     def load(cls, directory: str | Path) -> "LlamaConfig":
         """Reads directory/config.json. Raises InputError naming the file and the key."""
-        return cls.from_dict(read_json(Path(directory) / "config.json"), Path(directory) / "config.json")
+        return cls.from_dict(
+            read_json(Path(directory) / "config.json"), Path(directory) / "config.json"
+        )
 
     @classmethod
     def from_dict(cls, raw: dict, where: str | Path = "config") -> "LlamaConfig":
@@ -162,16 +173,22 @@ class LlamaConfig:
         for key, accepted in ONLY.items():
             if key in raw and raw[key] not in accepted:
                 found = shown(raw[key])
-                raise InputError(f"{where}: {key} is {found}, which is not implemented; wanted {accepted[0]!r}")
+                raise InputError(
+                    f"{where}: {key} is {found}, which is not implemented; wanted {accepted[0]!r}"
+                )
 
         def number(key: str, kind: type, default=None, source: dict = raw):
             value = source.get(key, default)
             value = default if value is None else value
-            ok = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+            ok = isinstance(value, int if kind is int else (int, float)) and not isinstance(
+                value, bool
+            )
             limit = MOST.get(key, 2**24 if kind is int else 2**40)
             if not ok or not 0 < value < limit:
-                raise InputError(f"{where}: {key} is {shown(value)}, wanted a positive "
-                                 f"{'whole ' * (kind is int)}number below {limit:,}")
+                raise InputError(
+                    f"{where}: {key} is {shown(value)}, wanted a positive "
+                    f"{'whole ' * (kind is int)}number below {limit:,}"
+                )
             return kind(value)
 
         tie = raw.get("tie_word_embeddings", False)
@@ -181,18 +198,26 @@ class LlamaConfig:
         rope = rope if isinstance(rope, dict) else {"rope_type": f"{shown(rope)}, not an object"}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "llama3"):
-            raise InputError(f"{where}: rope type {shown(rope_type)} is not implemented; wanted 'default' or 'llama3'")
+            raise InputError(
+                f"{where}: rope type {shown(rope_type)} is not implemented; wanted 'default' or 'llama3'"
+            )
         scaling = None
         if rope_type == "llama3":
             kinds = RopeScaling.__annotations__.items()
             scaling = RopeScaling(*(number(key, kind, source=rope) for key, kind in kinds))
-            if scaling.low_freq_factor >= scaling.high_freq_factor:  # between them `rope_frequencies` blends
-                raise InputError(f"{where}: low_freq_factor is {scaling.low_freq_factor}, wanted less than "
-                                 f"high_freq_factor, {scaling.high_freq_factor}")
+            if (
+                scaling.low_freq_factor >= scaling.high_freq_factor
+            ):  # between them `rope_frequencies` blends
+                raise InputError(
+                    f"{where}: low_freq_factor is {scaling.low_freq_factor}, wanted less than "
+                    f"high_freq_factor, {scaling.high_freq_factor}"
+                )
         heads, width = number("num_attention_heads", int), number("hidden_size", int)
         if raw.get("head_dim") is None and width % heads:
-            raise InputError(f"{where}: hidden_size ({width}) is not a multiple of num_attention_heads ({heads}), and "
-                             "there is no head_dim")
+            raise InputError(
+                f"{where}: hidden_size ({width}) is not a multiple of num_attention_heads ({heads}), and "
+                "there is no head_dim"
+            )
         config = cls(
             vocab_size=number("vocab_size", int),
             hidden_size=width,
@@ -202,32 +227,57 @@ class LlamaConfig:
             num_key_value_heads=number("num_key_value_heads", int, heads),
             head_dim=number("head_dim", int, width // heads),
             max_position_embeddings=number("max_position_embeddings", int),
-            rms_norm_eps=number("rms_norm_eps", float, 1e-6),  # without the key, these two are transformers' defaults
-            rope_theta=number("rope_theta", float, 10_000.0, raw if rope.get("rope_theta") is None else rope),
+            rms_norm_eps=number(
+                "rms_norm_eps", float, 1e-6
+            ),  # without the key, these two are transformers' defaults
+            rope_theta=number(
+                "rope_theta", float, 10_000.0, raw if rope.get("rope_theta") is None else rope
+            ),
             rope_scaling=scaling,
             tie_word_embeddings=tie,
             bos_token_id=next(iter(token_ids(raw, "bos_token_id", where)), None),
-            eos_token_id=token_ids(raw, "eos_token_id", where))
+            eos_token_id=token_ids(raw, "eos_token_id", where),
+        )
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
-            raise InputError(f"{where}: wanted num_attention_heads ({heads}) to be a multiple of num_key_value_heads "
-                            f"({config.num_key_value_heads}), and head_dim ({config.head_dim}) to be even")
+            raise InputError(
+                f"{where}: wanted num_attention_heads ({heads}) to be a multiple of num_key_value_heads "
+                f"({config.num_key_value_heads}), and head_dim ({config.head_dim}) to be even"
+            )
         return config
 
     def to_dict(self, dtype: torch.dtype) -> dict:
         """What config.json holds for weights of `dtype`, in the form that transformers 4 and 5 and vLLM read."""
-        scaling = None if self.rope_scaling is None else {"rope_type": "llama3", **vars(self.rope_scaling)}
-        eos = self.eos_token_id[0] if len(self.eos_token_id) == 1 else list(self.eos_token_id) or None
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **vars(self), "eos_token_id": eos,
-                "rope_scaling": scaling, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-                "torch_dtype": str(dtype).removeprefix("torch.")}
+        scaling = (
+            None
+            if self.rope_scaling is None
+            else {"rope_type": "llama3", **vars(self.rope_scaling)}
+        )
+        eos = (
+            self.eos_token_id[0] if len(self.eos_token_id) == 1 else list(self.eos_token_id) or None
+        )
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            **vars(self),
+            "eos_token_id": eos,
+            "rope_scaling": scaling,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "torch_dtype": str(dtype).removeprefix("torch."),
+        }
 
 
 def token_ids(raw: dict, key: str, where: str | Path) -> tuple[int, ...]:
     """What a configuration has under a key: a token id, a list of them, or none."""
     value = raw.get(key)
     value = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(type(i) is int and 0 <= i < 2**31 for i in value):  # type(), since JSON's true is an int to isinstance
-        raise InputError(f"{where}: {key} is {shown(raw[key])}, wanted a token id or a list of them")
+    if not all(
+        type(i) is int and 0 <= i < 2**31 for i in value
+    ):  # type(), since JSON's true is an int to isinstance
+        raise InputError(
+            f"{where}: {key} is {shown(raw[key])}, wanted a token id or a list of them"
+        )
     return tuple(value)
 
 
@@ -236,7 +286,9 @@ def generation_eos(directory: str | Path) -> tuple[int, ...]:
     path = Path(directory) / "generation_config.json"
     raw = read_json(path) if path.exists() else {}
     if not isinstance(raw, dict):
-        raise InputError(f"{path}: {shown(raw)}, wanted an object, its eos_token_id a token id or a list of them")
+        raise InputError(
+            f"{path}: {shown(raw)}, wanted an object, its eos_token_id a token id or a list of them"
+        )
     return token_ids(raw, "eos_token_id", path)
 
 
@@ -258,11 +310,15 @@ class Segments:
 
     def to(self, device: torch.device | str) -> "Segments":
         rows = None if self.key_row_N is None else self.key_row_N.to(device)
-        return Segments(self.query_starts.to(device), self.key_starts.to(device), rows, self.longest)
+        return Segments(
+            self.query_starts.to(device), self.key_starts.to(device), rows, self.longest
+        )
 
 
 # torch 2.11 groups query heads unasked; 2.13 refuses unequal head counts unless told.
-VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+VARLEN_GQA = (
+    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+)
 
 
 def on_cuda(x: Tensor) -> bool:
@@ -280,17 +336,40 @@ def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments) -
     """
     if segments.key_row_N is not None:
         # index_select, since its backward is one index-add; indexing with [] would sort.
-        k_TGK, v_TGK = k_TGK.index_select(0, segments.key_row_N), v_TGK.index_select(0, segments.key_row_N)
+        k_TGK, v_TGK = (
+            k_TGK.index_select(0, segments.key_row_N),
+            v_TGK.index_select(0, segments.key_row_N),
+        )
     if on_cuda(q_THK) and q_THK.dtype in (torch.bfloat16, torch.float16):
-        return varlen_attn(q_THK, k_TGK, v_TGK, segments.query_starts, segments.key_starts, segments.longest,
-                           segments.longest, window_size=(-1, 0), **VARLEN_GQA)
-    query_lengths, key_lengths = segments.query_starts.diff().tolist(), segments.key_starts.diff().tolist()
+        return varlen_attn(
+            q_THK,
+            k_TGK,
+            v_TGK,
+            segments.query_starts,
+            segments.key_starts,
+            segments.longest,
+            segments.longest,
+            window_size=(-1, 0),
+            **VARLEN_GQA,
+        )
+    query_lengths, key_lengths = (
+        segments.query_starts.diff().tolist(),
+        segments.key_starts.diff().tolist(),
+    )
     outputs = []
-    for q, k, v in zip(q_THK.split(query_lengths), k_TGK.split(key_lengths), v_TGK.split(key_lengths), strict=True):
+    for q, k, v in zip(
+        q_THK.split(query_lengths), k_TGK.split(key_lengths), v_TGK.split(key_lengths), strict=True
+    ):
         n_q, n_k = len(q), len(k)
-        mask = None if n_q == n_k else torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril(n_k - n_q)
+        mask = (
+            None
+            if n_q == n_k
+            else torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril(n_k - n_q)
+        )
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
         outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs)
 
@@ -320,7 +399,9 @@ def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates component i with component i + K/2: the order of the Hugging Face layout. fp32 inside, x's dtype
     outside."""
     first, second = x_THK.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_THK.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(
+        x_THK.dtype
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- cache
@@ -338,9 +419,13 @@ class Past(NamedTuple):
     v_BGNK: Tensor
     row_T: Tensor  # int64: the cache row of each token
     position_T: Tensor  # int64: its position in that row's sequence
-    masks: list[tuple[slice, Tensor]]  # for a step: rows, and what is added to their scores, (rows, 1, 1, keys)
+    masks: list[
+        tuple[slice, Tensor]
+    ]  # for a step: rows, and what is added to their scores, (rows, 1, 1, keys)
 
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments | None) -> Tensor:
+    def attend(
+        self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments | None
+    ) -> Tensor:
         """`attention`, the keys and values kept. Without segments T is B, one new token for each row, which attends to
         all that its row holds."""
         self.k_BGNK[self.row_T, :, self.position_T] = k_TGK
@@ -351,7 +436,7 @@ class Past(NamedTuple):
         q_BGHK = q_THK.unflatten(1, (self.k_BGNK.shape[1], -1))
         outputs = []
         for rows, mask in self.masks:
-            k, v = (x_BGNK[rows, :, :mask.shape[-1]] for x_BGNK in (self.k_BGNK, self.v_BGNK))
+            k, v = (x_BGNK[rows, :, : mask.shape[-1]] for x_BGNK in (self.k_BGNK, self.v_BGNK))
             outputs.append(F.scaled_dot_product_attention(q_BGHK[rows], k, v, attn_mask=mask))
         return torch.cat(outputs).flatten(1, 2)
 
@@ -367,7 +452,9 @@ class Cache:
         self.layers = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.k_and_v = [tuple(layer) for layer in self.layers]  # views, made once
 
-    def past(self, row_T: Tensor, position_T: Tensor, masks: list[tuple[slice, Tensor]]) -> list[Past]:
+    def past(
+        self, row_T: Tensor, position_T: Tensor, masks: list[tuple[slice, Tensor]]
+    ) -> list[Past]:
         """What each block takes in one pass."""
         return [Past(k_BGNK, v_BGNK, row_T, position_T, masks) for k_BGNK, v_BGNK in self.k_and_v]
 
@@ -421,16 +508,26 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        queries, keys = (
+            config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+        )
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
-    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], segments: Segments | None,
-                past: Past | None = None) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        segments: Segments | None,
+        past: Past | None = None,
+    ) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q_THK, k_TGK, v_TGK = (project(x_TD).unflatten(-1, (-1, self.head_dim)) for project in projections)
+        q_THK, k_TGK, v_TGK = (
+            project(x_TD).unflatten(-1, (-1, self.head_dim)) for project in projections
+        )
         attend = attention if past is None else past.attend
         out_THK = attend(rotate(q_THK, *rope), rotate(k_TGK, *rope), v_TGK, segments)
         return self.o_proj(out_THK.flatten(-2))
@@ -479,8 +576,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], segments: Segments | None,
-                past: Past | None = None) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        segments: Segments | None,
+        past: Past | None = None,
+    ) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, segments, past)
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
@@ -502,15 +604,19 @@ class _TargetLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor, keep: bool) -> Tensor:
-        chunk = max(1, (CHUNK_ELEMENTS_CUDA if on_cuda(hidden_SD) else CHUNK_ELEMENTS) // len(weight_VD))
+        chunk = max(
+            1, (CHUNK_ELEMENTS_CUDA if on_cuda(hidden_SD) else CHUNK_ELEMENTS) // len(weight_VD)
+        )
         rows = len(target_S) if keep else max(chunk, MATMUL_ROWS // chunk * chunk)
         logp_S, scale_S = [], []
         for i in range(0, len(target_S), chunk):
-            target_C1 = target_S[i:i + chunk, None]
+            target_C1 = target_S[i : i + chunk, None]
             if i % rows == 0:
-                logits_SV = hidden_SD[i:i + rows] @ weight_VD.T
-            kept_CV = logits_SV[i % rows:i % rows + chunk]
-            exp_CV = at_least_fp32(kept_CV)  # a copy where the weights are of a half type, else the logits themselves
+                logits_SV = hidden_SD[i : i + rows] @ weight_VD.T
+            kept_CV = logits_SV[i % rows : i % rows + chunk]
+            exp_CV = at_least_fp32(
+                kept_CV
+            )  # a copy where the weights are of a half type, else the logits themselves
             top_C1 = exp_CV.amax(-1, keepdim=True)
             logit_C1 = exp_CV.gather(-1, target_C1)
             total_C1 = exp_CV.sub_(top_C1).exp_().sum(-1, keepdim=True)
@@ -551,7 +657,11 @@ class Head(nn.Linear):
 
     def forward(self, hidden_SD: Tensor, target_S: Tensor | None = None) -> Tensor:
         """Log-probs of the targets; without targets, the logits."""
-        return super().forward(hidden_SD) if target_S is None else target_logps(hidden_SD, self.weight, target_S)
+        return (
+            super().forward(hidden_SD)
+            if target_S is None
+            else target_logps(hidden_SD, self.weight, target_S)
+        )
 
 
 class PackedLinear(nn.Module):
@@ -578,11 +688,16 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False  # True: keep each block's input alone and recompute the block in backward
-        self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
-            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        self.checkpoint_blocks = (
+            False  # True: keep each block's input alone and recompute the block in backward
+        )
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
         # A tied model has no head of its own, rather than an alias of the embedding that conversions may break.
         self.lm_head = None if config.tie_word_embeddings else Head(config)
 
@@ -601,7 +716,9 @@ class Llama(nn.Module):
         """Logits (T, V) of one plain sequence, in the dtype of the weights: row t predicts token t+1."""
         ends = torch.tensor([0, len(tokens_T)], dtype=torch.int32, device=tokens_T.device)
         positions_T = torch.arange(len(tokens_T), device=tokens_T.device)
-        return self._head(self._hidden(tokens_T, positions_T, Segments(ends, ends, None, len(tokens_T))))
+        return self._head(
+            self._hidden(tokens_T, positions_T, Segments(ends, ends, None, len(tokens_T)))
+        )
 
     def prefill(self, prompts: list[list[int]], cache: Cache, row: int) -> Tensor:
         """Logits (B, V) of the token after each of B prompts, of at least one token id each. One packed pass, without
@@ -625,7 +742,7 @@ class Llama(nn.Module):
         mask_BN = cache.layers.new_zeros(beyond_BN.shape).masked_fill(beyond_BN, -math.inf)
         at_once = rows if device.type == "cuda" else ROWS_AT_ONCE
         parts = [slice(i, min(i + at_once, rows)) for i in range(0, rows, at_once)]
-        masks = [(part, mask_BN[part, None, None, :max(lengths[part]) + 1]) for part in parts]
+        masks = [(part, mask_BN[part, None, None, : max(lengths[part]) + 1]) for part in parts]
         past = cache.past(torch.arange(rows, device=device), position_B, masks)
         return self._head(self._hidden(tokens_B, position_B, None, past))
 
@@ -633,15 +750,24 @@ class Llama(nn.Module):
         """Makes each linear layer of at least so many weights a PackedLinear: for generation in fp32 on a CPU. Does
         nothing elsewhere. Small ones would lose more by oneDNN's longer calls than they win."""
         weight = self.model["embed_tokens"].weight
-        if weight.dtype != torch.float32 or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        if (
+            weight.dtype != torch.float32
+            or weight.device.type != "cpu"
+            or not torch.backends.mkldnn.is_available()
+        ):
             return
         for module in list(self.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.Linear) and child.weight.numel() >= least:
                     setattr(module, name, PackedLinear(child))
 
-    def _hidden(self, tokens_T: Tensor, positions_T: Tensor, segments: Segments | None,
-                pasts: list[Past] | None = None) -> Tensor:
+    def _hidden(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        segments: Segments | None,
+        pasts: list[Past] | None = None,
+    ) -> Tensor:
         x_TD = self.model["embed_tokens"](tokens_T)
         rope = rope_tables(self.config, positions_T)
         layers = self.model["layers"]
@@ -657,21 +783,36 @@ class Llama(nn.Module):
         if self.lm_head is not None:
             return self.lm_head(hidden_SD, target_S)
         weight_VD = self.model["embed_tokens"].weight
-        return F.linear(hidden_SD, weight_VD) if target_S is None else target_logps(hidden_SD, weight_VD, target_S)
+        return (
+            F.linear(hidden_SD, weight_VD)
+            if target_S is None
+            else target_logps(hidden_SD, weight_VD, target_S)
+        )
 
 
 # -------------------------------------------------------------------------------------------------- loading and saving
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the dtypes that can be weights
 SHARD_BYTES = 5_000_000_000
-COMPANIONS = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-              "tokenizer.model", "chat_template.jinja", "chat_template.json"]  # copied beside saved weights
+COMPANIONS = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+]  # copied beside saved weights
 
 
-def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Llama:
+def load_model(
+    directory: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Llama:
     """A whole model from a Hugging Face directory, strictly: see `load_weights` for what is refused."""
     config = LlamaConfig.load(directory)
-    check_weights(directory, config)  # before anything of the size that config.json asks for is allocated
+    check_weights(
+        directory, config
+    )  # before anything of the size that config.json asks for is allocated
     with torch.device("meta"):
         model = Llama(config)
     model.to(dtype).to_empty(device=device)
@@ -683,15 +824,26 @@ def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Key -> shape of every tensor of a checkpoint, without building the model."""
     width, keys = config.hidden_size, config.num_key_value_heads * config.head_dim
     queries, ffn = config.num_attention_heads * config.head_dim, config.intermediate_size
-    block = {"input_layernorm": (width,), "self_attn.q_proj": (queries, width), "self_attn.k_proj": (keys, width),
-             "self_attn.v_proj": (keys, width), "self_attn.o_proj": (width, queries),
-             "post_attention_layernorm": (width,),
-             "mlp.gate_proj": (ffn, width), "mlp.up_proj": (ffn, width), "mlp.down_proj": (width, ffn)}
+    block = {
+        "input_layernorm": (width,),
+        "self_attn.q_proj": (queries, width),
+        "self_attn.k_proj": (keys, width),
+        "self_attn.v_proj": (keys, width),
+        "self_attn.o_proj": (width, queries),
+        "post_attention_layernorm": (width,),
+        "mlp.gate_proj": (ffn, width),
+        "mlp.up_proj": (ffn, width),
+        "mlp.down_proj": (width, ffn),
+    }
     shapes = {"model.embed_tokens.weight": (config.vocab_size, width)}
     for i in range(config.num_hidden_layers):
         shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in block.items()}
     shapes["model.norm.weight"] = (width,)
-    return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": (config.vocab_size, width)}
+    return (
+        shapes
+        if config.tie_word_embeddings
+        else shapes | {"lm_head.weight": (config.vocab_size, width)}
+    )
 
 
 def check_weights(directory: str | Path, config: LlamaConfig) -> dict[str, Path]:
@@ -704,26 +856,42 @@ def check_weights(directory: str | Path, config: LlamaConfig) -> dict[str, Path]
             there = set(file.keys())
             if keys is not None and there != keys:
                 odd = sorted(there ^ keys)[0]
-                raise InputError(f"{path}: key {shown(odd)} is in the {'index' if odd in keys else 'file'} alone")
+                raise InputError(
+                    f"{path}: key {shown(odd)} is in the {'index' if odd in keys else 'file'} alone"
+                )
             for key in there:
                 if not key.endswith("rotary_emb.inv_freq"):
-                    found[key] = (path, tuple(file.get_slice(key).get_shape()), file.get_slice(key).get_dtype())
+                    found[key] = (
+                        path,
+                        tuple(file.get_slice(key).get_shape()),
+                        file.get_slice(key).get_dtype(),
+                    )
     layers = len({key.split(".")[2] for key in found if key.startswith("model.layers.")})
     if layers != config.num_hidden_layers:
-        raise InputError(f"{directory}: config.json says num_hidden_layers {config.num_hidden_layers}, "
-                        f"the weights have model.layers of {layers}")
+        raise InputError(
+            f"{directory}: config.json says num_hidden_layers {config.num_hidden_layers}, "
+            f"the weights have model.layers of {layers}"
+        )
     expected = expected_shapes(config)
     for key, shape in expected.items():
         if key not in found:
-            raise InputError(f"{directory}: key {key} is missing from {', '.join(p.name for p in list(files)[:4])}")
+            raise InputError(
+                f"{directory}: key {key} is missing from {', '.join(p.name for p in list(files)[:4])}"
+            )
         path, found_shape, dtype = found[key]
         if found_shape != shape:
-            raise InputError(f"{path}: key {key} has shape {shown(found_shape)}, config.json wants {shape}")
+            raise InputError(
+                f"{path}: key {key} has shape {shown(found_shape)}, config.json wants {shape}"
+            )
         if dtype not in FLOATS:
-            raise InputError(f"{path}: key {key} is stored as {dtype}, wanted one of {', '.join(sorted(FLOATS))}")
+            raise InputError(
+                f"{path}: key {key} is stored as {dtype}, wanted one of {', '.join(sorted(FLOATS))}"
+            )
     spare = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if extra := sorted(found.keys() - expected.keys() - spare):
-        raise InputError(f"{found[extra[0]][0]}: key {shown(extra[0])} is not one of this model's ({len(extra)} such)")
+        raise InputError(
+            f"{found[extra[0]][0]}: key {shown(extra[0])} is not one of this model's ({len(extra)} such)"
+        )
     return {key: path for key, (path, _, _) in found.items()}
 
 
@@ -740,7 +908,9 @@ def load_weights(model: Llama, directory: str | Path) -> None:
     parameters = dict(model.named_parameters())
     for path in dict.fromkeys(places.values()):
         with open_safetensors(path) as file:
-            for key in (key for key, place in places.items() if place == path and key in parameters):
+            for key in (
+                key for key, place in places.items() if place == path and key in parameters
+            ):
                 local, rows = local_rows(parameters[key])
                 local.copy_(file.get_slice(key)[rows])
                 if not finite(local):
@@ -749,12 +919,20 @@ def load_weights(model: Llama, directory: str | Path) -> None:
         local, rows = local_rows(parameters["model.embed_tokens.weight"])
         with open_safetensors(places["lm_head.weight"]) as file:
             if not torch.equal(file.get_slice("lm_head.weight")[rows].to(local), local):
-                raise InputError(f"{places['lm_head.weight']}: lm_head.weight differs from model.embed_tokens.weight, "
-                                 "but config.json says tie_word_embeddings")
+                raise InputError(
+                    f"{places['lm_head.weight']}: lm_head.weight differs from model.embed_tokens.weight, "
+                    "but config.json says tie_word_embeddings"
+                )
 
 
-def save_model(model: Llama, directory: str | Path, *, dtype: torch.dtype = torch.bfloat16,
-               source: str | Path | None = None, stop_ids: Sequence[int] = ()) -> None:
+def save_model(
+    model: Llama,
+    directory: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    source: str | Path | None = None,
+    stop_ids: Sequence[int] = (),
+) -> None:
     """Writes a Hugging Face model directory that transformers and vLLM load; every rank of a sharded model must call
     it.
 
@@ -788,7 +966,9 @@ def save_model(model: Llama, directory: str | Path, *, dtype: torch.dtype = torc
         tensors = {}
         for key, parameter in parameters:
             tensor = parameter.detach().to(dtype)
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # a collective: on every rank
+            tensor = (
+                tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            )  # a collective: on every rank
             if not finite(tensor):  # found alike on every rank
                 raise InputError(f"{directory}: {key} holds a NaN or an infinity; not saved")
             if writer:
@@ -796,14 +976,28 @@ def save_model(model: Llama, directory: str | Path, *, dtype: torch.dtype = torc
         if writer:
             with naming(aside / name):
                 save_file(tensors, aside / name, metadata={"format": "pt"})
-                (aside / name).chmod(0o644)  # like the files beside it; safetensors makes it the owner's alone
+                (aside / name).chmod(
+                    0o644
+                )  # like the files beside it; safetensors makes it the owner's alone
     if writer:
         with naming(aside):
-            (aside / "config.json").write_text(json.dumps(model.config.to_dict(dtype), indent=2) + "\n")
+            (aside / "config.json").write_text(
+                json.dumps(model.config.to_dict(dtype), indent=2) + "\n"
+            )
             if len(files) > 1:
-                index = {"metadata": {"total_size": sum(p.numel() * dtype.itemsize for p in model.parameters())},
-                         "weight_map": {key: name for name, part in zip(names, files, strict=True) for key, _ in part}}
-                (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+                index = {
+                    "metadata": {
+                        "total_size": sum(p.numel() * dtype.itemsize for p in model.parameters())
+                    },
+                    "weight_map": {
+                        key: name
+                        for name, part in zip(names, files, strict=True)
+                        for key, _ in part
+                    },
+                }
+                (aside / "model.safetensors.index.json").write_text(
+                    json.dumps(index, indent=2) + "\n"
+                )
             for name in COMPANIONS:
                 if source is not None and (Path(source) / name).is_file():
                     shutil.copyfile(Path(source) / name, aside / name)
@@ -866,7 +1060,9 @@ def file_checksum(path: str | Path) -> str:
 def files_checksum(paths: Iterable[str | Path]) -> str:
     """A hash of what several hold, in this order; of one that is not there, that it is not. They are read at once."""
     with ThreadPoolExecutor() as threads:
-        found = threads.map(lambda path: file_checksum(path) if Path(path).exists() else "none", paths)
+        found = threads.map(
+            lambda path: file_checksum(path) if Path(path).exists() else "none", paths
+        )
     return hashlib.blake2b(" ".join(found).encode(), digest_size=16).hexdigest()
 
 
@@ -877,18 +1073,26 @@ def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtyp
     devices, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = devices >= wanted if device == "auto" else device == "cuda"
     if cuda and devices < wanted:
-        raise InputError(f"--device cuda for {wanted} processes, but torch finds {devices} CUDA devices")
-    here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        raise InputError(
+            f"--device cuda for {wanted} processes, but torch finds {devices} CUDA devices"
+        )
+    here = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    )
     if cuda:
         torch.cuda.set_device(here)
-    return here, torch.bfloat16 if precision == "bf16" or (cuda and precision == "auto") else torch.float32
+    return here, torch.bfloat16 if precision == "bf16" or (
+        cuda and precision == "auto"
+    ) else torch.float32
 
 
 def out_of_memory(error: Exception) -> bool:
     """Whether that is what it says. A GPU's allocator raises OutOfMemoryError; a CPU's, CUDA itself and its libraries
     raise RuntimeErrors, told by their texts."""
     texts = ("can't allocate memory", "out of memory", "alloc_failed")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error).lower() for text in texts)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        text in str(error).lower() for text in texts
+    )
 
 
 def flush(path: Path) -> None:
@@ -909,14 +1113,20 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
         return {directory / "model.safetensors": None}
     index = read_json(index_path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(x, str) for x in weight_map.values())
+    ):
         raise InputError(f"{index_path}: wanted a weight_map of key to file name")
     files: dict[Path, set[str] | None] = {}
     for key, name in weight_map.items():
         # The name alone: the file may be a link to anywhere, as in Hugging Face's cache, which the user's own disk has.
         if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
-            raise InputError(f"{index_path}: key {shown(key)} lies in {shown(name)}, wanted the name of a .safetensors "
-                             "file in the same directory")
+            raise InputError(
+                f"{index_path}: key {shown(key)} lies in {shown(name)}, wanted the name of a .safetensors "
+                "file in the same directory"
+            )
         files.setdefault(directory / name, set()).add(key)
     return files
 
@@ -926,12 +1136,16 @@ def open_safetensors(path: Path):
     before it, what it would take silently (a key twice) or at length (a header of up to 100 MB)."""
     start = read_start(path, 8 + JSON_BYTES, "a safetensors file")
     if start.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` or download the file")
+        raise InputError(
+            f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` or download the file"
+        )
     length = int.from_bytes(start[:8], "little")
     try:
         if length > JSON_BYTES:
             raise ValueError(f"its header would have {length:,} bytes")
-        json.loads(start[8:8 + length], object_pairs_hook=unique)
+        json.loads(start[8 : 8 + length], object_pairs_hook=unique)
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: truncated or not a safetensors file ({shown(str(error), 150)})") from None
+        raise InputError(
+            f"{path}: truncated or not a safetensors file ({shown(str(error), 150)})"
+        ) from None

@@ -41,27 +41,98 @@ from model import InputError, LlamaConfig, check_weights, load_model, save_model
 
 MODEL = ROOT / "examples" / "model"
 CHAT = ChatFormat(MODEL)
-CONTROL = [f"<|{name}|>" for name in (
-    "begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eom_id", "eot_id")]
+CONTROL = [
+    f"<|{name}|>"
+    for name in (
+        "begin_of_text",
+        "end_of_text",
+        "start_header_id",
+        "end_header_id",
+        "eom_id",
+        "eot_id",
+    )
+]
 CONTROL_IDS = [i for i in map(CHAT.tokenizer.token_to_id, CONTROL) if i is not None]
 REASONS = ["bad lines", "unequal prompts", "empty", "overlong", "identical", "kept"]
 
 # ------------------------------------------------------------------------------------------------------- what is wrong
 
 TEXT = st.text(st.characters(), max_size=20)  # lone surrogates and NUL too
-LOOK_ALIKE_PARTS = st.sampled_from([*CONTROL, "\n\nHuman:", "\n\nAssistant:", "\n\n", "user", "\0", "<|eot_", "\u2028"])
+LOOK_ALIKE_PARTS = st.sampled_from(
+    [*CONTROL, "\n\nHuman:", "\n\nAssistant:", "\n\n", "user", "\0", "<|eot_", "\u2028"]
+)
 LOOK_ALIKES = st.lists(st.text(max_size=8) | LOOK_ALIKE_PARTS, max_size=5).map("".join)
-LONG = st.builds(lambda text, times: text * times, st.text(min_size=1, max_size=4) | LOOK_ALIKE_PARTS,
-                 st.sampled_from([10, 100, 1000, 5000]))
+LONG = st.builds(
+    lambda text, times: text * times,
+    st.text(min_size=1, max_size=4) | LOOK_ALIKE_PARTS,
+    st.sampled_from([10, 100, 1000, 5000]),
+)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
 JSON_VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6)
-NUMBERS = st.sampled_from([0, -1, 1, 2, 3, 7, 0.5, 1e-9, 1e9, 10**9, 10**12, 2**24, 2**31, 2**63, 2**64, 10**30, 1e308,
-                           float("nan"), float("inf"), -0.0, "4", "", True, False, None])
-SPLICES = st.sampled_from([b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\", b"\0", b"\n", b"\r\n", b"\xff",
-                           b"\xed\xa0\x80", b"\\ud83d", b"\\u0000", b"NaN", b"-Infinity",
-                           b"1e999", b"-", b"9" * 5000, b"null", b"true",
-                           b"[" * 1500, b'{"a":' * 1500, b"\xef\xbb\xbf", b"<|eot_id|>", b"x" * 10_000])
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=6,
+)
+NUMBERS = st.sampled_from(
+    [
+        0,
+        -1,
+        1,
+        2,
+        3,
+        7,
+        0.5,
+        1e-9,
+        1e9,
+        10**9,
+        10**12,
+        2**24,
+        2**31,
+        2**63,
+        2**64,
+        10**30,
+        1e308,
+        float("nan"),
+        float("inf"),
+        -0.0,
+        "4",
+        "",
+        True,
+        False,
+        None,
+    ]
+)
+SPLICES = st.sampled_from(
+    [
+        b'"',
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b",",
+        b":",
+        b"\\",
+        b"\0",
+        b"\n",
+        b"\r\n",
+        b"\xff",
+        b"\xed\xa0\x80",
+        b"\\ud83d",
+        b"\\u0000",
+        b"NaN",
+        b"-Infinity",
+        b"1e999",
+        b"-",
+        b"9" * 5000,
+        b"null",
+        b"true",
+        b"[" * 1500,
+        b'{"a":' * 1500,
+        b"\xef\xbb\xbf",
+        b"<|eot_id|>",
+        b"x" * 10_000,
+    ]
+)
 
 
 class Twice(str):
@@ -73,13 +144,15 @@ class Twice(str):
 
 def edited(raw: bytes, most: int = 3):
     """Bytes with up to `most` places cut, spliced, or both."""
-    edit = st.tuples(st.floats(0, 1), st.sampled_from([0, 0, 1, 2, 9, len(raw)]), SPLICES | st.binary(max_size=3))
+    edit = st.tuples(
+        st.floats(0, 1), st.sampled_from([0, 0, 1, 2, 9, len(raw)]), SPLICES | st.binary(max_size=3)
+    )
 
     def apply(edits: list) -> bytes:
         result = raw
         for place, cut, splice in edits:
             at = int(place * len(result))
-            result = result[:at] + splice + result[at + cut:]
+            result = result[:at] + splice + result[at + cut :]
         return result
 
     return st.lists(edit, max_size=most).map(apply)
@@ -87,7 +160,13 @@ def edited(raw: bytes, most: int = 3):
 
 def paths(value, above: tuple = ()):
     """The place of every value within a JSON value, as keys and indexes; of a long list or object the first ones."""
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else []
+    parts = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else []
+    )
     for key, inner in list(parts)[:30]:
         yield above + (key,)
         yield from paths(inner, above + (key,))
@@ -125,34 +204,70 @@ def refused(error: InputError, *files: Path) -> str:
     lines = str(error).split("\n")
     if re.match(r"\d+ bad of \d+ records; ", lines[-1]):
         lines.pop()
-    assert lines and all(line.isprintable() and line.isascii() and len(line) < 600 for line in lines), lines
+    assert lines and all(
+        line.isprintable() and line.isascii() and len(line) < 600 for line in lines
+    ), lines
     assert all(line.startswith((*map(str, files), "... and ")) for line in lines), lines
     return "refused"
 
 
 # ----------------------------------------------------------------------------------------------------- preference data
 
-KEYS = ["prompt", "chosen", "rejected", "conversations", "instruction", "input", "history", "system", "prompt_ids",
-        "chosen_ids", "rejected_ids"]
+KEYS = [
+    "prompt",
+    "chosen",
+    "rejected",
+    "conversations",
+    "instruction",
+    "input",
+    "history",
+    "system",
+    "prompt_ids",
+    "chosen_ids",
+    "rejected_ids",
+]
 CONTENT = LOOK_ALIKES | SCALARS
 MESSAGES = st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]) | SCALARS, "content": CONTENT})
-    | st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt"]) | SCALARS, "value": CONTENT}), max_size=3)
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "system"]) | SCALARS, "content": CONTENT}
+    )
+    | st.fixed_dictionaries(
+        {"from": st.sampled_from(["human", "gpt"]) | SCALARS, "value": CONTENT}
+    ),
+    max_size=3,
+)
 VALUES = LOOK_ALIKES | MESSAGES | st.lists(st.integers(-2, 600), max_size=4) | JSON_VALUES | LONG
-RECORDS = (st.fixed_dictionaries({"chosen": VALUES, "rejected": VALUES},
-                                 optional={key: VALUES for key in KEYS if key not in ("chosen", "rejected")})
-           | st.dictionaries(st.sampled_from(KEYS) | TEXT, VALUES, max_size=5) | JSON_VALUES)
-FORMATS = re.search(r"<!-- formats -->\n```jsonl\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1].splitlines()
+RECORDS = (
+    st.fixed_dictionaries(
+        {"chosen": VALUES, "rejected": VALUES},
+        optional={key: VALUES for key in KEYS if key not in ("chosen", "rejected")},
+    )
+    | st.dictionaries(st.sampled_from(KEYS) | TEXT, VALUES, max_size=5)
+    | JSON_VALUES
+)
+FORMATS = re.search(
+    r"<!-- formats -->\n```jsonl\n(.*?)```", (ROOT / "README.md").read_text(), re.S
+)[1].splitlines()
 REAL_LINES = [*FORMATS, *(ROOT / "examples" / "train.jsonl").read_text().splitlines()[:30]]
 for file in sorted((REAL / "preferences").glob("*.jsonl")):
     REAL_LINES += [line for line in file.read_text().split("\n")[:40] if 0 < len(line) < 3000][:6]
 NO_LINES = (b"\xff\xfe", b"\xfe\xff", b"\x1f\x8b")  # UTF-16 and gzip: of the whole file
-MUTATED = st.sampled_from(REAL_LINES).flatmap(lambda line: mutated(json.loads(line), VALUES | NUMBERS))
+MUTATED = st.sampled_from(REAL_LINES).flatmap(
+    lambda line: mutated(json.loads(line), VALUES | NUMBERS)
+)
 EDITED = st.sampled_from(REAL_LINES).flatmap(lambda line: edited(line.encode()))
-NESTED = st.builds(lambda deep, key: b'{"%s": %s%s}' % (key.encode(), b"[" * deep, b"]" * deep),
-                   st.sampled_from([3, 400, 900, 960, 1000, 5000]), st.sampled_from(KEYS))
-LINES = st.one_of(RECORDS.map(lambda record: json.dumps(record).encode()), MUTATED.map(lambda case: case[0]), EDITED,
-                  NESTED, st.sampled_from(REAL_LINES).map(str.encode))
+NESTED = st.builds(
+    lambda deep, key: b'{"%s": %s%s}' % (key.encode(), b"[" * deep, b"]" * deep),
+    st.sampled_from([3, 400, 900, 960, 1000, 5000]),
+    st.sampled_from(KEYS),
+)
+LINES = st.one_of(
+    RECORDS.map(lambda record: json.dumps(record).encode()),
+    MUTATED.map(lambda case: case[0]),
+    EDITED,
+    NESTED,
+    st.sampled_from(REAL_LINES).map(str.encode),
+)
 
 
 def check_records(where: Path, case: tuple[list[bytes], bool, int]) -> str:
@@ -165,8 +280,14 @@ def check_records(where: Path, case: tuple[list[bytes], bool, int]) -> str:
     try:
         read_preferences(path)
     except InputError as error:
-        refused(error, *(where / f"records.jsonl:{i}: " for i in range(1, raw.count(b"\n") + 2)), f"{path}: ")
-        bad = int(re.search(r"\n(\d+) bad of \d+ records", "\n" + str(error) + "\n0 bad of 0 records")[1])
+        refused(
+            error,
+            *(where / f"records.jsonl:{i}: " for i in range(1, raw.count(b"\n") + 2)),
+            f"{path}: ",
+        )
+        bad = int(
+            re.search(r"\n(\d+) bad of \d+ records", "\n" + str(error) + "\n0 bad of 0 records")[1]
+        )
     try:
         preferences = read_preferences(path, counts, skip_bad_lines=True)
     except InputError as error:  # a broken array, and what is no text at all, cannot be skipped
@@ -181,7 +302,9 @@ def check_records(where: Path, case: tuple[list[bytes], bool, int]) -> str:
     except InputError as error:
         assert "vocab_size" in str(error)
         return refused(error, f"{path}:")
-    assert counts["read"] == sum(counts[reason] for reason in REASONS) and counts["kept"] == len(pairs)
+    assert counts["read"] == sum(counts[reason] for reason in REASONS) and counts["kept"] == len(
+        pairs
+    )
     for pair in pairs:
         assert min(len(pair.prompt), len(pair.chosen), len(pair.rejected)) > 0
         assert len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= limit
@@ -190,10 +313,13 @@ def check_records(where: Path, case: tuple[list[bytes], bool, int]) -> str:
 
 
 WHOLE = "\n".join(REAL_LINES[:8]).encode()
-PACKED = st.one_of(st.binary(max_size=60),
-                   st.binary(max_size=60).map(lambda tail: b"\x1f\x8b\x08\0\0\0\0\0\0\0" + tail),
-                   edited(gzip.compress(WHOLE, mtime=0)), edited(WHOLE).map(gzip.compress),
-                   st.sampled_from(["utf-16", "utf-16-le", "utf-32", "latin-1"]).map(WHOLE.decode().encode))
+PACKED = st.one_of(
+    st.binary(max_size=60),
+    st.binary(max_size=60).map(lambda tail: b"\x1f\x8b\x08\0\0\0\0\0\0\0" + tail),
+    edited(gzip.compress(WHOLE, mtime=0)),
+    edited(WHOLE).map(gzip.compress),
+    st.sampled_from(["utf-16", "utf-16-le", "utf-32", "latin-1"]).map(WHOLE.decode().encode),
+)
 
 
 def check_bytes(where: Path, raw: bytes) -> str:
@@ -222,20 +348,34 @@ def check_texts(where: Path, texts: tuple[str, str, str]) -> str:
         assert not pairs and counts[reason] == 1
         return reason
     [pair] = pairs
-    if not (texts[0].startswith("\n\nHuman:") and texts[0].rstrip().endswith("\n\nAssistant:")):  # an HH prompt
+    if not (
+        texts[0].startswith("\n\nHuman:") and texts[0].rstrip().endswith("\n\nAssistant:")
+    ):  # an HH prompt
         header = "<|start_header_id|>{}<|end_header_id|>\n\n".format
         said = "<|begin_of_text|>" + header("user") + prompt + "<|eot_id|>" + header("assistant")
-        assert CHAT.decode(pair.prompt.tolist()) == said and np.isin(pair.prompt, CONTROL_IDS).sum() == 6
+        assert (
+            CHAT.decode(pair.prompt.tolist()) == said
+            and np.isin(pair.prompt, CONTROL_IDS).sum() == 6
+        )
     for ids, text in ((pair.chosen, chosen), (pair.rejected, rejected)):
-        assert CHAT.decode(ids.tolist()) == text + "<|eot_id|>" and np.isin(ids, CONTROL_IDS).sum() == 1
+        assert (
+            CHAT.decode(ids.tolist()) == text + "<|eot_id|>"
+            and np.isin(ids, CONTROL_IDS).sum() == 1
+        )
     return "pair"
 
 
 # --------------------------------------------------------------------------------------------------- model directories
 
-CONFIGS = [json.loads(path.read_bytes()) for path in
-           [MODEL / "config.json", *sorted((REAL / "configs").glob("*/config.json")), REAL / "stories260K/config.json"]
-           if path.exists()]
+CONFIGS = [
+    json.loads(path.read_bytes())
+    for path in [
+        MODEL / "config.json",
+        *sorted((REAL / "configs").glob("*/config.json")),
+        REAL / "stories260K/config.json",
+    ]
+    if path.exists()
+]
 
 
 def tiny_directory(where: Path, shard_bytes: int) -> Path:
@@ -249,13 +389,27 @@ def tiny_directory(where: Path, shard_bytes: int) -> Path:
 
 
 with tempfile.TemporaryDirectory() as place:
-    INDEX = json.loads((tiny_directory(Path(place), 20_000) / "model.safetensors.index.json").read_bytes())
+    INDEX = json.loads(
+        (tiny_directory(Path(place), 20_000) / "model.safetensors.index.json").read_bytes()
+    )
     whole = (tiny_directory(Path(place), 10**9) / "model.safetensors").read_bytes()
 DATA_AT = 8 + int.from_bytes(whole[:8], "little")
 RAW_HEADER, RAW_DATA = whole[8:DATA_AT], whole[DATA_AT:]
 HEADER = json.loads(RAW_HEADER)
-NAMES = st.sampled_from(["../x.safetensors", "/etc/passwd", "model.safetensors", "config.json", "a\0.safetensors", ".",
-                         "a\n.safetensors", "x" * 5000 + ".safetensors", "~/.ssh/id", "model.safetensors.index.json"])
+NAMES = st.sampled_from(
+    [
+        "../x.safetensors",
+        "/etc/passwd",
+        "model.safetensors",
+        "config.json",
+        "a\0.safetensors",
+        ".",
+        "a\n.safetensors",
+        "x" * 5000 + ".safetensors",
+        "~/.ssh/id",
+        "model.safetensors.index.json",
+    ]
+)
 
 
 def plain(strategy):
@@ -264,7 +418,8 @@ def plain(strategy):
 
 
 CONFIG = st.sampled_from(CONFIGS).flatmap(
-    lambda config: mutated(config) | mutated(config) | plain(edited(json.dumps(config).encode())))
+    lambda config: mutated(config) | mutated(config) | plain(edited(json.dumps(config).encode()))
+)
 
 
 def check_config(where: Path, case: tuple[bytes, bool]) -> str:
@@ -279,9 +434,19 @@ def check_config(where: Path, case: tuple[bytes, bool]) -> str:
     except InputError as error:
         return refused(error, path)
     assert not twice
-    sizes = (config.vocab_size, config.hidden_size, config.intermediate_size, config.num_attention_heads,
-             config.num_key_value_heads, config.head_dim, config.max_position_embeddings)
-    assert all(type(size) is int and 0 < size < 2**24 for size in sizes) and 0 < config.num_hidden_layers < 2**12
+    sizes = (
+        config.vocab_size,
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.max_position_embeddings,
+    )
+    assert (
+        all(type(size) is int and 0 < size < 2**24 for size in sizes)
+        and 0 < config.num_hidden_layers < 2**12
+    )
     assert config.num_attention_heads % config.num_key_value_heads == 0 == config.head_dim % 2
     assert 0 < config.rms_norm_eps < 2**40 and 0 < config.rope_theta < 2**40
     try:
@@ -308,7 +473,9 @@ def check_header(where: Path, case: tuple[tuple[bytes, bool], int | None, bytes]
     """A loaded model, or a complaint naming the file."""
     (raw, twice), length, data = case
     directory = tiny_directory(where, 10**9)
-    (directory / "config.json").write_text(json.dumps(tiny_model().config.to_dict(model_py.torch.bfloat16)))
+    (directory / "config.json").write_text(
+        json.dumps(tiny_model().config.to_dict(model_py.torch.bfloat16))
+    )
     path = directory / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + data)
     try:
@@ -338,19 +505,38 @@ def check_tokenizer(where: Path, case: tuple[bytes, bool]) -> str:
 # ---------------------------------------------------------------------------------------------------------- many cases
 
 TEXTS = st.one_of(LOOK_ALIKES, LOOK_ALIKES, st.text(max_size=30), st.text(max_size=30), LONG)
-LENGTHS = st.sampled_from([None, None, None, 0, 1, len(RAW_HEADER) - 1, 10**6, 10**8, 2**63, 2**64 - 1])
-HEADERS = st.tuples(mutated(HEADER) | plain(edited(RAW_HEADER)),
-                    LENGTHS, st.sampled_from([RAW_DATA, RAW_DATA, RAW_DATA, b"", RAW_DATA[:-1], RAW_DATA + b"\0"]))
+LENGTHS = st.sampled_from(
+    [None, None, None, 0, 1, len(RAW_HEADER) - 1, 10**6, 10**8, 2**63, 2**64 - 1]
+)
+HEADERS = st.tuples(
+    mutated(HEADER) | plain(edited(RAW_HEADER)),
+    LENGTHS,
+    st.sampled_from([RAW_DATA, RAW_DATA, RAW_DATA, b"", RAW_DATA[:-1], RAW_DATA + b"\0"]),
+)
 KINDS: dict[str, tuple[st.SearchStrategy, Callable[[Path, object], str]]] = {
-    "records": (st.tuples(st.lists(LINES, min_size=1, max_size=4), st.booleans(), st.integers(1, 300)), check_records),
+    "records": (
+        st.tuples(st.lists(LINES, min_size=1, max_size=4), st.booleans(), st.integers(1, 300)),
+        check_records,
+    ),
     "bytes": (PACKED, check_bytes),
     "texts": (st.tuples(TEXTS, TEXTS, TEXTS), check_texts),
     "config": (CONFIG, check_config),
-    "index": (mutated(INDEX, NUMBERS | JSON_VALUES | NAMES) | plain(edited(json.dumps(INDEX).encode())), check_index),
+    "index": (
+        mutated(INDEX, NUMBERS | JSON_VALUES | NAMES) | plain(edited(json.dumps(INDEX).encode())),
+        check_index,
+    ),
     "header": (HEADERS, check_header),
     "tokenizer": (mutated(TOKENIZER), check_tokenizer),
 }
-SHARES = {"records": 0.4, "bytes": 0.1, "texts": 0.15, "config": 0.15, "index": 0.1, "header": 0.06, "tokenizer": 0.04}
+SHARES = {
+    "records": 0.4,
+    "bytes": 0.1,
+    "texts": 0.15,
+    "config": 0.15,
+    "index": 0.1,
+    "header": 0.06,
+    "tokenizer": 0.04,
+}
 
 
 def fuzz(kind: str, cases: int, number: int | None, where: Path) -> Counter:
@@ -359,8 +545,13 @@ def fuzz(kind: str, cases: int, number: int | None, where: Path) -> Counter:
     strategy, check = KINDS[kind]
     outcomes: Counter = Counter()
 
-    @settings(max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck),
-              phases=[Phase.generate, Phase.shrink])
+    @settings(
+        max_examples=cases,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+    )
     @given(strategy)
     def run(case):
         outcomes[check(where, case)] += 1
@@ -370,20 +561,28 @@ def fuzz(kind: str, cases: int, number: int | None, where: Path) -> Counter:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--only", choices=KINDS)
     flags = parser.parse_args(arguments)
     failed = False
     for kind, share in SHARES.items():
-        wanted, outcomes, started = math.ceil((1 if flags.only else share) * flags.cases), Counter(), time.monotonic()
+        wanted, outcomes, started = (
+            math.ceil((1 if flags.only else share) * flags.cases),
+            Counter(),
+            time.monotonic(),
+        )
         batch = 0
         while flags.only in (None, kind) and outcomes.total() < wanted:
             number = 1000 * flags.seed + batch  # batches: hypothesis remembers all that it tried
             try:
                 with tempfile.TemporaryDirectory() as where:
-                    outcomes += fuzz(kind, min(1000, wanted - outcomes.total()), number, Path(where))
+                    outcomes += fuzz(
+                        kind, min(1000, wanted - outcomes.total()), number, Path(where)
+                    )
             except BaseException as error:  # a panic of a library in Rust is no Exception
                 if isinstance(error, KeyboardInterrupt):
                     raise
@@ -393,8 +592,11 @@ def main(arguments: list[str] | None = None) -> int:
                 break
             batch += 1
         if outcomes:
-            print(f"{kind:10} {outcomes.total():7,} cases in {time.monotonic() - started:5.0f} s: "
-                  + ", ".join(f"{n:,} {outcome}" for outcome, n in outcomes.most_common()), flush=True)
+            print(
+                f"{kind:10} {outcomes.total():7,} cases in {time.monotonic() - started:5.0f} s: "
+                + ", ".join(f"{n:,} {outcome}" for outcome, n in outcomes.most_common()),
+                flush=True,
+            )
     print(f"seed {flags.seed}: {'FAILED' if failed else 'no failure'}")
     return int(failed)
 

@@ -14,26 +14,72 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asft import (LOSSES, asft_loss, dpo_loss, ipo_loss, log1mexp, log_odds, orpo_loss, response_logps, sft_loss,
-                  simpo_loss)
+from asft import (
+    LOSSES,
+    asft_loss,
+    dpo_loss,
+    ipo_loss,
+    log1mexp,
+    log_odds,
+    orpo_loss,
+    response_logps,
+    sft_loss,
+    simpo_loss,
+)
 
 LOG2 = math.log(2)
 # One row for every branch of the code; what takes a reference gets one by `call`.
 VARIANTS = [
-    ("sft", {}), ("asft", {}), ("asft", {"beta": 0.5}), ("asft", {"sft_weight": 0.0, "beta": 1.0}),
-    ("asft", {"temperature": 0.5}), ("asft", {"temperature": 2.0}),
-    ("asft", {"temperature": 2.0, "sft_weight": 0.0, "beta": 1.0}), ("orpo", {}), ("orpo", {"beta": 1.0}),
-    ("simpo", {}), ("simpo", {"beta": 10.0, "gamma": 3.0}), ("dpo", {}), ("dpo", {"beta": 0.5}),
-    ("ipo", {}), ("ipo", {"beta": 0.5}),
+    ("sft", {}),
+    ("asft", {}),
+    ("asft", {"beta": 0.5}),
+    ("asft", {"sft_weight": 0.0, "beta": 1.0}),
+    ("asft", {"temperature": 0.5}),
+    ("asft", {"temperature": 2.0}),
+    ("asft", {"temperature": 2.0, "sft_weight": 0.0, "beta": 1.0}),
+    ("orpo", {}),
+    ("orpo", {"beta": 1.0}),
+    ("simpo", {}),
+    ("simpo", {"beta": 10.0, "gamma": 3.0}),
+    ("dpo", {}),
+    ("dpo", {"beta": 0.5}),
+    ("ipo", {}),
+    ("ipo", {"beta": 0.5}),
 ]
 # What a mean log-prob can be: hopeless, both sides of -ln 2, and each step towards certainty.
-EXTREMES = [-400.0, -104.0, -88.0, -40.0, -17.0, -3.0, -LOG2 - 1e-6, -LOG2, -LOG2 + 1e-6, -0.1, -2e-3, -1e-3, -1e-5,
-            -1.1e-6, -1e-6, -9e-7, -1e-7, -3e-8, -1e-9, -1e-45, -0.0, 0.0]
+EXTREMES = [
+    -400.0,
+    -104.0,
+    -88.0,
+    -40.0,
+    -17.0,
+    -3.0,
+    -LOG2 - 1e-6,
+    -LOG2,
+    -LOG2 + 1e-6,
+    -0.1,
+    -2e-3,
+    -1e-3,
+    -1e-5,
+    -1.1e-6,
+    -1e-6,
+    -9e-7,
+    -1e-7,
+    -3e-8,
+    -1e-9,
+    -1e-45,
+    -0.0,
+    0.0,
+]
 
 
 def call(name, logp_w, logp_l, **options):
     """Any row of LOSSES; a reference that is nowhere equal to the model, where one is wanted."""
-    reference = (-0.8 - 0.1 * logp_w.detach(), -1.3 + 0.2 * logp_l.detach()) if LOSSES[name].reference else ()
+    reference = (
+        (-0.8 - 0.1 * logp_w.detach(), -1.3 + 0.2 * logp_l.detach())
+        if LOSSES[name].reference
+        else ()
+    )
     return LOSSES[name].function(logp_w, logp_l, *reference, **options)
 
 
@@ -42,30 +88,43 @@ def leaves(*values, dtype=torch.float64):
 
 
 def gradients(loss, *inputs):
-    return [torch.zeros_like(x) if g is None else g
-            for x, g in zip(inputs, torch.autograd.grad(loss.sum(), inputs, allow_unused=True), strict=True)]
+    return [
+        torch.zeros_like(x) if g is None else g
+        for x, g in zip(
+            inputs, torch.autograd.grad(loss.sum(), inputs, allow_unused=True), strict=True
+        )
+    ]
 
 
 def random_logps(n, seed):
     """Log-uniform over (-20, -1e-3): as many nearly certain responses as unlikely ones."""
     generator = torch.Generator().manual_seed(seed)
     low, high = math.log(1e-3), math.log(20)
-    return [-torch.exp(low + (high - low) * torch.rand(n, generator=generator, dtype=torch.float64)).requires_grad_()
-            for _ in range(2)]
+    return [
+        -torch.exp(
+            low + (high - low) * torch.rand(n, generator=generator, dtype=torch.float64)
+        ).requires_grad_()
+        for _ in range(2)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ equations 13 and 14
 
 
-@pytest.mark.parametrize("logp_w, logp_l, beta, loss, grad_w, grad_l", [
-    (-1, -1, 0.1, 1.145867514539, -1.1, 0.0581976706869),
-    (-0.7, -0.9, 0.1, 0.822183544291, -1.1, 0.0685117750405),
-    (-0.7, -0.9, 0.5, 1.310917721454, -1.5, 0.342558875203),
-    (-0.25, -2.5, 0.1, 0.283565048374, -1.1, 0.00894254898339),
-    (-2, -0.001, 0.1, 2.890825523732, -1.1, 99.9500083333),
-    (-0.5, -40, 1, 1.000000000000, -2, 4.24835425529e-18),
-])
-def test_asft_and_both_its_gradients_equal_the_40_digit_values(logp_w, logp_l, beta, loss, grad_w, grad_l):
+@pytest.mark.parametrize(
+    "logp_w, logp_l, beta, loss, grad_w, grad_l",
+    [
+        (-1, -1, 0.1, 1.145867514539, -1.1, 0.0581976706869),
+        (-0.7, -0.9, 0.1, 0.822183544291, -1.1, 0.0685117750405),
+        (-0.7, -0.9, 0.5, 1.310917721454, -1.5, 0.342558875203),
+        (-0.25, -2.5, 0.1, 0.283565048374, -1.1, 0.00894254898339),
+        (-2, -0.001, 0.1, 2.890825523732, -1.1, 99.9500083333),
+        (-0.5, -40, 1, 1.000000000000, -2, 4.24835425529e-18),
+    ],
+)
+def test_asft_and_both_its_gradients_equal_the_40_digit_values(
+    logp_w, logp_l, beta, loss, grad_w, grad_l
+):
     inputs = leaves([logp_w], [logp_l])
     found, metrics = asft_loss(*inputs, beta=beta)
     found_w, found_l = gradients(found, *inputs)
@@ -75,10 +134,14 @@ def test_asft_and_both_its_gradients_equal_the_40_digit_values(logp_w, logp_l, b
     assert metrics["rejected_weight"].item() == pytest.approx(grad_l, rel=1e-11)
 
 
-@pytest.mark.parametrize("logp_w, logp_l, loss", [
-    (-1, -1, 1.069314718056), (-0.7, -0.9, 0.752741130247), (-0.25, -2.5, 0.252508191438)])
+@pytest.mark.parametrize(
+    "logp_w, logp_l, loss",
+    [(-1, -1, 1.069314718056), (-0.7, -0.9, 0.752741130247), (-0.25, -2.5, 0.252508191438)],
+)
 def test_orpo_equals_the_40_digit_values(logp_w, logp_l, loss):
-    assert orpo_loss(*leaves([logp_w], [logp_l]), beta=0.1)[0].item() == pytest.approx(loss, rel=1e-11)
+    assert orpo_loss(*leaves([logp_w], [logp_l]), beta=0.1)[0].item() == pytest.approx(
+        loss, rel=1e-11
+    )
 
 
 @pytest.mark.parametrize("name, options", VARIANTS)
@@ -93,8 +156,12 @@ def test_the_gradient_of_every_loss_is_the_slope_of_its_value(name, options):
     inputs = [values_w.clone().requires_grad_(), values_l.clone().requires_grad_()]
     found_w, found_l = gradients(value(*inputs), *inputs)
     step_w, step_l = 1e-5 * values_w.abs(), 1e-5 * values_l.abs()
-    slope_w = (value(values_w + step_w, values_l) - value(values_w - step_w, values_l)) / (2 * step_w)
-    slope_l = (value(values_w, values_l + step_l) - value(values_w, values_l - step_l)) / (2 * step_l)
+    slope_w = (value(values_w + step_w, values_l) - value(values_w - step_w, values_l)) / (
+        2 * step_w
+    )
+    slope_l = (value(values_w, values_l + step_l) - value(values_w, values_l - step_l)) / (
+        2 * step_l
+    )
     torch.testing.assert_close(found_w, slope_w, rtol=1e-7, atol=1e-8)
     torch.testing.assert_close(found_l, slope_l, rtol=1e-7, atol=1e-8)
 
@@ -103,8 +170,7 @@ def printed_form(logp_w, logp_l, beta):
     """Appendix B, line by line, with the parentheses it lacks."""
     log_odds_w = logp_w - torch.log1p(-torch.exp(logp_w))
     log_odds_l = logp_l - torch.log1p(-torch.exp(logp_l))
-    align = (- F.logsigmoid(log_odds_w)
-             - F.logsigmoid(-log_odds_l))
+    align = -F.logsigmoid(log_odds_w) - F.logsigmoid(-log_odds_l)
     return -logp_w + beta * align
 
 
@@ -113,7 +179,9 @@ def test_asft_is_the_form_of_appendix_b_in_value_and_gradient(beta):
     inputs = random_logps(2000, seed=0)
     found, printed = asft_loss(*inputs, beta=beta)[0], printed_form(*inputs, beta)
     torch.testing.assert_close(found, printed, rtol=1e-11, atol=0)
-    for of_found, of_printed in zip(gradients(found, *inputs), gradients(printed, *inputs), strict=True):
+    for of_found, of_printed in zip(
+        gradients(found, *inputs), gradients(printed, *inputs), strict=True
+    ):
         torch.testing.assert_close(of_found, of_printed, rtol=1e-9, atol=0)
 
 
@@ -128,7 +196,9 @@ def test_the_rejected_half_is_not_lost_as_it_is_in_the_printed_code():
 def test_the_tempered_form_puts_the_temperature_inside_both_sigmoids(temperature):
     inputs = random_logps(1000, seed=2)
     odds_w, odds_l = (torch.log(torch.exp(x) / (1 - torch.exp(x))) for x in inputs)
-    expected = torch.log1p(torch.exp(-temperature * odds_w)) + torch.log1p(torch.exp(temperature * odds_l))
+    expected = torch.log1p(torch.exp(-temperature * odds_w)) + torch.log1p(
+        torch.exp(temperature * odds_l)
+    )
     found, metrics = asft_loss(*inputs, beta=1.0, sft_weight=0.0, temperature=temperature)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-15)
     grads, expected_grads = gradients(found, *inputs), gradients(expected, *inputs)
@@ -155,8 +225,10 @@ def test_the_align_term_of_orpo_is_that_of_asft_plus_a_log_that_is_never_positiv
     assert orpo <= asft + 1e-12
 
 
-@pytest.mark.parametrize("beta, sft_weight, temperature", [
-    (0.1, 1.0, 1.0), (0.5, 0.0, 1.0), (0.0, 2.0, 1.0), (0.3, 0.5, 2.0)])
+@pytest.mark.parametrize(
+    "beta, sft_weight, temperature",
+    [(0.1, 1.0, 1.0), (0.5, 0.0, 1.0), (0.0, 2.0, 1.0), (0.3, 0.5, 2.0)],
+)
 def test_the_loss_is_sft_weight_times_sft_plus_beta_times_align(beta, sft_weight, temperature):
     inputs = random_logps(50, seed=4)
     loss, metrics = asft_loss(*inputs, beta=beta, sft_weight=sft_weight, temperature=temperature)
@@ -165,7 +237,9 @@ def test_the_loss_is_sft_weight_times_sft_plus_beta_times_align(beta, sft_weight
     torch.testing.assert_close(metrics["align"], plain["align"], rtol=0, atol=0)  # unweighted
     torch.testing.assert_close(metrics["align_w"] + metrics["align_l"], metrics["align"])
     torch.testing.assert_close(loss.detach(), sft_weight * metrics["sft"] + beta * metrics["align"])
-    torch.testing.assert_close(gradients(loss, *inputs)[1], metrics["rejected_weight"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        gradients(loss, *inputs)[1], metrics["rejected_weight"], rtol=1e-12, atol=0
+    )
 
 
 def test_at_minus_1_and_minus_1_the_rejected_push_is_5_percent_of_the_chosen_one():
@@ -173,9 +247,19 @@ def test_at_minus_1_and_minus_1_the_rejected_push_is_5_percent_of_the_chosen_one
     loss, metrics = asft_loss(*inputs, beta=0.1)
     grad_w, grad_l = gradients(loss, *inputs)
     assert -grad_l.item() / grad_w.item() == pytest.approx(0.0529, abs=5e-5)
-    by_hand = {"sft": 1.0, "align": 1.458675145387, "align_w": 1.0, "align_l": 0.458675145387, "margin": 0.0,
-               "rejected_weight": 0.1 * 0.581976706869, "clamped": 0.0, "accuracy": 0.0}
-    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(by_hand, abs=1e-12)
+    by_hand = {
+        "sft": 1.0,
+        "align": 1.458675145387,
+        "align_w": 1.0,
+        "align_l": 0.458675145387,
+        "margin": 0.0,
+        "rejected_weight": 0.1 * 0.581976706869,
+        "clamped": 0.0,
+        "accuracy": 0.0,
+    }
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
+        by_hand, abs=1e-12
+    )
 
 
 def test_margin_is_chosen_minus_rejected_and_a_tie_is_not_accurate():
@@ -202,24 +286,28 @@ def test_log1mexp_keeps_its_digits_over_the_whole_range(x):
         if held.item() < -1e-40:
             exact = float(exact_log1mexp(held.item()))
             # exp(-104) and below is not an fp32 number.
-            assert log1mexp(held).item() == pytest.approx(exact, rel=digits, abs=1e-44 if dtype is torch.float32 else 0)
+            assert log1mexp(held).item() == pytest.approx(
+                exact, rel=digits, abs=1e-44 if dtype is torch.float32 else 0
+            )
 
 
 def test_the_slope_of_log1mexp_is_minus_the_odds_on_both_of_its_branches():
-    x, = leaves([-50.0, -3.0, -LOG2 - 1e-9, -LOG2 + 1e-9, -0.1, -1e-9])
-    slope, = gradients(log1mexp(x), x)
+    (x,) = leaves([-50.0, -3.0, -LOG2 - 1e-9, -LOG2 + 1e-9, -0.1, -1e-9])
+    (slope,) = gradients(log1mexp(x), x)
     odds = [-float(Decimal(v).exp() / (1 - Decimal(v).exp())) for v in x.tolist()]
     torch.testing.assert_close(slope, torch.tensor(odds, dtype=torch.float64), rtol=1e-14, atol=0)
 
 
 def test_the_slope_of_log1mexp_is_not_nan_where_exp_rounds_to_1_or_to_0():
-    x, = leaves([-1e-7, -1e-8, -1e-20, -200.0], dtype=torch.float32)
-    slope, = gradients(log1mexp(x), x)
+    (x,) = leaves([-1e-7, -1e-8, -1e-20, -200.0], dtype=torch.float32)
+    (slope,) = gradients(log1mexp(x), x)
     torch.testing.assert_close(slope, torch.tensor([-1e7, -1e8, -1e20, 0.0]), rtol=1e-6, atol=0)
 
 
 def test_log_odds_is_0_at_one_half_and_the_log_of_3_at_three_quarters():
-    found = log_odds(torch.tensor([math.log(0.5), math.log(0.75), math.log(0.25)], dtype=torch.float64))
+    found = log_odds(
+        torch.tensor([math.log(0.5), math.log(0.75), math.log(0.25)], dtype=torch.float64)
+    )
     assert found.tolist() == pytest.approx([0.0, math.log(3), -math.log(3)], abs=1e-15)
 
 
@@ -235,15 +323,23 @@ def test_every_loss_and_gradient_is_finite_from_minus_400_to_exactly_0(name, opt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("eps", [1e-9, 1e-6, 1e-4])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_rejected_response_known_by_heart_is_pushed_with_weight_beta_over_eps(dtype, eps, temperature):
+def test_a_rejected_response_known_by_heart_is_pushed_with_weight_beta_over_eps(
+    dtype, eps, temperature
+):
     logp_w, logp_l = leaves([-1.0] * 4, [0.0, -eps / 1e3, -eps / 3, -eps / 2], dtype=dtype)
     loss, metrics = asft_loss(logp_w, logp_l, beta=0.1, eps=eps, temperature=temperature)
     push = gradients(loss, logp_w, logp_l)[1].float()
     rounding = 1e-3 if dtype is torch.float32 else 8e-3  # a bf16 gradient has 8 bits
-    torch.testing.assert_close(push, torch.full((4,), 0.1 * temperature / eps), rtol=rounding, atol=0)
-    torch.testing.assert_close(metrics["rejected_weight"], torch.full((4,), 0.1 * temperature / eps), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        push, torch.full((4,), 0.1 * temperature / eps), rtol=rounding, atol=0
+    )
+    torch.testing.assert_close(
+        metrics["rejected_weight"], torch.full((4,), 0.1 * temperature / eps), rtol=1e-3, atol=0
+    )
     # -log(1 - p) at the cap is log(1 / eps), and T times it where T is inside the sigmoid.
-    assert metrics["align_l"].tolist() == pytest.approx([temperature * -math.log(eps)] * 4, rel=1e-3)
+    assert metrics["align_l"].tolist() == pytest.approx(
+        [temperature * -math.log(eps)] * 4, rel=1e-3
+    )
 
 
 def test_orpo_also_pushes_a_rejected_response_known_by_heart():
@@ -253,7 +349,10 @@ def test_orpo_also_pushes_a_rejected_response_known_by_heart():
 
 
 def test_clamped_counts_the_responses_on_which_eps_acted():
-    logp_w, logp_l = torch.tensor([-1.0, -1.0, -1.0, 0.0, 0.0]), torch.tensor([-2e-6, -1e-7, 0.0, -1.0, -1e-9])
+    logp_w, logp_l = (
+        torch.tensor([-1.0, -1.0, -1.0, 0.0, 0.0]),
+        torch.tensor([-2e-6, -1e-7, 0.0, -1.0, -1e-9]),
+    )
     # At temperature 1 log(1 - p_w) is not in the loss, so a chosen response cannot be clamped.
     assert asft_loss(logp_w, logp_l)[1]["clamped"].tolist() == [0, 1, 1, 0, 1]
     assert asft_loss(logp_w, logp_l, temperature=2.0)[1]["clamped"].tolist() == [0, 1, 1, 1, 1]
@@ -271,15 +370,22 @@ def test_a_chosen_response_known_by_heart_costs_nothing_and_is_still_pulled():
 
 @pytest.mark.parametrize("name, options", VARIANTS)
 def test_half_types_are_computed_in_fp32_and_float64_stays(name, options):
-    exact_w, exact_l = torch.tensor([-0.75, -3.0, -0.125]), torch.tensor([-0.25, -1.5, -2.0])  # exact in half types
+    exact_w, exact_l = (
+        torch.tensor([-0.75, -3.0, -0.125]),
+        torch.tensor([-0.25, -1.5, -2.0]),
+    )  # exact in half types
     reference = (exact_l, exact_w) if LOSSES[name].reference else ()
     in_fp32, _ = LOSSES[name].function(exact_w, exact_l, *reference, **options)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         wanted = torch.float64 if dtype is torch.float64 else torch.float32
         logp_w, logp_l = exact_w.to(dtype), exact_l.to(dtype)
-        found, metrics = LOSSES[name].function(logp_w, logp_l, *(x.to(dtype) for x in reference), **options)
+        found, metrics = LOSSES[name].function(
+            logp_w, logp_l, *(x.to(dtype) for x in reference), **options
+        )
         assert {x.dtype for x in (found, *metrics.values())} == {wanted}
-        torch.testing.assert_close(found.float(), in_fp32, rtol=0 if wanted is torch.float32 else 1e-6, atol=0)
+        torch.testing.assert_close(
+            found.float(), in_fp32, rtol=0 if wanted is torch.float32 else 1e-6, atol=0
+        )
 
 
 # --------------------------------------------------------------------------------------------------- the rows of LOSSES
@@ -287,32 +393,66 @@ def test_half_types_are_computed_in_fp32_and_float64_stays(name, options):
 
 def test_the_table_says_which_log_probs_and_which_reference_each_loss_takes():
     assert {name: (loss.function, loss.logps, loss.reference) for name, loss in LOSSES.items()} == {
-        "sft": (sft_loss, "mean", False), "asft": (asft_loss, "mean", False), "orpo": (orpo_loss, "mean", False),
-        "simpo": (simpo_loss, "mean", False), "dpo": (dpo_loss, "sum", True), "ipo": (ipo_loss, "mean", True)}
+        "sft": (sft_loss, "mean", False),
+        "asft": (asft_loss, "mean", False),
+        "orpo": (orpo_loss, "mean", False),
+        "simpo": (simpo_loss, "mean", False),
+        "dpo": (dpo_loss, "sum", True),
+        "ipo": (ipo_loss, "mean", True),
+    }
 
 
 def test_the_options_of_a_loss_are_its_keyword_arguments_and_the_papers_beta_is_the_default():
     assert {name: loss.options for name, loss in LOSSES.items()} == {
-        "sft": {}, "asft": {"beta": 0.1, "sft_weight": 1.0, "temperature": 1.0, "eps": 1e-6},
-        "orpo": {"beta": 0.1, "eps": 1e-6}, "simpo": {"beta": 2.0, "gamma": 1.0},
-        "dpo": {"beta": 0.1}, "ipo": {"beta": 0.1}}
+        "sft": {},
+        "asft": {"beta": 0.1, "sft_weight": 1.0, "temperature": 1.0, "eps": 1e-6},
+        "orpo": {"beta": 0.1, "eps": 1e-6},
+        "simpo": {"beta": 2.0, "gamma": 1.0},
+        "dpo": {"beta": 0.1},
+        "ipo": {"beta": 0.1},
+    }
 
 
 # Chosen rose by 1 over the reference and rejected fell by 0.5: h = 1.5. log(1 + exp(-z)) to 12 digits.
-@pytest.mark.parametrize("name, inputs, options, expected", [
-    ("sft", (-0.5, -1.5), {}, 0.5),
-    ("simpo", (-0.5, -1.5), {"beta": 2.0, "gamma": 1.0}, 0.313261687518),  # z = 2 * 1 - 1 = 1
-    ("simpo", (-1.5, -0.5), {"beta": 2.0, "gamma": 1.0}, 3.048587351574),  # z = -2 - 1 = -3
-    ("simpo", (-0.5, -1.5), {"beta": 4.0, "gamma": 1.0}, 0.048587351574),  # z = 4 - 1 = 3: gamma is not scaled by beta
-    ("dpo", (-10.0, -12.0, -11.0, -11.5), {"beta": 2.0}, 0.048587351574),  # z = 2 * 1.5 = 3
-    ("dpo", (-12.0, -10.0, -11.5, -11.0), {"beta": 2.0}, 3.048587351574),  # z = 2 * (-0.5 - 1) = -3
-    ("dpo", (-11.0, -11.5, -11.0, -11.5), {"beta": 0.1}, 0.693147180560),  # at the reference: log 2
-    ("ipo", (-10.0, -12.0, -11.0, -11.5), {"beta": 0.1}, 12.25),  # (1.5 - 5)^2
-    ("ipo", (-10.0, -12.0, -11.0, -11.5), {"beta": 0.5}, 0.25),  # (1.5 - 1)^2
-    ("ipo", (-11.0, -11.5, -11.0, -11.5), {"beta": 0.1}, 25.0),  # at the reference: 1 / (2 beta), squared
-])
+@pytest.mark.parametrize(
+    "name, inputs, options, expected",
+    [
+        ("sft", (-0.5, -1.5), {}, 0.5),
+        ("simpo", (-0.5, -1.5), {"beta": 2.0, "gamma": 1.0}, 0.313261687518),  # z = 2 * 1 - 1 = 1
+        ("simpo", (-1.5, -0.5), {"beta": 2.0, "gamma": 1.0}, 3.048587351574),  # z = -2 - 1 = -3
+        (
+            "simpo",
+            (-0.5, -1.5),
+            {"beta": 4.0, "gamma": 1.0},
+            0.048587351574,
+        ),  # z = 4 - 1 = 3: gamma is not scaled by beta
+        ("dpo", (-10.0, -12.0, -11.0, -11.5), {"beta": 2.0}, 0.048587351574),  # z = 2 * 1.5 = 3
+        (
+            "dpo",
+            (-12.0, -10.0, -11.5, -11.0),
+            {"beta": 2.0},
+            3.048587351574,
+        ),  # z = 2 * (-0.5 - 1) = -3
+        (
+            "dpo",
+            (-11.0, -11.5, -11.0, -11.5),
+            {"beta": 0.1},
+            0.693147180560,
+        ),  # at the reference: log 2
+        ("ipo", (-10.0, -12.0, -11.0, -11.5), {"beta": 0.1}, 12.25),  # (1.5 - 5)^2
+        ("ipo", (-10.0, -12.0, -11.0, -11.5), {"beta": 0.5}, 0.25),  # (1.5 - 1)^2
+        (
+            "ipo",
+            (-11.0, -11.5, -11.0, -11.5),
+            {"beta": 0.1},
+            25.0,
+        ),  # at the reference: 1 / (2 beta), squared
+    ],
+)
 def test_each_baseline_agrees_with_its_definition_worked_by_hand(name, inputs, options, expected):
-    found, _ = LOSSES[name].function(*(torch.tensor([x], dtype=torch.float64) for x in inputs), **options)
+    found, _ = LOSSES[name].function(
+        *(torch.tensor([x], dtype=torch.float64) for x in inputs), **options
+    )
     assert found.item() == pytest.approx(expected, abs=1e-12)
 
 
@@ -320,9 +460,17 @@ def test_implicit_rewards_are_beta_times_the_log_ratio():
     inputs = [torch.tensor([x]) for x in (-10.0, -12.0, -11.0, -11.5)]
     for loss in (dpo_loss, ipo_loss):
         metrics = loss(*inputs, beta=0.5)[1]
-        assert [metrics[name].item() for name in ("reward_w", "reward_l", "reward_margin")] == [0.5, -0.25, 0.75]
+        assert [metrics[name].item() for name in ("reward_w", "reward_l", "reward_margin")] == [
+            0.5,
+            -0.25,
+            0.75,
+        ]
     metrics = simpo_loss(torch.tensor([-0.5]), torch.tensor([-1.5]), beta=2.0)[1]
-    assert [metrics[name].item() for name in ("reward_w", "reward_l", "reward_margin")] == [-1.0, -3.0, 2.0]
+    assert [metrics[name].item() for name in ("reward_w", "reward_l", "reward_margin")] == [
+        -1.0,
+        -3.0,
+        2.0,
+    ]
 
 
 @pytest.mark.parametrize("name, options", VARIANTS)
@@ -330,7 +478,9 @@ def test_a_loss_is_one_value_per_pair_and_its_metrics_are_detached_values_per_pa
     inputs = leaves([-0.5, -1.0, -2.0], [-1.0, -0.4, -3.0], dtype=torch.float32)
     loss, metrics = call(name, *inputs, **options)
     assert loss.shape == (3,) and loss.requires_grad
-    assert metrics and all(value.shape == (3,) and not value.requires_grad for value in metrics.values())
+    assert metrics and all(
+        value.shape == (3,) and not value.requires_grad for value in metrics.values()
+    )
     swapped, _ = call(name, *(x.flip(0) for x in inputs), **options)
     torch.testing.assert_close(swapped.flip(0), loss)  # no pair enters another's
 
@@ -350,11 +500,20 @@ def test_log_probs_of_unequal_shapes_are_refused_rather_than_broadcast(name):
     for i in range(len(logps)):
         for wrong in (torch.full((3, 1), -1.0), torch.tensor(-1.0), torch.full((2,), -1.0)):
             with pytest.raises(ValueError, match="unequal shapes"):
-                LOSSES[name].function(*logps[:i], wrong, *logps[i + 1:])
+                LOSSES[name].function(*logps[:i], wrong, *logps[i + 1 :])
 
 
-@pytest.mark.parametrize("option, value", [
-    ("beta", -0.1), ("sft_weight", -1.0), ("temperature", 0.0), ("temperature", -1.0), ("eps", 0.0), ("eps", -1e-6)])
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("beta", -0.1),
+        ("sft_weight", -1.0),
+        ("temperature", 0.0),
+        ("temperature", -1.0),
+        ("eps", 0.0),
+        ("eps", -1e-6),
+    ],
+)
 def test_an_option_out_of_range_is_refused_and_quoted(option, value):
     with pytest.raises(ValueError, match=rf"{option}={value}"):
         asft_loss(torch.tensor([-1.0]), torch.tensor([-1.0]), **{option: value})
@@ -382,8 +541,12 @@ def worked_logits(dtype=torch.float64):
 
 def test_a_token_is_predicted_by_the_logits_one_place_before_it():
     means, sums = response_logps(worked_logits(), TOKENS, SCORED)
-    assert sums.tolist() == pytest.approx([math.log(1 / 8), math.log(1 / 16), math.log(1 / 2 / 8 / 8)], abs=1e-12)
-    assert means.tolist() == pytest.approx([math.log(1 / 8) / 2, math.log(1 / 16), math.log(1 / 128) / 3], abs=1e-12)
+    assert sums.tolist() == pytest.approx(
+        [math.log(1 / 8), math.log(1 / 16), math.log(1 / 2 / 8 / 8)], abs=1e-12
+    )
+    assert means.tolist() == pytest.approx(
+        [math.log(1 / 8) / 2, math.log(1 / 16), math.log(1 / 128) / 3], abs=1e-12
+    )
 
 
 def test_what_pads_a_row_does_not_matter():
@@ -393,19 +556,21 @@ def test_what_pads_a_row_does_not_matter():
     logits.requires_grad_()
     clean = response_logps(worked_logits(), TOKENS, SCORED)
     torch.testing.assert_close(response_logps(logits, tokens, SCORED), clean, rtol=0, atol=0)
-    grad, = torch.autograd.grad(response_logps(logits, tokens, SCORED)[1].sum(), logits)
+    (grad,) = torch.autograd.grad(response_logps(logits, tokens, SCORED)[1].sum(), logits)
     assert torch.isfinite(grad).all()
 
 
 def test_the_gradient_of_a_summed_log_prob_is_one_hot_minus_softmax_at_the_scored_places_alone():
     logits = worked_logits().requires_grad_()
-    grad, = torch.autograd.grad(response_logps(logits, TOKENS, SCORED)[1].sum(), logits)
+    (grad,) = torch.autograd.grad(response_logps(logits, TOKENS, SCORED)[1].sum(), logits)
     by_hand = torch.zeros(3, 4, 3, dtype=torch.float64)
     by_hand[0, 1:3] = torch.tensor([[-0.5, -0.25, 0.75], [0.5, -0.3, -0.2]])
     by_hand[1, 0] = torch.tensor([-0.3, 0.9375, -0.6375])
-    by_hand[2, 0:3] = torch.tensor([[-0.25, -0.25, 0.5], [0.875, -0.375, -0.5], [-0.75, 0.875, -0.125]])
+    by_hand[2, 0:3] = torch.tensor(
+        [[-0.25, -0.25, 0.5], [0.875, -0.375, -0.5], [-0.75, 0.875, -0.125]]
+    )
     torch.testing.assert_close(grad, by_hand, rtol=0, atol=1e-7)
-    mean_grad, = torch.autograd.grad(response_logps(logits, TOKENS, SCORED)[0].sum(), logits)
+    (mean_grad,) = torch.autograd.grad(response_logps(logits, TOKENS, SCORED)[0].sum(), logits)
     lengths = torch.tensor([2.0, 1.0, 3.0], dtype=torch.float64)[:, None, None]
     torch.testing.assert_close(mean_grad, by_hand / lengths, rtol=0, atol=1e-7)
 
@@ -418,8 +583,10 @@ def test_bf16_logits_are_summed_in_fp32():
     means, sums = response_logps(logits, tokens, scored)
     assert means.dtype == sums.dtype == torch.float32
     of_tokens = F.log_softmax(logits.double(), -1)
-    expected = [sum(of_tokens[r, t - 1, tokens[r, t]].item() for t in range(start, 40))
-                for r, start in enumerate((3, 20))]
+    expected = [
+        sum(of_tokens[r, t - 1, tokens[r, t]].item() for t in range(start, 40))
+        for r, start in enumerate((3, 20))
+    ]
     assert sums.tolist() == pytest.approx(expected, rel=1e-6)
     assert means.tolist() == pytest.approx([expected[0] / 37, expected[1] / 20], rel=1e-6)
     assert response_logps(logits.double(), tokens, scored)[0].dtype == torch.float64
@@ -437,9 +604,14 @@ def test_a_scored_first_token_is_refused_since_nothing_predicts_it():
         response_logps(worked_logits(), TOKENS, first)
 
 
-@pytest.mark.parametrize("logits, tokens, scored", [
-    (worked_logits()[:, 1:], TOKENS, SCORED), (worked_logits(), TOKENS[:, 1:], SCORED),
-    (worked_logits(), TOKENS, SCORED[:2])])
+@pytest.mark.parametrize(
+    "logits, tokens, scored",
+    [
+        (worked_logits()[:, 1:], TOKENS, SCORED),
+        (worked_logits(), TOKENS[:, 1:], SCORED),
+        (worked_logits(), TOKENS, SCORED[:2]),
+    ],
+)
 def test_response_logps_refuses_shapes_that_were_already_shifted(logits, tokens, scored):
     with pytest.raises(ValueError, match="response_logps wants"):
         response_logps(logits, tokens, scored)

@@ -25,15 +25,20 @@ def autograd(surface, *points):
 
 
 def central_differences(surface, x1, x2, h=1e-6):
-    by_x1, by_x2 = surface(x1 + h, x2) - surface(x1 - h, x2), surface(x1, x2 + h) - surface(x1, x2 - h)
+    by_x1, by_x2 = (
+        surface(x1 + h, x2) - surface(x1 - h, x2),
+        surface(x1, x2 + h) - surface(x1, x2 - h),
+    )
     return by_x1 / (2 * h), by_x2 / (2 * h)
 
 
 def losses():
     yield evaluation.asft_surface, evaluation.asft_gradient
     for beta in BETAS:
-        yield (lambda x1, x2, beta=beta: evaluation.bt_surface(x1, x2, beta),
-               lambda x1, x2, beta=beta: evaluation.bt_gradient(x1, x2, beta))
+        yield (
+            lambda x1, x2, beta=beta: evaluation.bt_surface(x1, x2, beta),
+            lambda x1, x2, beta=beta: evaluation.bt_gradient(x1, x2, beta),
+        )
 
 
 def close(found, wanted, rtol=1e-10):
@@ -41,32 +46,48 @@ def close(found, wanted, rtol=1e-10):
 
 
 def test_equation_17_is_the_align_term_that_is_trained_on():
-    close(evaluation.asft_surface(X1, X2), asft.asft_loss(X1.log(), X2.log(), beta=1, sft_weight=0)[0])
+    close(
+        evaluation.asft_surface(X1, X2), asft.asft_loss(X1.log(), X2.log(), beta=1, sft_weight=0)[0]
+    )
 
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_equation_15_is_dpos_loss_at_these_log_probs_under_a_reference_of_probability_1(beta):
     zero = torch.zeros_like(X1)
-    close(evaluation.bt_surface(X1, X2, beta), asft.dpo_loss(X1.log(), X2.log(), zero, zero, beta=beta)[0])
+    close(
+        evaluation.bt_surface(X1, X2, beta),
+        asft.dpo_loss(X1.log(), X2.log(), zero, zero, beta=beta)[0],
+    )
 
 
 def test_surfaces_at_points_worked_by_hand():
-    x1, x2 = torch.tensor([0.5, 0.8], dtype=torch.float64), torch.tensor([0.5, 0.2], dtype=torch.float64)
-    by_hand = torch.tensor([0.6931471805599453, 0.22314355131420976], dtype=torch.float64)  # log 2, log(5/4)
+    x1, x2 = (
+        torch.tensor([0.5, 0.8], dtype=torch.float64),
+        torch.tensor([0.5, 0.2], dtype=torch.float64),
+    )
+    by_hand = torch.tensor(
+        [0.6931471805599453, 0.22314355131420976], dtype=torch.float64
+    )  # log 2, log(5/4)
     close(evaluation.bt_surface(x1, x2, 1.0), by_hand)
     close(evaluation.asft_surface(x1, x2), 2 * by_hand)
 
 
 def test_equations_16_and_18_are_the_gradients_by_autograd_and_by_finite_differences():
     for surface, gradient in losses():
-        for found, exact, near in zip(gradient(X1, X2), autograd(surface, X1, X2), central_differences(surface, X1, X2),
-                                      strict=True):
+        for found, exact, near in zip(
+            gradient(X1, X2),
+            autograd(surface, X1, X2),
+            central_differences(surface, X1, X2),
+            strict=True,
+        ):
             close(found, exact)
             close(found, near, rtol=1e-5)
 
 
 def test_equation_18_is_the_gradient_of_the_align_term_that_is_trained_on():
-    trained = autograd(lambda x1, x2: asft.asft_loss(x1.log(), x2.log(), beta=1, sft_weight=0)[0], X1, X2)
+    trained = autograd(
+        lambda x1, x2: asft.asft_loss(x1.log(), x2.log(), beta=1, sft_weight=0)[0], X1, X2
+    )
     for found, exact in zip(evaluation.asft_gradient(X1, X2), trained, strict=True):
         close(found, exact)
 
@@ -86,7 +107,9 @@ def test_in_probabilities_asft_pushes_the_chosen_answer_1_minus_x2_over_x1_times
 
 def test_in_log_probabilities_bradley_terry_pushes_both_answers_equally_and_asft_by_1_and_the_odds():
     for surface, gradient in losses():
-        exact = autograd(lambda *logs, surface=surface: surface(*[x.exp() for x in logs]), X1.log(), X2.log())
+        exact = autograd(
+            lambda *logs, surface=surface: surface(*[x.exp() for x in logs]), X1.log(), X2.log()
+        )
         found = evaluation.log_gradient(X1, X2, gradient(X1, X2))
         for one, other in zip(found, exact, strict=True):
             close(one, other)
@@ -105,8 +128,15 @@ def fake_run(where, loss="asft", steps=12, reference="precompute", scale=1.0):
     where.mkdir()
     facts = {"flags": {"loss": loss, "reference": reference}, "device": "CPU (1 threads)"}
     (where / "config.json").write_text(json.dumps(facts))
-    rows = [{"step": i, "margin": scale * i / 10, "seconds": 0.5 * scale + (i == 1), "peak_memory_gib": scale + i / 100}
-            for i in range(1, steps + 1)]
+    rows = [
+        {
+            "step": i,
+            "margin": scale * i / 10,
+            "seconds": 0.5 * scale + (i == 1),
+            "peak_memory_gib": scale + i / 100,
+        }
+        for i in range(1, steps + 1)
+    ]
     (where / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return where
 
@@ -131,8 +161,19 @@ def check_picture(path):
 def test_two_runs_give_three_pictures_and_captions_that_say_what_they_show(tmp_path, capsys):
     fake_run(tmp_path / "a")
     fake_run(tmp_path / "b", "dpo", reference="live", scale=2.0)
-    assert evaluation.main(["figures", "--out", str(tmp_path / "new/out"), "--runs", str(tmp_path / "a"),
-                            f"DPO with a live reference={tmp_path / 'b'}"]) == 0
+    assert (
+        evaluation.main(
+            [
+                "figures",
+                "--out",
+                str(tmp_path / "new/out"),
+                "--runs",
+                str(tmp_path / "a"),
+                f"DPO with a live reference={tmp_path / 'b'}",
+            ]
+        )
+        == 0
+    )
     out, printed = tmp_path / "new/out", capsys.readouterr().out
     names = ["figure1.png", "figure2a.png", "figure2b.png"]
     assert sorted(path.name for path in out.iterdir()) == ["captions.md", *names]
@@ -150,16 +191,25 @@ def test_two_runs_give_three_pictures_and_captions_that_say_what_they_show(tmp_p
 def test_without_runs_figure_1_alone_is_drawn_and_it_says_so(tmp_path, capsys):
     assert evaluation.main(["figures", "--out", str(tmp_path / "out"), "--beta", "0.5"]) == 0
     printed = capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["captions.md", "figure1.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "captions.md",
+        "figure1.png",
+    ]
     check_picture(tmp_path / "out/figure1.png")
     assert "only Figure 1 is drawn" in printed and "beta = 0.5" in printed
 
 
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path):
     """A module of that name that is not there, as a subprocess sees it: eval.py itself must start without it."""
-    (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError(\"No module named 'matplotlib'\")\n")
-    done = subprocess.run([sys.executable, str(ROOT / "eval.py"), "figures", "--out", str(tmp_path / "out")],
-                          capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    (tmp_path / "matplotlib.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'matplotlib'\")\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "eval.py"), "figures", "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "pip install matplotlib" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -176,11 +226,18 @@ def test_two_runs_of_one_label_are_refused(tmp_path, capsys):
     assert "'asft'" in complaint(capsys, "figures", "--out", tmp_path / "out", "--runs", *runs)
 
 
-@pytest.mark.parametrize(("lines", "place"), [
-    (["{}"], ":1: "), (['{"step": 1'], ":1: "), (["[]"], "no step"), ([None, '{"step": "x"}'], ":2: "),
-    (["[1]"], ":1: "), ([None, '{"step": 2, "margin": NaN, "seconds": 1, "peak_memory_gib": 1}'], ":2: "),
-    ([], "no step"),
-])
+@pytest.mark.parametrize(
+    ("lines", "place"),
+    [
+        (["{}"], ":1: "),
+        (['{"step": 1'], ":1: "),
+        (["[]"], "no step"),
+        ([None, '{"step": "x"}'], ":2: "),
+        (["[1]"], ":1: "),
+        ([None, '{"step": 2, "margin": NaN, "seconds": 1, "peak_memory_gib": 1}'], ":2: "),
+        ([], "no step"),
+    ],
+)
 def test_malformed_metrics_are_named_by_file_and_line(tmp_path, capsys, lines, place):
     metrics = fake_run(tmp_path / "run", steps=1) / "metrics.jsonl"
     good = metrics.read_text().strip()
@@ -197,13 +254,20 @@ def test_what_is_not_a_run_is_named(tmp_path, capsys):
     run = fake_run(tmp_path / "run")
     (run / "metrics.jsonl").unlink()
     assert "metrics.jsonl" in complaint(capsys, *out, run)
-    for text in ("{}", "[1]", '{"flags": {"loss": "unheard of", "reference": "live"}, "device": "CPU"}', "{"):
+    for text in (
+        "{}",
+        "[1]",
+        '{"flags": {"loss": "unheard of", "reference": "live"}, "device": "CPU"}',
+        "{",
+    ):
         (run / "config.json").write_text(text)
         assert "config.json" in complaint(capsys, *out, run)
 
 
 def test_wrong_flags_are_one_line(tmp_path, capsys):
-    assert "--beta: found 0, wanted float" in complaint(capsys, "figures", "--out", tmp_path / "out", "--beta", "0")
+    assert "--beta: found 0, wanted float" in complaint(
+        capsys, "figures", "--out", tmp_path / "out", "--beta", "0"
+    )
     assert "--beta" in complaint(capsys, "figures", "--out", tmp_path / "out", "--beta", "much")
     assert "--out" in complaint(capsys, "figures")
     assert "COMMAND" in complaint(capsys)

@@ -10,7 +10,9 @@ def test_whatever_a_file_holds_is_read_dropped_and_counted_or_refused_by_its_nam
     assert outcomes.total() == 50 and len(outcomes) > 1  # not refused one and all
 
 
-def test_the_command_prints_what_it_tried_and_a_failure_with_its_smallest_input(monkeypatch, capsys):
+def test_the_command_prints_what_it_tried_and_a_failure_with_its_smallest_input(
+    monkeypatch, capsys
+):
     def check(where, raw):
         assert b"{" not in raw
         return "read"

@@ -29,7 +29,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def data(tmp_path):
     lines = (ROOT / "examples" / "heldout.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "pairs.jsonl").write_text("".join([line for line in lines if line.startswith('{"prompt": "')][:30]))
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join([line for line in lines if line.startswith('{"prompt": "')][:30])
+    )
     return tmp_path / "pairs.jsonl"
 
 
@@ -50,20 +52,41 @@ def other(tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1 + 0.02 * torch.randn_like(parameter))
-    save_model(model, directory := tmp_path_factory.mktemp("other") / "model", dtype=torch.float32, source=EXAMPLE)
+    save_model(
+        model,
+        directory := tmp_path_factory.mktemp("other") / "model",
+        dtype=torch.float32,
+        source=EXAMPLE,
+    )
     return directory
 
 
 def test_the_numbers_are_those_of_train_pys_held_out_evaluation_of_the_same_model(data, tmp_path):
     run = tmp_path / "run"
-    flags = ["--model", EXAMPLE, "--data", data, "--eval-data", data, "--out", run, "--max-steps", "1",
-             "--device", "cpu", "--pairs-per-step", "2"]
+    flags = [
+        "--model",
+        EXAMPLE,
+        "--data",
+        data,
+        "--eval-data",
+        data,
+        "--out",
+        run,
+        "--max-steps",
+        "1",
+        "--device",
+        "cpu",
+        "--pairs-per-step",
+        "2",
+    ]
     assert train.main([str(flag) for flag in flags]) == 0
     expected = rows_of(run / "eval.jsonl")[0]
     assert expected["step"] == 0 and likelihood(data, tmp_path / "out") == 0
     measures = json.loads((tmp_path / "out" / "summary.json").read_text())["measures"]
     for name in ("logp_w", "logp_l", "sum_logp_w", "sum_logp_l", "margin", "accuracy"):
-        assert measures[name]["value"] == pytest.approx(expected[f"eval_{name}"], rel=1e-5, abs=1e-6), name
+        assert measures[name]["value"] == pytest.approx(
+            expected[f"eval_{name}"], rel=1e-5, abs=1e-6
+        ), name
 
 
 def test_the_numbers_are_those_of_transformers_in_float64_on_unpacked_sequences(data, tmp_path):
@@ -83,9 +106,13 @@ def test_the_numbers_are_those_of_transformers_in_float64_on_unpacked_sequences(
             assert row[f"sum_logp_{letter}"] == pytest.approx(sum(each), rel=1e-4)
             assert row[f"logp_{letter}"] == pytest.approx(sum(each) / len(each), rel=1e-4)
             nats, tokens = nats + sum(each) * (letter == "w"), tokens + len(each) * (letter == "w")
-        assert row["margin"] == row["logp_w"] - row["logp_l"] and row["accuracy"] == (row["margin"] > 0)
+        assert row["margin"] == row["logp_w"] - row["logp_l"] and row["accuracy"] == (
+            row["margin"] > 0
+        )
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["measures"]["perplexity_w"]["value"] == pytest.approx(math.exp(-nats / tokens), rel=1e-5)
+    assert summary["measures"]["perplexity_w"]["value"] == pytest.approx(
+        math.exp(-nats / tokens), rel=1e-5
+    )
     assert summary["tokens_w"] == tokens and summary["pairs"] == 30
 
 
@@ -93,8 +120,13 @@ def test_the_numbers_are_those_of_transformers_in_float64_on_unpacked_sequences(
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_the_shares_of_two_processes_add_up_to_the_same_bits_for_any_number_of_pairs(monkeypatch, count):
-    model, pairs = tiny_model().requires_grad_(False), random_pairs([(3 + i, 4, 2 + i) for i in range(count)])
+def test_the_shares_of_two_processes_add_up_to_the_same_bits_for_any_number_of_pairs(
+    monkeypatch, count
+):
+    model, pairs = (
+        tiny_model().requires_grad_(False),
+        random_pairs([(3 + i, 4, 2 + i) for i in range(count)]),
+    )
     alone, shares = pair_logps(model, pairs, 30, CPU), []
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "01":
@@ -107,10 +139,22 @@ def test_the_shares_of_two_processes_add_up_to_the_same_bits_for_any_number_of_p
 def test_two_processes_write_the_same_files_for_a_single_pair(data, tmp_path):
     data.write_text(data.read_text().splitlines(keepends=True)[0])
     assert likelihood(data, tmp_path / "one.jsonl") == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     words = ["likelihood", "--model", EXAMPLE, "--data", data, "--out", tmp_path / "two.jsonl"]
-    result = subprocess.run([*torchrun, ROOT / "eval.py", *words], capture_output=True, text=True, timeout=100,
-                            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+    result = subprocess.run(
+        [*torchrun, ROOT / "eval.py", *words],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == 0, result.stderr
     for end in ("jsonl", "json"):
         assert (tmp_path / f"two.{end}").read_text() == (tmp_path / f"one.{end}").read_text()
@@ -121,13 +165,25 @@ def test_two_processes_write_the_same_files_for_a_single_pair(data, tmp_path):
 
 
 def made_rows(margins, tokens=10):
-    return [{"logp_w": -1.0, "logp_l": -1.0 - m, "sum_logp_w": -tokens, "sum_logp_l": -tokens * (1 + m), "margin": m,
-             "accuracy": float(m > 0), "tokens_w": tokens} for m in margins]
+    return [
+        {
+            "logp_w": -1.0,
+            "logp_l": -1.0 - m,
+            "sum_logp_w": -tokens,
+            "sum_logp_l": -tokens * (1 + m),
+            "margin": m,
+            "accuracy": float(m > 0),
+            "tokens_w": tokens,
+        }
+        for m in margins
+    ]
 
 
 def test_the_limits_of_an_accuracy_are_the_quantiles_of_the_binomial_distribution():
     n, right = 60, 42
-    cumulated = np.cumsum([math.comb(n, k) * (right / n) ** k * (1 - right / n) ** (n - k) for k in range(n + 1)])
+    cumulated = np.cumsum(
+        [math.comb(n, k) * (right / n) ** k * (1 - right / n) ** (n - k) for k in range(n + 1)]
+    )
     low, high = (int(np.searchsorted(cumulated, q)) / n for q in (0.025, 0.975))
     (found,) = summarise(made_rows([0.5] * right + [-0.5] * (n - right)))
     assert found["accuracy"]["value"] == right / n
@@ -160,18 +216,34 @@ def test_perplexity_weighs_tokens_alike_and_mean_log_probs_responses_alike():
 # ----------------------------------------------------------------------------------------------------------- two models
 
 
-def test_compare_gives_what_each_model_gives_alone_and_their_differences(data, other, tmp_path, capsys):
+def test_compare_gives_what_each_model_gives_alone_and_their_differences(
+    data, other, tmp_path, capsys
+):
     assert likelihood(data, tmp_path / "both", "--compare", other) == 0
     printed = capsys.readouterr().out
-    assert likelihood(data, tmp_path / "a") == 0 and likelihood(data, tmp_path / "b", model=other) == 0
-    both, a, b = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("both", "a", "b"))
-    assert both["measures"] == a["measures"] and both["compare_measures"] == b["measures"] != a["measures"]
+    assert (
+        likelihood(data, tmp_path / "a") == 0 and likelihood(data, tmp_path / "b", model=other) == 0
+    )
+    both, a, b = (
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("both", "a", "b")
+    )
+    assert (
+        both["measures"] == a["measures"]
+        and both["compare_measures"] == b["measures"] != a["measures"]
+    )
     for name, part in both["difference"].items():
-        assert part["value"] == pytest.approx(a["measures"][name]["value"] - b["measures"][name]["value"])
+        assert part["value"] == pytest.approx(
+            a["measures"][name]["value"] - b["measures"][name]["value"]
+        )
         assert part["low"] <= part["value"] <= part["high"]
-        assert f"{name} " in printed and f"{part['value']:+.4f} [{part['low']:+.4f}, {part['high']:+.4f}]" in printed
+        assert (
+            f"{name} " in printed
+            and f"{part['value']:+.4f} [{part['low']:+.4f}, {part['high']:+.4f}]" in printed
+        )
     assert rows_of(tmp_path / "both" / "pairs.jsonl") == rows_of(tmp_path / "a" / "pairs.jsonl")
-    assert rows_of(tmp_path / "both" / "pairs-compare.jsonl") == rows_of(tmp_path / "b" / "pairs.jsonl")
+    assert rows_of(tmp_path / "both" / "pairs-compare.jsonl") == rows_of(
+        tmp_path / "b" / "pairs.jsonl"
+    )
 
 
 def test_models_whose_tokenizers_differ_are_not_compared(data, other, tmp_path, capsys):
@@ -198,22 +270,33 @@ def test_mistakes_get_one_line_and_what_is_there_stays(data, tmp_path, capsys):
     (tmp_path / "there.jsonl").write_text("kept")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x", "chosen": "y"}\n')
     for words, complaint in (
-            ([data, tmp_path / "there.jsonl"], "there.jsonl exists"),
-            ([tmp_path / "none", tmp_path / "o"], "No such file"),
-            ([tmp_path / "bad.jsonl", tmp_path / "o"], "bad.jsonl:1: key rejected is missing"),
-            ([data, tmp_path / "o", "--max-tokens-per-gpu", "20"], "exceeds --max-tokens-per-gpu 20"),
-            ([data, tmp_path / "o", "--max-tokens", "9999"], "above the model's max_position_embeddings 512"),
-            ([data, tmp_path / "o", "--compare", tmp_path], "config.json: No such file"),
-            ([data, tmp_path / "o", "--beta", "1"], "unrecognized arguments: --beta"),
-            ([data, data / "o"], "Not a directory")):
+        ([data, tmp_path / "there.jsonl"], "there.jsonl exists"),
+        ([tmp_path / "none", tmp_path / "o"], "No such file"),
+        ([tmp_path / "bad.jsonl", tmp_path / "o"], "bad.jsonl:1: key rejected is missing"),
+        ([data, tmp_path / "o", "--max-tokens-per-gpu", "20"], "exceeds --max-tokens-per-gpu 20"),
+        (
+            [data, tmp_path / "o", "--max-tokens", "9999"],
+            "above the model's max_position_embeddings 512",
+        ),
+        ([data, tmp_path / "o", "--compare", tmp_path], "config.json: No such file"),
+        ([data, tmp_path / "o", "--beta", "1"], "unrecognized arguments: --beta"),
+        ([data, data / "o"], "Not a directory"),
+    ):
         assert likelihood(*words) == 2
-        assert complaint in (error := capsys.readouterr().err) and error.startswith("eval.py: "), error
+        assert complaint in (error := capsys.readouterr().err) and error.startswith("eval.py: "), (
+            error
+        )
     assert (tmp_path / "there.jsonl").read_text() == "kept" and not (tmp_path / "o").exists()
 
 
-def test_an_out_that_cannot_be_written_is_found_before_the_work(data, tmp_path, capsys, monkeypatch):
+def test_an_out_that_cannot_be_written_is_found_before_the_work(
+    data, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(evaluation, "read_preferences", None)
-    for out, complaint in ((data / "o", "Not a directory"), ("/proc/o.jsonl", "--out /proc/o.jsonl: "),
-                           ("/proc/o/p", "--out /proc/o/p: ")):
+    for out, complaint in (
+        (data / "o", "Not a directory"),
+        ("/proc/o.jsonl", "--out /proc/o.jsonl: "),
+        ("/proc/o/p", "--out /proc/o/p: "),
+    ):
         assert likelihood(data, out) == 2
         assert complaint in (error := capsys.readouterr().err) and error.count("\n") == 1, error

@@ -17,7 +17,10 @@ def block(name: str) -> str:
 
 def test_the_first_line_names_the_paper_and_which_asft_this_is():
     first = README.splitlines()[0]
-    assert "Aligned Supervised Fine-Tuning through Absolute Likelihood" in first and "2409.10571" in first
+    assert (
+        "Aligned Supervised Fine-Tuning through Absolute Likelihood" in first
+        and "2409.10571" in first
+    )
 
 
 def test_ci_runs_the_two_commands_of_the_readme_to_the_letter():
@@ -33,20 +36,26 @@ def test_every_data_format_shown_is_read_as_the_same_question_and_answers(tmp_pa
     *texts, ids = read_preferences(tmp_path / "formats.jsonl")
     assert len(texts) == 7
     for preference in texts:
-        assert preference.prompt[-1][0] == "user" and preference.prompt[-1][1].strip().startswith("Name a fruit.")
+        assert preference.prompt[-1][0] == "user" and preference.prompt[-1][1].strip().startswith(
+            "Name a fruit."
+        )
         assert "pple." in preference.chosen and "pple" not in preference.rejected
     assert (ids.prompt, ids.chosen, ids.rejected) == ([512, 65, 66], [67, 516], [68, 516])
 
 
 def test_the_port_shown_gives_the_papers_loss():
-    given = {"chosen_logps": torch.tensor([-1.0, -0.7], requires_grad=True),
-             "rejected_logps": torch.tensor([-1.0, -0.9], requires_grad=True)}
+    given = {
+        "chosen_logps": torch.tensor([-1.0, -0.7], requires_grad=True),
+        "rejected_logps": torch.tensor([-1.0, -0.9], requires_grad=True),
+    }
     code = block("port")
     assert len(code.strip().splitlines()) <= 12
     exec(code, given)
     assert given["loss"].item() == pytest.approx((1.145867514539 + 0.822183544291) / 2, rel=1e-6)
     given["loss"].backward()
-    assert given["rejected_logps"].grad.tolist() == pytest.approx([0.0581976706869 / 2, 0.0685117750405 / 2], rel=1e-5)
+    assert given["rejected_logps"].grad.tolist() == pytest.approx(
+        [0.0581976706869 / 2, 0.0685117750405 / 2], rel=1e-5
+    )
     assert given["logged"]["accuracy"] == 0.5
 
 
@@ -62,4 +71,9 @@ def test_every_prompt_format_shown_is_read_as_the_same_question(tmp_path):
     (tmp_path / "prompts.jsonl").write_text(block("prompts"))
     *texts, ids = read_prompts(tmp_path / "prompts.jsonl")
     assert len(texts) == 4 and all(p.prompt[-1][1].startswith("Name a fruit.") for p in texts)
-    assert [p.reference for p in texts] == [None, "An apple.", None, "An apple."] and ids.prompt == [506, 65, 66]
+    assert [p.reference for p in texts] == [
+        None,
+        "An apple.",
+        None,
+        "An apple.",
+    ] and ids.prompt == [506, 65, 66]

@@ -16,16 +16,106 @@ import eval as evaluation
 NAMES = ("bleu4", "rouge1", "rouge2", "rougeL")
 # What texts are made of below: Latin, numbers, what each tokenizer treats specially, other scripts, emoji of several
 # code points, combining marks, control characters and every kind of white space.
-LATIN = ["the", "The", "cat", "cat", "sat", "on", "mat", "don't", "naïve", "nai\u0308ve", "Straße", "İx", "x_y"]
-SPECIAL = ["co-op", "3.50", "1,000.5", "20%", "v1.2.3", "2-1", "...", "......", ".......", "." * 13, "......+", "。",
-           "！", "？", "?", "??", "!", ",", ".", "”", "’", "“", "…", "……", "\"", "'", "-", "--", "/", "&", "&amp;lt;",
-           "&quot;", "<skipped>", "-\n", "C++", "c++", "C#", "c#", "AT&T", "ABC++11", "cc#_", "$5", "a@b.c", "[x]",
-           "{`~^|\\}", "国"]
-OTHER = ["こんにちは", "カタカナ", "한국어", "привет", "مرحبا", "👍", "👩\u200d👧", "🇩🇪", "é", "e\u0301", "ﬁ", "٣", "½"]
-CONTROL = ["\x00", "\x07", "\x1b[0m", "\x1c", "\x7f", "\x85", "\xa0", "\u200b", "\u2028", "\u3000", "\ufeff", "\t",
-           "\r\n", "\n", "\n\n", " \n ", "\r", "\v"]
+LATIN = [
+    "the",
+    "The",
+    "cat",
+    "cat",
+    "sat",
+    "on",
+    "mat",
+    "don't",
+    "naïve",
+    "nai\u0308ve",
+    "Straße",
+    "İx",
+    "x_y",
+]
+SPECIAL = [
+    "co-op",
+    "3.50",
+    "1,000.5",
+    "20%",
+    "v1.2.3",
+    "2-1",
+    "...",
+    "......",
+    ".......",
+    "." * 13,
+    "......+",
+    "。",
+    "！",
+    "？",
+    "?",
+    "??",
+    "!",
+    ",",
+    ".",
+    "”",
+    "’",
+    "“",
+    "…",
+    "……",
+    '"',
+    "'",
+    "-",
+    "--",
+    "/",
+    "&",
+    "&amp;lt;",
+    "&quot;",
+    "<skipped>",
+    "-\n",
+    "C++",
+    "c++",
+    "C#",
+    "c#",
+    "AT&T",
+    "ABC++11",
+    "cc#_",
+    "$5",
+    "a@b.c",
+    "[x]",
+    "{`~^|\\}",
+    "国",
+]
+OTHER = [
+    "こんにちは",
+    "カタカナ",
+    "한국어",
+    "привет",
+    "مرحبا",
+    "👍",
+    "👩\u200d👧",
+    "🇩🇪",
+    "é",
+    "e\u0301",
+    "ﬁ",
+    "٣",
+    "½",
+]
+CONTROL = [
+    "\x00",
+    "\x07",
+    "\x1b[0m",
+    "\x1c",
+    "\x7f",
+    "\x85",
+    "\xa0",
+    "\u200b",
+    "\u2028",
+    "\u3000",
+    "\ufeff",
+    "\t",
+    "\r\n",
+    "\n",
+    "\n\n",
+    " \n ",
+    "\r",
+    "\v",
+]
 CHINESE = ["你好世界", "我们今天去北京大学", "价格3.5元", "中国", "C语言", "T恤很好"]
-TWO_CHINESE = re.compile("[\u4E00-\u9FD5]{2}")  # in a row: what jieba's dictionary may divide
+TWO_CHINESE = re.compile("[\u4e00-\u9fd5]{2}")  # in a row: what jieba's dictionary may divide
 
 
 def generated_rows(count: int = 1000) -> list[tuple[str, str]]:
@@ -65,7 +155,9 @@ def lf_by_libraries(prediction: str, reference: str, words) -> list[float]:
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
     from rouge_chinese import Rouge
 
-    bleu = sentence_bleu([list(reference)], list(prediction), smoothing_function=SmoothingFunction().method3)
+    bleu = sentence_bleu(
+        [list(reference)], list(prediction), smoothing_function=SmoothingFunction().method3
+    )
     a, b = " ".join(words(prediction)), " ".join(words(reference))
     rouge = [0.0] * 3
     if a.split() and b.split():
@@ -86,15 +178,27 @@ def of_all(rows, suffix=""):
 # ------------------------------------------------------------------------------------------------- LLaMA-Factory's
 
 
-@pytest.mark.parametrize(("prediction", "reference", "golden"), [
-    ("The cat sat on the mat.", "The cat is on the mat.", (.7944837206, .8571428521, .6666666617, .8571428521)),
-    ("Hello, world!\n\nIt costs $3.50 - 20% off.", "Hello world! It costs 3.50 dollars, 20% off.",
-     (.6426161291, .8333333284, .3636363587, .7499999950)),
-    ("a b", "a b c d e f", (.0584283851, .4999999963, .3333333306, .4999999963)),
-    ("xyz", "abc", (0, 0, 0, 0)),
-])
+@pytest.mark.parametrize(
+    ("prediction", "reference", "golden"),
+    [
+        (
+            "The cat sat on the mat.",
+            "The cat is on the mat.",
+            (0.7944837206, 0.8571428521, 0.6666666617, 0.8571428521),
+        ),
+        (
+            "Hello, world!\n\nIt costs $3.50 - 20% off.",
+            "Hello world! It costs 3.50 dollars, 20% off.",
+            (0.6426161291, 0.8333333284, 0.3636363587, 0.7499999950),
+        ),
+        ("a b", "a b c d e f", (0.0584283851, 0.4999999963, 0.3333333306, 0.4999999963)),
+        ("xyz", "abc", (0, 0, 0, 0)),
+    ],
+)
 def test_the_lf_family_gives_the_golden_table(prediction, reference, golden):
-    assert row_lf(prediction, reference) == pytest.approx([100 * value for value in golden], abs=1e-8)
+    assert row_lf(prediction, reference) == pytest.approx(
+        [100 * value for value in golden], abs=1e-8
+    )
 
 
 def test_without_two_chinese_characters_in_a_row_the_words_are_jiebas():
@@ -105,7 +209,11 @@ def test_without_two_chinese_characters_in_a_row_the_words_are_jiebas():
     texts = [re.sub(r"国(?=国)", "国 ", text) for text in texts]
     for text in texts:
         # jieba has \r\n as one token; joined by spaces and split into lines, as it is next, it is the same as two
-        wanted = [part for word in jieba_words(text) for part in (list(word) if word == "\r\n" else [word])]
+        wanted = [
+            part
+            for word in jieba_words(text)
+            for part in (list(word) if word == "\r\n" else [word])
+        ]
         assert evaluation.words_lf(text) == wanted, ascii(text)
 
 
@@ -116,8 +224,12 @@ def test_the_lf_family_is_that_of_nltk_jieba_and_rouge_chinese_on_generated_text
     for prediction, reference in ROWS:
         chinese = TWO_CHINESE.search(prediction) or TWO_CHINESE.search(reference)
         ours += bool(chinese)
-        wanted = lf_by_libraries(prediction, reference, evaluation.words_lf if chinese else jieba_words)
-        assert row_lf(prediction, reference) == pytest.approx(wanted, abs=1e-9), ascii((prediction, reference))
+        wanted = lf_by_libraries(
+            prediction, reference, evaluation.words_lf if chinese else jieba_words
+        )
+        assert row_lf(prediction, reference) == pytest.approx(wanted, abs=1e-9), ascii(
+            (prediction, reference)
+        )
     assert 100 < ours < 300
 
 
@@ -132,7 +244,12 @@ def test_where_a_side_is_empty_or_white_lf_rouge_is_0_and_lf_bleu_counts_white_s
     for blank in ("", " ", "\n\n", "\t\u3000"):
         assert evaluation.rouge_lf(blank, "a b") == evaluation.rouge_lf("a b", blank) == [0, 0, 0]
         assert evaluation.rouge_lf(blank, blank) == [0, 0, 0]
-    assert evaluation.bleu4_lf("", "") == evaluation.bleu4_lf("a", "") == evaluation.bleu4_lf("", "a") == 0
+    assert (
+        evaluation.bleu4_lf("", "")
+        == evaluation.bleu4_lf("a", "")
+        == evaluation.bleu4_lf("", "a")
+        == 0
+    )
     # one character, one match: precisions 1, 1/2, 1/4, 1/8
     assert evaluation.bleu4_lf(" ", " ") == pytest.approx(100 * 2**-1.5, abs=1e-12)
 
@@ -158,7 +275,9 @@ def test_conventional_bleu_is_sacrebleus_of_the_corpus_and_of_each_row():
     for rows in (ROWS, ROWS[:10], *([row] for row in ROWS)):
         predictions, references = map(list, zip(*rows, strict=True))
         wanted = corpus_bleu(predictions, [references], force=True).score
-        assert evaluation.score_rows(rows)["bleu4"] == pytest.approx(wanted, abs=1e-9), ascii(rows[0])
+        assert evaluation.score_rows(rows)["bleu4"] == pytest.approx(wanted, abs=1e-9), ascii(
+            rows[0]
+        )
 
 
 def test_conventional_rouge_is_rouge_scores_f1_without_stemmer_and_its_mean():
@@ -178,7 +297,10 @@ def test_the_tokens_of_13a_are_sacrebleus():
 
     rng, tokenize = random.Random(2), Tokenizer13a()
     texts = [text for row in ROWS for text in row]
-    texts += ["".join(rng.choices([chr(i) for i in range(32, 127)] + list(",.-,.-0\n&"), k=30)) for _ in range(500)]
+    texts += [
+        "".join(rng.choices([chr(i) for i in range(32, 127)] + list(",.-,.-0\n&"), k=30))
+        for _ in range(500)
+    ]
     for text in texts:
         assert evaluation.tokens_13a(text) == tokenize(text.rstrip()).split(), ascii(text)
 
@@ -187,7 +309,9 @@ def test_an_answer_repeated_twice_scores_as_worked_by_hand():
     """Prediction a b c d a b c d, reference a b c d: matches 4 3 2 1 of 8 7 6 5."""
     scores = evaluation.score_rows([("a b c d a b c d", "a b c d")])
     assert scores["bleu4"] == pytest.approx(100 * (4 / 8 * 3 / 7 * 2 / 6 * 1 / 5) ** 0.25)
-    assert [scores[name] for name in NAMES[1:]] == pytest.approx([200 / 3, 60, 200 / 3])  # 4/8, 4/4; 3/7, 3/3; LCS 4
+    assert [scores[name] for name in NAMES[1:]] == pytest.approx(
+        [200 / 3, 60, 200 / 3]
+    )  # 4/8, 4/4; 3/7, 3/3; LCS 4
 
 
 # ------------------------------------------------------------------------------------------------------- both, LCS
@@ -203,7 +327,9 @@ def test_equal_texts_score_100_in_both_families_and_texts_without_a_common_chara
 def test_the_longest_common_subsequence_of_2000_by_2000_tokens_is_right_and_takes_no_time():
     tokens = [str(i) for i in range(2000)]
     rng = random.Random(3)
-    noisy = [token for token in tokens for token in ([token] if rng.random() < 0.5 else [token, "noise"])][:2000]
+    noisy = [
+        token for token in tokens for token in ([token] if rng.random() < 0.5 else [token, "noise"])
+    ][:2000]
     kept = sum(token != "noise" for token in noisy)
     start = time.perf_counter()
     assert evaluation.lcs_length(tokens, noisy) == evaluation.lcs_length(noisy, tokens) == kept
@@ -220,7 +346,9 @@ def test_the_longest_common_subsequence_is_the_tables_on_small_alphabets():
         table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
         for i, x in enumerate(a):
             for j, y in enumerate(b):
-                table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+                table[i + 1][j + 1] = (
+                    table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+                )
         assert evaluation.lcs_length(a, b) == table[-1][-1], (a, b)
 
 
@@ -231,24 +359,36 @@ def test_both_families_are_the_libraries_on_answers_of_real_models():
 
     sides = []
     for name in ("Llama-3-Instruct-8B", "gpt-4-0314"):
-        answers = map(json.loads, (REAL / f"arena_hard/model_answer/{name}.jsonl").read_text().splitlines())
-        sides.append({row["question_id"]: row["choices"][0]["turns"][0]["content"][:800] for row in answers})
-    rows = [(sides[0][key], sides[1][key]) for key in sorted(sides[0].keys() & sides[1].keys())[:25]]
+        answers = map(
+            json.loads, (REAL / f"arena_hard/model_answer/{name}.jsonl").read_text().splitlines()
+        )
+        sides.append(
+            {row["question_id"]: row["choices"][0]["turns"][0]["content"][:800] for row in answers}
+        )
+    rows = [
+        (sides[0][key], sides[1][key]) for key in sorted(sides[0].keys() & sides[1].keys())[:25]
+    ]
     rows = [row for row in rows if not TWO_CHINESE.search("".join(row))]
     assert len(rows) > 20
     for row in rows:
         assert row_lf(*row) == pytest.approx(lf_by_libraries(*row, jieba_words), abs=1e-9)
         by_name = RougeScorer(NAMES[1:]).score(row[1], row[0])
-        assert evaluation.rouge(*row) == pytest.approx([100 * by_name[name].fmeasure for name in NAMES[1:]], abs=1e-9)
+        assert evaluation.rouge(*row) == pytest.approx(
+            [100 * by_name[name].fmeasure for name in NAMES[1:]], abs=1e-9
+        )
     predictions, references = map(list, zip(*rows, strict=True))
-    assert of_all(rows)[0] == pytest.approx(corpus_bleu(predictions, [references], force=True).score, abs=1e-9)
+    assert of_all(rows)[0] == pytest.approx(
+        corpus_bleu(predictions, [references], force=True).score, abs=1e-9
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- the command
 
 
 def write_rows(path, *rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -267,18 +407,30 @@ def complaint(capsys, *flags):
 def test_the_command_writes_both_families_the_count_and_the_lengths(tmp_path, capsys):
     rows = [("The cat sat on the mat.", "The cat is on the mat."), ("👍 e\u0301\u2028, yes", "yes")]
     file = write_rows(tmp_path / "answers.jsonl", *(row(*texts) for texts in rows))
-    assert evaluation.main(["score", "--predictions", str(file), "--json", str(tmp_path / "out.json")]) == 0
+    assert (
+        evaluation.main(["score", "--predictions", str(file), "--json", str(tmp_path / "out.json")])
+        == 0
+    )
     written = json.loads((tmp_path / "out.json").read_text())
     assert written == evaluation.score_rows(rows)
-    assert list(written) == [*NAMES, *(f"{name}_lf" for name in NAMES), "count",
-                             "mean_prediction_characters", "mean_prediction_tokens",
-                             "mean_reference_characters", "mean_reference_tokens"]
+    assert list(written) == [
+        *NAMES,
+        *(f"{name}_lf" for name in NAMES),
+        "count",
+        "mean_prediction_characters",
+        "mean_prediction_tokens",
+        "mean_reference_characters",
+        "mean_reference_tokens",
+    ]
     assert all(0 < written[key] <= 100 for key in list(written)[:8])
     # 23 and 10 code points, 7 and 4 tokens (👍, é, the comma, yes); 22 and 3, 7 and 1
     assert list(written.values())[8:] == [2, 16.5, 5.5, 12.5, 4]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and lines[0] == f"{file}: 2 rows"
-    for line, suffix, lengths in ((2, "", ["5.5", "4.0", "tokens"]), (3, "_lf", ["16.5", "12.5", "characters"])):
+    for line, suffix, lengths in (
+        (2, "", ["5.5", "4.0", "tokens"]),
+        (3, "_lf", ["16.5", "12.5", "characters"]),
+    ):
         name, *cells = lines[line].split()
         assert name == (suffix or "conventional") and cells[4:] == lengths
         assert cells[:4] == [f"{written[name + suffix]:.2f}" for name in NAMES]
@@ -295,28 +447,48 @@ def test_without_json_it_only_prints(tmp_path, capsys, monkeypatch):
 def test_a_closed_or_full_standard_output_is_one_line(tmp_path):
     file = write_rows(tmp_path / "answers.jsonl", row("a", "a"))
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, ROOT / "eval.py", "score", "--predictions", file], stdout=full,
-                              stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (2, "eval.py: standard output: No space left on device\n")
+        done = subprocess.run(
+            [sys.executable, ROOT / "eval.py", "score", "--predictions", file],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "eval.py: standard output: No space left on device\n",
+    )
 
 
 def test_rows_of_generate_blank_lines_and_a_byte_order_mark_are_read(tmp_path):
-    more = {"index": 0, "question_id": None, "prompt": [{"role": "user", "content": "Hi"}], "tokens": 3}
-    file = write_rows(tmp_path / "answers.jsonl", row("a\u2028b", "c\x85", **more), row("", "", finish="overlong"))
+    more = {
+        "index": 0,
+        "question_id": None,
+        "prompt": [{"role": "user", "content": "Hi"}],
+        "tokens": 3,
+    }
+    file = write_rows(
+        tmp_path / "answers.jsonl", row("a\u2028b", "c\x85", **more), row("", "", finish="overlong")
+    )
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n\r\n"))
     assert evaluation.read_predictions(file) == ([("a\u2028b", "c\x85"), ("", "")], 1)
 
 
 def test_rows_that_generate_left_unanswered_are_counted_as_empty_and_said_to_be(tmp_path, capsys):
     for finish, said in (("overlong", True), ("stop", False)):
-        file = write_rows(tmp_path / "answers.jsonl", row("a b", "a b", finish="stop"), row("", "a b", finish=finish))
+        file = write_rows(
+            tmp_path / "answers.jsonl",
+            row("a b", "a b", finish="stop"),
+            row("", "a b", finish=finish),
+        )
         assert evaluation.main(["score", "--predictions", str(file)]) == 0
         printed = capsys.readouterr().out
         assert ("1 of the rows were left unanswered" in printed) == said and " 50.00 " in printed
 
 
 def test_chinese_is_said_to_be_divided_otherwise_than_by_jieba(tmp_path, capsys):
-    file = write_rows(tmp_path / "answers.jsonl", row("今天很好", "x"), row("国", "国 "), row("x", "中文"))
+    file = write_rows(
+        tmp_path / "answers.jsonl", row("今天很好", "x"), row("国", "国 "), row("x", "中文")
+    )
     assert evaluation.main(["score", "--predictions", str(file)]) == 0
     assert "2 of the rows hold Chinese" in capsys.readouterr().out
     file = write_rows(tmp_path / "answers.jsonl", row("国", "x こんにちは"))
@@ -324,14 +496,23 @@ def test_chinese_is_said_to_be_divided_otherwise_than_by_jieba(tmp_path, capsys)
     assert "Chinese" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("bad", "said"), [
-    ('{"prediction": "a"}', "reference is missing"), ('{"reference": "a"}', "prediction is missing"),
-    ("[]", "wanted a JSON object"), ('"text"', "wanted a JSON object"), ("null", "wanted a JSON object"),
-    ('{"prediction": null, "reference": "a"}', "prediction is None"),
-    ('{"prediction": "a", "reference": ["b"]}', "reference is ['b']"), ('{"prediction": "a", "reference": 1}', "is 1"),
-    ('{"prediction": "a', "not JSON"), ("x\0", "not JSON"),
-    ("[" * 100_000, "nested too deeply"), (b'{"prediction": "\xff", "reference": "a"}', "not UTF-8"),
-])
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ('{"prediction": "a"}', "reference is missing"),
+        ('{"reference": "a"}', "prediction is missing"),
+        ("[]", "wanted a JSON object"),
+        ('"text"', "wanted a JSON object"),
+        ("null", "wanted a JSON object"),
+        ('{"prediction": null, "reference": "a"}', "prediction is None"),
+        ('{"prediction": "a", "reference": ["b"]}', "reference is ['b']"),
+        ('{"prediction": "a", "reference": 1}', "is 1"),
+        ('{"prediction": "a', "not JSON"),
+        ("x\0", "not JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        (b'{"prediction": "\xff", "reference": "a"}', "not UTF-8"),
+    ],
+)
 def test_a_line_that_is_not_such_a_row_is_named_by_file_and_line(tmp_path, capsys, bad, said):
     file = tmp_path / "answers.jsonl"
     bad = bad if isinstance(bad, bytes) else bad.encode()
@@ -351,14 +532,26 @@ def test_a_missing_file_a_folder_and_an_empty_file_are_refused(tmp_path, capsys)
 
 
 def test_an_out_that_cannot_be_written_leaves_the_printed_table_and_the_predictions_are_never_overwritten(
-        tmp_path, capsys):
+    tmp_path, capsys
+):
     file = write_rows(tmp_path / "answers.jsonl", row("a", "a"))
     before = file.read_text()
-    for out, said in ((tmp_path, "Is a directory"), (file / "out.json", "File exists"), (file, "is a file that was"),
-                      ("/dev/full", "No space left")):
+    for out, said in (
+        (tmp_path, "Is a directory"),
+        (file / "out.json", "File exists"),
+        (file, "is a file that was"),
+        ("/dev/full", "No space left"),
+    ):
         assert evaluation.main(["score", "--predictions", str(file), "--json", str(out)]) == 2
         printed = capsys.readouterr()
-        assert "conventional" in printed.out and f"--json {out}" in printed.err and said in printed.err
+        assert (
+            "conventional" in printed.out and f"--json {out}" in printed.err and said in printed.err
+        )
     assert file.read_text() == before
-    assert evaluation.main(["score", "--predictions", str(file), "--json", str(tmp_path / "made/out.json")]) == 0
+    assert (
+        evaluation.main(
+            ["score", "--predictions", str(file), "--json", str(tmp_path / "made/out.json")]
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "made/out.json").read_text())["bleu4"] >= 0
