@@ -21,26 +21,18 @@ Left out: dropout (Llama 3 has none), attention and MLP biases, rope types other
 Meta's own consolidated.*.pth layout (its q and k rows are in another order).
 """
 
-import hashlib
 import inspect
 import json
 import math
-import os
 import re
 import shutil
-import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -49,66 +41,10 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from asft import at_least_fp32
-
-
-class InputError(ValueError):
-    """A user's mistake. One line: what was found, what was wanted, and where (file and line, or file and key)."""
-
+from support.files import InputError, flush, naming, read_json, shown
+from support.tensors import finite, local_rows, open_safetensors
 
 # ----------------------------------------------------------------------------------------------------------- reading
-
-# Nothing that is read can execute code: JSON, safetensors and tokenizer.json hold no more than data, and pickles are
-# never opened. Each reader checks what a file claims before it makes anything of that size.
-JSON_BYTES = (
-    2**19
-)  # of config.json, an index or a safetensors header; those of Llama 405B take a quarter
-
-
-def complain(program: str, said: object) -> None:
-    """One line on stderr, for a user. Most mistakes are found by all processes: when process 0 has said so, torchrun
-    ends the others, so these wait."""
-    if (rank := int(os.environ.get("RANK", 0))) > 0:
-        time.sleep(10)
-    print(f"{program}{f', process {rank}' * (rank > 0)}: {said}", file=sys.stderr, flush=True)
-
-
-def read_start(path: Path, limit: int, wanted: str) -> bytes:
-    """The first `limit` bytes of a file, all if -1. InputError where there is none; a pipe is none, since every process
-    reads for itself."""
-    try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path}: a directory, a pipe or a device; wanted {wanted}")
-        with open(path, "rb") as file:
-            return file.read(limit)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; wanted {wanted}") from None
-
-
-def read_json(path: Path, wanted: str = "a Hugging Face model directory"):
-    """A parsed JSON file of at most half a megabyte; InputError where it is missing, larger or not JSON."""
-    raw = read_start(path, JSON_BYTES + 1, wanted)
-    if len(raw) > JSON_BYTES:
-        raise InputError(f"{path}: more than {JSON_BYTES:,} bytes; wanted {wanted}")
-    try:
-        return json.loads(raw, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-
-
-def unique(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object. ValueError where it has a key twice: Python takes the last one unsaid, other readers the first."""
-    found = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"key {shown(key)} stands twice in one object")
-        found[key] = value
-    return found
-
-
-def shown(value: object, most: int = 60) -> str:
-    """A value out of a file as a message shows it: short, printable, on one line."""
-    text = ascii(value)
-    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
@@ -281,17 +217,6 @@ def token_ids(raw: dict, key: str, where: str | Path) -> tuple[int, ...]:
     return tuple(value)
 
 
-def generation_eos(directory: str | Path) -> tuple[int, ...]:
-    """The ids at which a directory's generation_config.json ends an answer; none where it has no such file."""
-    path = Path(directory) / "generation_config.json"
-    raw = read_json(path) if path.exists() else {}
-    if not isinstance(raw, dict):
-        raise InputError(
-            f"{path}: {shown(raw)}, wanted an object, its eos_token_id a token id or a list of them"
-        )
-    return token_ids(raw, "eos_token_id", path)
-
-
 # -------------------------------------------------------------------------------------------------------- attention
 
 
@@ -407,62 +332,6 @@ def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- cache
 
 
-# Rows of a step whose attention is one call, as long as their longest: on a CPU reading what is masked costs more than
-# calls do. On a GPU all rows are one.
-ROWS_AT_ONCE = 8
-
-
-class Past(NamedTuple):
-    """One layer of a Cache, and where in it the tokens of the pass in progress belong."""
-
-    k_BGNK: Tensor
-    v_BGNK: Tensor
-    row_T: Tensor  # int64: the cache row of each token
-    position_T: Tensor  # int64: its position in that row's sequence
-    masks: list[
-        tuple[slice, Tensor]
-    ]  # for a step: rows, and what is added to their scores, (rows, 1, 1, keys)
-
-    def attend(
-        self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments | None
-    ) -> Tensor:
-        """`attention`, the keys and values kept. Without segments T is B, one new token for each row, which attends to
-        all that its row holds."""
-        self.k_BGNK[self.row_T, :, self.position_T] = k_TGK
-        self.v_BGNK[self.row_T, :, self.position_T] = v_TGK
-        if segments is not None:
-            return attention(q_THK, k_TGK, v_TGK, segments)
-        # The query heads that share a key head stand where SDPA expects tokens: no key is copied for them.
-        q_BGHK = q_THK.unflatten(1, (self.k_BGNK.shape[1], -1))
-        outputs = []
-        for rows, mask in self.masks:
-            k, v = (x_BGNK[rows, :, : mask.shape[-1]] for x_BGNK in (self.k_BGNK, self.v_BGNK))
-            outputs.append(F.scaled_dot_product_attention(q_BGHK[rows], k, v, attn_mask=mask))
-        return torch.cat(outputs).flatten(1, 2)
-
-
-class Cache:
-    """Keys and values of B sequences of at most N tokens, for every layer, allocated once. Row b holds one sequence
-    from its first token on; rows are of any length, and what lies beyond a row's end is masked."""
-
-    def __init__(self, model: "Llama", rows: int, tokens: int):
-        c, weight = model.config, model.model["embed_tokens"].weight
-        shape = (c.num_hidden_layers, 2, rows, c.num_key_value_heads, tokens, c.head_dim)
-        # Zeros, since a masked value counts 0 times what it is, and memory as it comes may hold NaN.
-        self.layers = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        self.k_and_v = [tuple(layer) for layer in self.layers]  # views, made once
-
-    def past(
-        self, row_T: Tensor, position_T: Tensor, masks: list[tuple[slice, Tensor]]
-    ) -> list[Past]:
-        """What each block takes in one pass."""
-        return [Past(k_BGNK, v_BGNK, row_T, position_T, masks) for k_BGNK, v_BGNK in self.k_and_v]
-
-    def move(self, source: int, target: int) -> None:
-        """Puts a row in the place of another."""
-        self.layers[:, :, target] = self.layers[:, :, source]
-
-
 # ------------------------------------------------------------------------------------------------------------ blocks
 
 
@@ -522,13 +391,12 @@ class Attention(nn.Module):
         x_TD: Tensor,
         rope: tuple[Tensor, Tensor],
         segments: Segments | None,
-        past: Past | None = None,
+        attend: Callable = attention,
     ) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q_THK, k_TGK, v_TGK = (
             project(x_TD).unflatten(-1, (-1, self.head_dim)) for project in projections
         )
-        attend = attention if past is None else past.attend
         out_THK = attend(rotate(q_THK, *rope), rotate(k_TGK, *rope), v_TGK, segments)
         return self.o_proj(out_THK.flatten(-2))
 
@@ -581,9 +449,9 @@ class Block(nn.Module):
         x_TD: Tensor,
         rope: tuple[Tensor, Tensor],
         segments: Segments | None,
-        past: Past | None = None,
+        attend: Callable = attention,
     ) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, segments, past)
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, segments, attend)
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
 
@@ -664,21 +532,6 @@ class Head(nn.Linear):
         )
 
 
-class PackedLinear(nn.Module):
-    """A linear layer in fp32 on a CPU that cannot be trained, its weight laid out once as oneDNN's kernels read it.
-
-    Generation multiplies every weight by a few rows at each step: there it takes 0.7 of nn.Linear's time, which MKL
-    computes (AMD EPYC, 32 rows). The two operators are those that torch's own compiler calls for frozen weights.
-    """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 32)
-
-    def forward(self, x_TD: Tensor, target_S: None = None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x_TD, self.weight, None, "none", [], "")
-
-
 # ------------------------------------------------------------------------------------------------------------- model
 
 
@@ -707,8 +560,8 @@ class Llama(nn.Module):
 
         Responses 2i and 2i+1 are the chosen and the rejected one of pair i. The packed equal of asft.response_logps.
         """
-        hidden_TD = self._hidden(batch.tokens_T, batch.positions_T, batch.segments)
-        logp_S = self._head(hidden_TD.index_select(0, batch.scored_row_S), batch.target_S)
+        hidden_TD = self.hidden(batch.tokens_T, batch.positions_T, batch.segments)
+        logp_S = self.head(hidden_TD.index_select(0, batch.scored_row_S), batch.target_S)
         sum_R = logp_S.new_zeros(len(batch.length_R)).index_add(0, batch.response_S, logp_S)
         return sum_R / batch.length_R, sum_R
 
@@ -716,69 +569,28 @@ class Llama(nn.Module):
         """Logits (T, V) of one plain sequence, in the dtype of the weights: row t predicts token t+1."""
         ends = torch.tensor([0, len(tokens_T)], dtype=torch.int32, device=tokens_T.device)
         positions_T = torch.arange(len(tokens_T), device=tokens_T.device)
-        return self._head(
-            self._hidden(tokens_T, positions_T, Segments(ends, ends, None, len(tokens_T)))
+        return self.head(
+            self.hidden(tokens_T, positions_T, Segments(ends, ends, None, len(tokens_T)))
         )
 
-    def prefill(self, prompts: list[list[int]], cache: Cache, row: int) -> Tensor:
-        """Logits (B, V) of the token after each of B prompts, of at least one token id each. One packed pass, without
-        padding; the prompts' keys and values go to the cache's rows row, row + 1, ..."""
-        device, lengths = cache.layers.device, torch.tensor([len(prompt) for prompt in prompts])
-        ends = F.pad(lengths.cumsum(0), (1, 0))
-        starts = ends.int().to(device)
-        position_T = torch.cat([torch.arange(n) for n in lengths]).to(device)
-        row_T = (row + torch.repeat_interleave(lengths)).to(device)
-        tokens_T = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-        segments = Segments(starts, starts, None, int(lengths.max()))
-        hidden_TD = self._hidden(tokens_T, position_T, segments, cache.past(row_T, position_T, []))
-        return self._head(hidden_TD.index_select(0, ends[1:].to(device) - 1))
-
-    def step(self, tokens: list[int], lengths: list[int], cache: Cache) -> Tensor:
-        """Logits (B, V) of the next token of the cache's first B rows, once row b, which holds lengths[b] tokens, has
-        got tokens[b] as well."""
-        device, rows = cache.layers.device, len(tokens)
-        tokens_B, position_B = torch.tensor([tokens, lengths], device=device)
-        beyond_BN = torch.arange(max(lengths) + 1, device=device) > position_B[:, None]
-        mask_BN = cache.layers.new_zeros(beyond_BN.shape).masked_fill(beyond_BN, -math.inf)
-        at_once = rows if device.type == "cuda" else ROWS_AT_ONCE
-        parts = [slice(i, min(i + at_once, rows)) for i in range(0, rows, at_once)]
-        masks = [(part, mask_BN[part, None, None, : max(lengths[part]) + 1]) for part in parts]
-        past = cache.past(torch.arange(rows, device=device), position_B, masks)
-        return self._head(self._hidden(tokens_B, position_B, None, past))
-
-    def pack_linears(self, least: int = 2**18) -> None:
-        """Makes each linear layer of at least so many weights a PackedLinear: for generation in fp32 on a CPU. Does
-        nothing elsewhere. Small ones would lose more by oneDNN's longer calls than they win."""
-        weight = self.model["embed_tokens"].weight
-        if (
-            weight.dtype != torch.float32
-            or weight.device.type != "cpu"
-            or not torch.backends.mkldnn.is_available()
-        ):
-            return
-        for module in list(self.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.Linear) and child.weight.numel() >= least:
-                    setattr(module, name, PackedLinear(child))
-
-    def _hidden(
+    def hidden(
         self,
         tokens_T: Tensor,
         positions_T: Tensor,
         segments: Segments | None,
-        pasts: list[Past] | None = None,
+        attends: Sequence[Callable] | None = None,
     ) -> Tensor:
         x_TD = self.model["embed_tokens"](tokens_T)
         rope = rope_tables(self.config, positions_T)
         layers = self.model["layers"]
-        for block, past in zip(layers, pasts or [None] * len(layers), strict=True):
+        for block, attend in zip(layers, attends or [attention] * len(layers), strict=True):
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x_TD = checkpoint(block, x_TD, rope, segments, use_reentrant=False)
             else:
-                x_TD = block(x_TD, rope, segments, past)
+                x_TD = block(x_TD, rope, segments, attend)
         return x_TD
 
-    def _head(self, hidden_SD: Tensor, target_S: Tensor | None = None) -> Tensor:
+    def head(self, hidden_SD: Tensor, target_S: Tensor | None = None) -> Tensor:
         hidden_SD = self.model["norm"](hidden_SD)
         if self.lm_head is not None:
             return self.lm_head(hidden_SD, target_S)
@@ -1020,92 +832,6 @@ def add_stop_ids(path: Path, stop_ids: Sequence[int]) -> None:
         path.write_text(json.dumps(raw | {"eos_token_id": [*eos, *more]}, indent=2) + "\n")
 
 
-def local_rows(tensor: Tensor) -> tuple[Tensor, slice]:
-    """What this rank holds of a tensor, and which rows of the whole that is."""
-    if not isinstance(tensor, DTensor):
-        return tensor, slice(0, len(tensor))
-    mesh = tensor.device_mesh  # its last axis splits rows; one before it holds replicas
-    return tensor.to_local(), rows_of_rank(len(tensor), mesh.shape[-1], mesh.get_coordinate()[-1])
-
-
-def rows_of_rank(rows: int, ranks: int, rank: int) -> slice:
-    """Which of a tensor's rows a rank holds: FSDP2 splits like torch.chunk."""
-    chunk = -(-rows // ranks)
-    return slice(min(chunk * rank, rows), min(chunk * (rank + 1), rows))
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """A failure to write (no room, no rights) becomes an InputError that names the file."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def finite(tensor: Tensor) -> bool:
-    """Whether every number of it is. aminmax passes NaN on, and makes no copy of the tensor's size."""
-    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
-
-
-def file_checksum(path: str | Path) -> str:
-    """A hash of what a file holds."""
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def files_checksum(paths: Iterable[str | Path]) -> str:
-    """A hash of what several hold, in this order; of one that is not there, that it is not. They are read at once."""
-    with ThreadPoolExecutor() as threads:
-        found = threads.map(
-            lambda path: file_checksum(path) if Path(path).exists() else "none", paths
-        )
-    return hashlib.blake2b(" ".join(found).encode(), digest_size=16).hexdigest()
-
-
-def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtype]:
-    """Where this process computes, and the dtype of matrix products: --device auto is this process's GPU where each
-    process of this machine has one, --precision auto is bf16 there and fp32 on a CPU. Makes that GPU the current one.
-    Raises InputError where there is none."""
-    devices, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cuda = devices >= wanted if device == "auto" else device == "cuda"
-    if cuda and devices < wanted:
-        raise InputError(
-            f"--device cuda for {wanted} processes, but torch finds {devices} CUDA devices"
-        )
-    here = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    )
-    if cuda:
-        torch.cuda.set_device(here)
-    return here, torch.bfloat16 if precision == "bf16" or (
-        cuda and precision == "auto"
-    ) else torch.float32
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether that is what it says. A GPU's allocator raises OutOfMemoryError; a CPU's, CUDA itself and its libraries
-    raise RuntimeErrors, told by their texts."""
-    texts = ("can't allocate memory", "out of memory", "alloc_failed")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        text in str(error).lower() for text in texts
-    )
-
-
-def flush(path: Path) -> None:
-    """Makes a written file, or a directory's entries, survive a power cut. Raises InputError where it cannot: some say
-    only here that they are full."""
-    with naming(path):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
     """Weight file -> the keys its index gives it (None: a single file, without index)."""
     index_path = directory / "model.safetensors.index.json"
@@ -1129,23 +855,3 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
             )
         files.setdefault(directory / name, set()).add(key)
     return files
-
-
-def open_safetensors(path: Path):
-    """safe_open, with errors that a user can act on. It checks what a header says of shapes, dtypes and offsets; here,
-    before it, what it would take silently (a key twice) or at length (a header of up to 100 MB)."""
-    start = read_start(path, 8 + JSON_BYTES, "a safetensors file")
-    if start.startswith(b"version https://git-lfs"):
-        raise InputError(
-            f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` or download the file"
-        )
-    length = int.from_bytes(start[:8], "little")
-    try:
-        if length > JSON_BYTES:
-            raise ValueError(f"its header would have {length:,} bytes")
-        json.loads(start[8 : 8 + length], object_pairs_hook=unique)
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path}: truncated or not a safetensors file ({shown(str(error), 150)})"
-        ) from None

@@ -30,27 +30,18 @@ pairs, which is a function of seed and epoch. So a run that goes on from a check
 Left out: LoRA, other optimisers, configuration files.
 """
 
-import argparse
 import dataclasses
-import errno
-import fcntl
 import functools
-import hashlib
 import json
 import math
 import os
-import platform
-import resource
 import shlex
-import shutil
 import signal
 import sys
-import textwrap
 import time
 import typing
 from collections import Counter
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 # OpenMP threads that wait spin for milliseconds by default. Beside another busy process that makes a step on a CPU five
@@ -58,8 +49,6 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
-import safetensors
-import tokenizers
 import torch
 import torch.distributed as dist
 from safetensors.torch import save
@@ -80,35 +69,36 @@ from data import (
     ChatFormat,
     Pair,
     encode_preferences,
+    generation_eos,
     pack,
     plan_step,
     read_preferences,
     resolve_max_tokens,
     split_pairs,
 )
-from model import (
-    InputError,
-    Llama,
-    LlamaConfig,
-    check_weights,
+from model import Llama, LlamaConfig, check_weights, load_weights, save_model
+from support.checkpoints import (
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    stop_unless_finite,
+)
+from support.files import InputError, checksum, flush, write_whole
+from support.flags import LOSS_OPTIONS, MAY_CHANGE, PRESETS, flag, parse, spell
+from support.log import Log, describe, show
+from support.memory import plan, rehearse
+from support.processes import (
+    StoppedError,
+    StopRequest,
     choose_device,
     complain,
-    expected_shapes,
-    file_checksum,
-    files_checksum,
-    finite,
-    flush,
-    generation_eos,
-    load_weights,
-    local_rows,
-    naming,
-    open_safetensors,
+    on_first_process,
     out_of_memory,
-    read_json,
-    rows_of_rank,
-    save_model,
-    shown,
+    peak_memory_gib,
+    together,
 )
+from support.run_directory import claim_out, fingerprint, read_cache
+from support.tensors import finite
 
 # ------------------------------------------------------------------------------------------------------ configuration
 
@@ -123,38 +113,6 @@ EXAMPLE = {
     "samples": 4,
     "eval_every": 20,
 }
-# Recipes. What one fixes of the loss cannot be given otherwise beside it; its rate can.
-PRESETS = {
-    "paper": {"loss": "asft", "sft_weight": 1.0, "beta": 0.1, "temperature": 1.0, "lr": 1e-5},
-    "align-only": {"loss": "asft", "sft_weight": 0.0, "beta": 1.0, "temperature": 1.0, "lr": 1e-6},
-    "tempered": {"loss": "asft", "sft_weight": 0.0, "beta": 1.0, "lr": 1e-6},
-}
-LOSS_OPTIONS = {option for row in asft.LOSSES.values() for option in row.options}
-# What --resume may change. Weights and pairs may move, but their content is compared (fingerprint).
-MAY_CHANGE = {
-    "model",
-    "data",
-    "eval_data",
-    "reference_cache",
-    "out",
-    "resume",
-    "save_every",
-    "keep",
-    "eval_every",
-    "max_tokens_per_gpu",
-    "share_prompt",
-    "device",
-    "checkpoint_blocks",
-    "compile",
-    "replicas",
-    "save_dtype",
-    "plan",
-}
-
-
-def flag(default, text: str, choices: tuple | None = None):
-    """A field of Config with its line of --help."""
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -359,111 +317,6 @@ class Config:
         return " ".join(words)
 
 
-def spell(name: str) -> str:
-    """A field's name as a flag."""
-    return "--" + name.replace("_", "-")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise InputError(f"{message} (--help lists the flags)")
-
-
-def parse(arguments: list[str] | None = None) -> Config:
-    """Flags -> Config. A loss's own defaults (asft.py) stand where a flag is not given; a flag that it does not take is
-    refused."""
-    parser = _Parser(
-        usage="python train.py [FLAGS]",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
-    for field in dataclasses.fields(Config):
-        kind = kinds_of(field)[0]
-        text = field.metadata["help"] + (
-            "" if field.default in (None, "", False, True) else f" [{field.default}]"
-        )
-        how: dict = {"type": kind, "choices": field.metadata["choices"]}
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
-        how |= {"nargs": "?", "const": ""} if field.name == "resume" else {}
-        parser.add_argument(spell(field.name), help=text.replace("%", "%%"), **how)
-    given = vars(parser.parse_args(arguments))
-    if "resume" in given and (recorded := recorded_flags(given)):
-        for name in sorted(given.keys() - MAY_CHANGE):
-            if given[name] != recorded[name]:
-                raise InputError(
-                    f"{spell(name)} is {given[name]}, but the run in {given['out']} has {recorded[name]}; "
-                    f"it cannot change on the way"
-                )
-        return Config(**(recorded | given))
-    if "model" not in given and "data" not in given:
-        given = EXAMPLE | given
-    preset = PRESETS.get(given.get("preset"), {})
-    for option in sorted(given.keys() & preset.keys() - {"lr"}):
-        if given[option] != preset[option]:
-            raise InputError(
-                f"{spell(option)} {given[option]} contradicts --preset {given['preset']}, which has "
-                f"{preset[option]}; leave one of the two out"
-            )
-    given = preset | given
-    if given.get("preset") == "tempered" and "temperature" not in given:
-        raise InputError(
-            "--preset tempered wants --temperature: arXiv 2502.01237 tunes it for each model and data set"
-        )
-    name = given.get("loss", Config.loss)
-    options = asft.LOSSES[name].options
-    if strange := sorted(given.keys() & LOSS_OPTIONS - options.keys()):
-        takes = ", ".join(map(spell, options)) or "none"
-        raise InputError(
-            f"{spell(strange[0])} is not an option of --loss {name}, which takes {takes}"
-        )
-    if not asft.LOSSES[name].reference and (
-        strange := sorted(given.keys() & {"reference", "reference_cache"})
-    ):
-        raise InputError(
-            f"{spell(strange[0])} is not an option of --loss {name}, which uses no reference model"
-        )
-    if given.get("reference") == "live" and "reference_cache" in given:
-        raise InputError(
-            "--reference-cache goes with --reference precompute, found --reference live"
-        )
-    return Config(**(options | given))
-
-
-def recorded_flags(given: dict) -> dict | None:
-    """The flags of the run that --resume names, or None where it is yet to begin; sets given["out"]."""
-    if given["resume"] and Path(given.setdefault("out", given["resume"])) != Path(given["resume"]):
-        raise InputError(
-            f"--resume {given['resume']} and --out {given['out']} are two directories; leave one out"
-        )
-    if "out" not in given:
-        raise InputError("--resume wants the directory of a run, its own or --out's")
-    path = Path(given["out"]) / "config.json"
-    if not path.exists() and given["resume"]:
-        raise InputError(f"{path}: No such file; --resume DIR wants the directory of a run")
-    if not path.exists():
-        return None
-    facts = read_json(path, "a run's config.json")
-    flags = facts.get("flags") if isinstance(facts, dict) else None
-    if not isinstance(flags, dict) or flags.keys() != Config.__dataclass_fields__.keys():
-        raise InputError(f"{path}: wanted the config.json of a run of this version of train.py")
-    for field in dataclasses.fields(Config):
-        value, choices = flags[field.name], field.metadata["choices"]
-        if type(value) not in kinds_of(field) or (
-            choices and value is not None and value not in choices
-        ):
-            raise InputError(
-                f"{path}: {field.name} is {shown(value)}, which no run of train.py writes"
-            )
-    return flags
-
-
-def kinds_of(field: dataclasses.Field) -> tuple[type, ...]:
-    """The types of a field's values: str, or str and None, and so on."""
-    return typing.get_args(field.type) or (field.type,)
-
-
 def learning_rate(
     step: int, steps: int, peak: float, warmup_ratio: float, min_lr_ratio: float
 ) -> float:
@@ -500,27 +353,6 @@ def start_processes(config: Config) -> DeviceMesh:
     shape, names = (config.replicas, world // config.replicas), ("replicate", "shard")
     first = 1 if config.replicas == 1 else 0
     return init_device_mesh("cuda" if cuda else "cpu", shape[first:], mesh_dim_names=names[first:])
-
-
-def together(action: typing.Callable[[], typing.Any]) -> list:
-    """What action() returns on each process, told to all; so is the first InputError (or failure to write)."""
-    everywhere: list = [None] * dist.get_world_size()
-    try:
-        found = action()
-    except InputError as error:
-        found = error
-    except OSError as error:
-        found = InputError(f"{error.filename}: {error.strerror}")
-    dist.all_gather_object(everywhere, found)
-    for found in everywhere:
-        if isinstance(found, InputError):
-            raise found
-    return everywhere
-
-
-def on_first_process(action: typing.Callable[[], typing.Any]) -> typing.Any:
-    """What action() returns, run by process 0 alone."""
-    return together(lambda: action() if dist.get_rank() == 0 else None)[0]
 
 
 def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
@@ -611,52 +443,6 @@ class Data:
         return self.reference(batch) if live else self.reference[rows].flatten(0, 1).unbind(-1)
 
 
-def fingerprint(config: Config, parts: list[Data]) -> dict[str, str]:
-    """What a run's numbers depend on, its flags aside: hashes of the weights that it starts from and of the very
-    tokens, and the precision."""
-    files = sorted(set(check_weights(config.model, LlamaConfig.load(config.model)).values()))
-    found = {"weights": files_checksum([Path(config.model) / "config.json", *files])}
-    for name, part in zip(("pairs", "held-out pairs"), parts, strict=False):
-        digest = hashlib.blake2b(digest_size=16)
-        for ids in (
-            ids for pair in part.pairs for ids in (pair.prompt, pair.chosen, pair.rejected)
-        ):
-            digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
-        found[name] = digest.hexdigest()
-    dtype = choose_device(config.device, config.precision)[1]
-    return found | {"precision": str(dtype).removeprefix("torch.")}
-
-
-def read_cache(cache: Path, key: str, parts: list[Data]) -> Tensor | None:
-    """The reference log-probs in a --reference-cache; None where there is none yet. Raises InputError for a cache of
-    another key, a file that is none, and a directory that cannot be written."""
-    if not cache.exists():
-        if not os.access(cache.parent, os.W_OK):
-            raise InputError(
-                f"--reference-cache {cache}: {cache.parent} is not a directory that can be written"
-            )
-        return None
-    pairs = sum(len(part.pairs) for part in parts)
-    with open_safetensors(cache) as file:
-        metadata = file.metadata() or {}
-        found = metadata.get("key")
-        if found != key:
-            raise InputError(
-                f"{cache}: of other weights, pairs or precision (key {shown(found)}, wanted {key}); "
-                "name another --reference-cache"
-            )
-        if set(file.keys()) != {"logps"} or file.get_slice("logps").get_shape() != [pairs, 2, 2]:
-            raise InputError(
-                f"{cache}: not a cache of reference log-probs (wanted logps of shape {pairs}, 2, 2)"
-            )
-        logps = file.get_tensor("logps")
-    if metadata.get("checksum") != checksum({"logps": logps.tolist()}):
-        raise InputError(
-            f"{cache}: damaged (its checksum differs); delete it, and it is computed again"
-        )
-    return logps
-
-
 def attach_reference(
     config: Config, mesh: DeviceMesh, model: Llama, parts: list[Data], key: str, cache: Path
 ) -> None:
@@ -731,14 +517,6 @@ class Sums(dict):
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 
-class StoppedError(RuntimeError):
-    """The run ends before its last step; the message says why. `code` is the exit code."""
-
-    def __init__(self, message: str, code: int = 1):
-        super().__init__(message)
-        self.code = code
-
-
 def make_optimizer(config: Config, model: Llama) -> torch.optim.AdamW:
     """AdamW with its moments, zero as its first step would make them: what does not fit fails before the first step,
     and a checkpoint has what to fill."""
@@ -759,31 +537,6 @@ def make_optimizer(config: Config, model: Llama) -> torch.optim.AdamW:
     return optimizer
 
 
-def rehearse(model: Llama, data: Data, steps: int) -> None:
-    """Forward and backward of the run's largest micro-batches, for nothing but their memory. Raises StoppedError with
-    advice where that is not there: in the first minute, and not in the hour in which such a batch is drawn."""
-    config, longest = data.config, int(data.sizes.max())
-    try:
-        for indexes in largest_micro_batches(data, steps, dist.get_world_size()):
-            tokens = int(data.sizes[indexes].sum())
-            rows, batch, _ = data.batch(indexes)
-            (losses_of(model, data, rows, batch)[0].sum() * 0).backward()
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        less = (
-            f"lower --max-tokens-per-gpu from {config.max_tokens_per_gpu} to {max(tokens // 2, longest)}"
-            if tokens > longest
-            else f"that is one pair: lower --max-tokens from {config.max_tokens} to "
-            f"{config.max_tokens // 2}, or use more processes"
-        )
-        more = "" if model.checkpoint_blocks else ", or pass --checkpoint-blocks on"
-        raise StoppedError(
-            f"out of memory in the run's largest micro-batch, {tokens} tokens; {less}{more}"
-        ) from None
-    model.zero_grad()
-
-
 def plan_of(data: Data, step: int, processes: int) -> list[list[list[int]]]:
     """[process][micro-batch] -> indexes of pairs."""
     config = data.config
@@ -791,39 +544,6 @@ def plan_of(data: Data, step: int, processes: int) -> list[list[list[int]]]:
     return plan_step(
         data.sizes, config.pairs_per_step, seed, step, processes, config.max_tokens_per_gpu
     )
-
-
-def largest_micro_batches(data: Data, steps: int, processes: int) -> list[list[int]]:
-    """The largest of the whole run, with which its step begins; then, where steps have several, the largest that meets
-    the gradients of one before it: run in this order, they take what the run takes at most."""
-    every = [of_process for step in range(steps) for of_process in plan_of(data, step, processes)]
-    kinds = (
-        [of_process[0] for of_process in every],
-        [indexes for of_process in every for indexes in of_process[1:]],
-    )
-    return [max(kind, key=lambda indexes: data.sizes[indexes].sum()) for kind in kinds if kind]
-
-
-class StopRequest:
-    """SIGTERM and Ctrl-C, while it lasts, ask to stop after the step; a second one stops at once. But within a second
-    it is the same request: a scheduler tells torchrun and its processes, and torchrun tells them again."""
-
-    def __enter__(self) -> "StopRequest":
-        self.number, self.since = 0, 0.0
-        self.before = {
-            number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        return self
-
-    def ask(self, number: int, _frame) -> None:
-        if not self.number:
-            self.number, self.since = number, time.monotonic()
-        elif time.monotonic() - self.since > 1:
-            os._exit(128 + number)
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def train(
@@ -966,399 +686,10 @@ def answer(
 # disk. safetensors and JSON: nothing in it can execute.
 
 
-def trained_tensors(model: Llama, optimizer: torch.optim.AdamW) -> list[tuple[str, Tensor]]:
-    """All that training changes, the step aside: fp32, sharded."""
-    return [
-        (f"{kind}.{name}", parameter if kind == "weight" else optimizer.state[parameter][kind])
-        for name, parameter in model.named_parameters()
-        for kind in ("weight", "exp_avg", "exp_avg_sq")
-    ]
-
-
-def stop_unless_finite(tensors: list[tuple[str, Tensor]], step: int) -> None:
-    """Raises StoppedError everywhere, naming the tensors that hold a value that is not a finite number."""
-    bad = together(lambda: [key for key, tensor in tensors if not finite(local_rows(tensor)[0])])
-    if named := sorted({key for of_process in bad for key in of_process}):
-        raise StoppedError(
-            f"after step {step} {named[0]} is not finite ({len(named)} such tensors); not saved"
-        )
-
-
-def save_checkpoint(
-    out: Path,
-    step: int,
-    identity: str,
-    model: Llama,
-    optimizer: torch.optim.AdamW,
-    mesh: DeviceMesh,
-    keep: int,
-) -> None:
-    """OUT/checkpoints/step-..., by all processes; then removes all but the newest `keep`. Raises StoppedError for a
-    value that is not finite, and InputError where it cannot be written: the earlier ones stay whole."""
-    tensors = trained_tensors(model, optimizer)
-    stop_unless_finite(tensors, step)
-    home, name = out / "checkpoints", f"step-{step:06d}"
-    aside = home / f".{name}.partial"
-    *replica, index = mesh.get_coordinate()
-
-    def begin() -> None:
-        for path in home.glob(".step-*"):  # what a run that was killed left behind
-            shutil.rmtree(path)
-        aside.mkdir(parents=True)
-
-    def write() -> dict[str, str]:
-        if any(replica):  # the first replica's rows are all rows
-            return {}
-        file = f"{index:05d}-of-{mesh.shape[-1]:05d}.safetensors"
-        return {
-            file: write_tensors(
-                aside / file, [(key, local_rows(tensor)[0]) for key, tensor in tensors]
-            )
-        }
-
-    def finish() -> None:
-        for log in out.glob("*.jsonl"):
-            flush(log)  # the rows of its steps must not be lost where the checkpoint is not
-        files = {name: digest for of_process in digests for name, digest in of_process.items()}
-        facts = {"step": step, "run": identity, "files": files}
-        write_whole(
-            aside / "checkpoint.json",
-            json.dumps(facts | {"checksum": checksum(facts)}, indent=2) + "\n",
-        )
-        aside.rename(home / name)
-        flush(home)
-        flush(out)
-        for old in checkpoints(out)[:-keep]:
-            hidden = old.rename(old.with_name(f".{old.name}.old"))
-            shutil.rmtree(hidden)
-
-    try:
-        on_first_process(begin)
-        digests = together(write)
-        on_first_process(finish)
-    except InputError:
-        if dist.get_rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-def write_tensors(path: Path, tensors: list[tuple[str, Tensor]]) -> str:
-    """Writes fp32 tensors as a safetensors file, to the disk, and returns its checksum. One tensor at a time: the
-    library's own writer wants all of them in memory at once, and a GPU's in the CPU's."""
-    header, end = {}, 0
-    for key, tensor in tensors:
-        header[key] = {
-            "dtype": "F32",
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end + tensor.nbytes],
-        }
-        end += tensor.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.blake2b(digest_size=16)
-    with naming(path), open(path, "wb") as file:
-        for block in (len(text).to_bytes(8, "little"), text, *(tensor for _, tensor in tensors)):
-            block = block.detach().cpu().flatten().numpy() if isinstance(block, Tensor) else block
-            file.write(block)
-            digest.update(block)
-    flush(path)
-    return digest.hexdigest()
-
-
-def checksum(facts: dict) -> str:
-    """Of what a JSON object says, in whatever order."""
-    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Replaces a file: it holds the old content or the new, never a part."""
-    aside = path.with_name(f".{path.name}.partial")
-    with naming(path):
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        flush(aside)
-        aside.rename(path)
-        flush(path.parent)
-
-
-class DamagedError(InputError):
-    """A checkpoint that is not what was written."""
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """Those in OUT, newest last. A copy under another name (step-000200.bak) is none: it would count as the newest."""
-    found = (path for path in (out / "checkpoints").glob("step-*") if path.name[5:].isdecimal())
-    return sorted(found, key=lambda path: int(path.name[5:]))
-
-
-def newest_checkpoint(out: Path, identity: str, log: "Log") -> tuple[Path | None, dict]:
-    """The newest checkpoint that is whole, byte for byte, and its checkpoint.json; (None, {"step": 0}) where there is
-    none at all. Newer ones are named and set aside. Raises InputError where none is whole, one cannot be read, or it is
-    another run's."""
-    found = on_first_process(lambda: checkpoints(out))[::-1]
-    for i, path in enumerate(found):
-        try:
-            facts = together(functools.partial(checked_facts, path))[0]
-        except DamagedError as error:
-            log.say(f"{error}; trying the checkpoint before")
-            continue
-        if facts.get("run") != identity:
-            raise InputError(
-                f"{path}: of a run with other flags, pairs or weights than {out / 'config.json'} says"
-            )
-        for bad in found[:i] if dist.get_rank() == 0 else ():
-            aside = bad.with_name(f"damaged-{bad.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            bad.rename(aside)
-        return path, facts
-    if found:
-        raise InputError(f"{out / 'checkpoints'}: none of {len(found)} checkpoints is whole")
-    return None, {"step": 0}
-
-
-def checked_facts(path: Path) -> dict:
-    """A checkpoint's checkpoint.json; each process checks its share of the files. Raises DamagedError naming one."""
-    name = "checkpoint.json"
-    try:
-        facts = json.loads((path / name).read_bytes())
-        if facts.pop("checksum") != checksum(facts):
-            raise ValueError("its checksum differs")
-        if path.name != f"step-{facts['step']:06d}" or any("/" in file for file in facts["files"]):
-            raise ValueError("it is another directory's")
-        if not facts["files"]:
-            raise ValueError("it names no file")
-        for name in sorted(facts["files"])[dist.get_rank() :: dist.get_world_size()]:
-            if file_checksum(path / name) != facts["files"][name]:
-                raise ValueError("its checksum differs")
-    except (
-        FileNotFoundError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
-        raise DamagedError(
-            f"{path / name}: damaged ({getattr(error, 'strerror', None) or error})"
-        ) from None
-    return facts
-
-
-def load_checkpoint(path: Path, facts: dict, model: Llama, optimizer: torch.optim.AdamW) -> None:
-    """Fills weights and moments, each process its own rows, from a checkpoint of any number of processes. Raises
-    InputError where a tensor is not there or has another shape."""
-    paths = [path / name for name in sorted(facts["files"])]
-    files = [open_safetensors(path) for path in paths]
-    for key, tensor in trained_tensors(model, optimizer):
-        local, rows = local_rows(tensor.detach())
-        for i, file in enumerate(files):
-            stored = rows_of_rank(len(tensor), len(files), i)
-            first, last = max(rows.start, stored.start), min(rows.stop, stored.stop)
-            if first < last:
-                with naming(paths[i]):
-                    part = file.get_slice(key)
-                if part.get_shape() != [stored.stop - stored.start, *tensor.shape[1:]]:
-                    raise InputError(
-                        f"{paths[i]}: {key} has shape {part.get_shape()}, which is not this model's"
-                    )
-                local[first - rows.start : last - rows.start] = part[
-                    first - stored.start : last - stored.start
-                ]
-    for state in optimizer.state.values():
-        state["step"].fill_(facts["step"])
-
-
 # -------------------------------------------------------------------------------------------------------------- logging
 
 
-def peak_memory_gib() -> float:
-    """Of this process so far (the log has the largest of all): the GPU's memory, or what is resident without one."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-class Log:
-    """What rank 0 prints and writes. On a terminal the step line moves in place; elsewhere every step is a line."""
-
-    def __init__(self, out: Path, active: bool):
-        self.out, self.active, self.moving = out, active, sys.stdout.isatty()
-
-    def say(self, text: str) -> None:
-        if self.active:
-            print(text, flush=True)
-
-    def header(
-        self,
-        config: Config,
-        mesh: DeviceMesh,
-        model: Llama,
-        parts: list[Data],
-        counts: list[Counter],
-        steps: int,
-    ) -> dict:
-        """Prints what will run, and returns what OUT/config.json says of it."""
-        llama, data, processes = model.config, parts[0], dist.get_world_size()
-        parameters = sum(p.numel() for p in model.parameters())
-        here, dtype = choose_device(config.device, config.precision)
-        products = "bf16" if dtype == torch.bfloat16 else "fp32"
-        device = (
-            torch.cuda.get_device_name()
-            if here.type == "cuda"
-            else f"CPU ({torch.get_num_threads()} threads)"
-        )
-        responses = sum(len(p.chosen) + len(p.rejected) for p in data.pairs)
-        lines = {
-            "model": f"{config.model}: {parameters:,} parameters, {llama.num_hidden_layers} layers, width "
-            f"{llama.hidden_size}, vocabulary {llama.vocab_size:,}",
-            "loss": " ".join(
-                [config.loss, *(f"{name} {value:g}" for name, value in config.loss_options.items())]
-            ),
-            "data": f"{config.data}: {describe(counts[0])}",
-            "held out": f"{config.eval_data}: {describe(counts[-1])}"
-            if config.eval_data
-            else "none (--eval-data)",
-            "tokens": f"{data.sizes.sum():,} an epoch, {responses:,} of them in responses; {data.sizes.mean():,.0f} a "
-            f"pair, at most {data.sizes.max():,}",
-            "steps": f"{steps:,} of {config.pairs_per_step} pairs; warm-up to {config.lr:g}, then cosine to "
-            f"{config.min_lr_ratio * config.lr:g}",
-            "precision": f"fp32 weights and moments, {products} products, fp32 losses",
-            "devices": f"{processes} x {device}",
-            "out": str(self.out),
-            "flags": config.command_line(),
-        }
-        self.say("ASFT, Aligned Supervised Fine-Tuning (arXiv 2409.10571)")
-        for name, text in lines.items():
-            self.say(
-                textwrap.fill(
-                    text,
-                    118,
-                    initial_indent=f"  {name:<11}",
-                    subsequent_indent=" " * 13,
-                    break_long_words=False,
-                    break_on_hyphens=False,
-                )
-            )
-        modules = (torch, tokenizers, safetensors, np)
-        return {
-            "flags": vars(config),
-            "data": counts[0],
-            "eval_data": counts[1] if config.eval_data else None,
-            "steps": steps,
-            "parameters": parameters,
-            "processes": processes,
-            "device": device,
-            "versions": {"python": platform.python_version()}
-            | {m.__name__: m.__version__ for m in modules},
-        }
-
-    def step(self, row: dict, steps: int, seconds_left: float) -> None:
-        if not self.active:
-            return
-        text = (
-            "step {step}/"
-            + str(steps)
-            + " epoch {epoch:.2f} | loss {loss:.4f} sft {sft:.4f} align {align:.4f} | "
-            "margin {margin:+.4f} accuracy {accuracy:.1%} logp_w {logp_w:.4f} logp_l {logp_l:.4f} | lr {lr:.2e} "
-            "norm {grad_norm:.3f} | {tokens_per_s:,.0f} tokens/s {pairs_per_s:.1f} pairs/s "
-        ).format(**row)
-        text += f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d} left {row['peak_memory_gib']:.2f} GiB"
-        if self.moving:
-            text = "\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1]
-        print(text, end="" if self.moving and row["step"] < steps else "\n", flush=True)
-
-    def evaluation(self, step: int, row: dict, answers: list[str]) -> None:
-        self.append("eval.jsonl", {"step": step, **row} | ({"answers": answers} if answers else {}))
-        text = (
-            "held-out after {step} | loss {eval_loss:.4f} sft {eval_sft:.4f} align {eval_align:.4f} | margin "
-            "{eval_margin:+.4f} accuracy {eval_accuracy:.1%} logp_w {eval_logp_w:.4f} logp_l {eval_logp_l:.4f}"
-        )
-        self.say(("\r\x1b[K" if self.moving else "") + text.format(step=step, **row))
-
-    def rewind(self, done: int) -> None:
-        """For process 0: forgets what is logged of the steps after `done`, which will run again. Raises InputError
-        where the others are not all there, or a checkpoint must have been: its disk may only not be mounted."""
-        path, home = self.out / "metrics.jsonl", self.out / "checkpoints"
-        if not done and path.exists():
-            logged, every = (
-                path.read_bytes().count(b"\n"),
-                read_json(self.out / "config.json")["flags"]["save_every"],
-            )
-            if 0 < every < logged:
-                raise InputError(
-                    f"{path}: has {logged} steps, but there is no checkpoint in {home}; to begin again, "
-                    "name a fresh --out"
-                )
-        for name in ("metrics.jsonl", "eval.jsonl"):
-            path, kept = self.out / name, []
-            for line in path.read_bytes().splitlines() if path.exists() and done else []:
-                try:
-                    if json.loads(line)["step"] > done:
-                        break
-                except (
-                    ValueError,
-                    LookupError,
-                    TypeError,
-                ):  # cut short by the end of the process, or damaged
-                    self.say(
-                        f"{path}: row {len(kept) + 1} is not whole; it and what follows are dropped"
-                    )
-                    break
-                kept.append(line + b"\n")
-            if name == "metrics.jsonl" and len(kept) != done:
-                raise InputError(
-                    f"{path}: {len(kept)} whole rows up to step {done}, of which there is a checkpoint; "
-                    'for a lost one a line {"step": N} may stand'
-                )
-            write_whole(path, b"".join(kept))
-
-    def append(self, name: str, row: dict) -> None:
-        if self.active:
-            with naming(self.out / name), open(self.out / name, "a") as file:
-                file.write(json.dumps(row) + "\n")
-
-
 # -------------------------------------------------------------------------------------------------------------- the run
-
-
-def claim_out(config: Config, marks: dict[str, str]) -> Path:
-    """For process 0: takes the run's directory, new, or of the run to go on with, whose fingerprint must be this one's.
-    Raises InputError."""
-    out = Path(config.out or f"runs/{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3])
-    if config.resume is not None and (out / "config.json").exists():
-        there = read_json(out / "config.json").get("fingerprint")
-        for name in sorted(marks):
-            if not isinstance(there, dict) or marks[name] != there.get(name):
-                raise InputError(f"--resume {out}: other {name} than the run began with")
-    elif out.exists() and (not out.is_dir() or any(path.name[0] != "." for path in out.iterdir())):
-        raise InputError(
-            f"--out {out} is not empty: a new run wants a fresh directory; --resume goes on with the "
-            "run that is in it"
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        fcntl.lockf(
-            os.open(out / ".lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # until it ends
-    except BlockingIOError:
-        raise InputError(f"--out {out}: another process is training there") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
-            raise InputError(f"--out {out}: {error.strerror}") from None
-        print(
-            f"--out {out}: its disk has no locks, so a second run there would go unnoticed",
-            flush=True,
-        )
-    return out
-
-
-def describe(counts: Counter) -> str:
-    """Counts of a data file in one line."""
-    reasons = ("bad lines", "unequal prompts", "empty", "overlong", "identical")
-    return (
-        f"{counts['read']:,} read, {counts['kept']:,} kept, {counts['truncated']:,} of them truncated; dropped: "
-        + ", ".join(f"{counts[reason]:,} {reason}" for reason in reasons)
-    )
 
 
 def run(config: Config) -> None:
@@ -1497,80 +828,6 @@ def read_data(
         parts.append(Data(pairs, config, device))
         parts[-1].split()  # raises where a pair alone is over --max-tokens-per-gpu
     return parts, counts, chat
-
-
-def plan(config: Config, llama: LlamaConfig, gpus: int) -> None:
-    """Prints what the run would take on `gpus` CUDA devices: its largest micro-batches are simulated, with fake
-    tensors on one of a fake group of processes, under torch's own memory trackers. What the allocator wastes and CUDA
-    itself takes come on top.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
-    data = read_data(config, llama, "cpu")[0][0]
-    steps = count_steps(data)
-    largest = largest_micro_batches(data, steps, gpus)
-    batches = [data.batch(indexes)[1] for indexes in largest]
-
-    mesh = init_device_mesh("cpu", (gpus,))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        with torch.device("meta"):
-            model = Llama(llama)
-        model.checkpoint_blocks = config.checkpoint_blocks != "off"
-        shard(model, mesh, torch.bfloat16)
-        model.to_empty(device="cpu")
-        # The moments are there; the update itself, which is fused, takes nothing.
-        tracker = FSDPMemTracker(model, make_optimizer(config, model))
-        with tracker:
-            for batch in batches:
-                tracker.reset_mod_stats()  # it counts by module too, and takes a second forward for a mistake
-                model(batch)[0].sum().backward()
-        (peak,) = tracker.get_tracker_snapshot("peak").values()
-
-    parameters = sum(math.prod(shape) for shape in expected_shapes(llama).values())
-    flops = 3 * forward_flops(llama, data.pairs, config.share_prompt)
-    a_step = config.pairs_per_step / len(data.pairs)
-    kinds = {
-        str(kind).split(".")[-1].lower().replace("_", " "): size / 2**30
-        for kind, size in peak.items()
-        if size
-    }
-    total = kinds.pop("total")
-    print(
-        f"{config.model} on {gpus} GPU{'s' * (gpus > 1)}, {config.data}\n"
-        f"  parameters  {parameters:,}\n"
-        f"  steps       {steps:,} of {config.pairs_per_step} pairs, {data.sizes.sum() * a_step:,.0f} tokens a step, "
-        f"at most {data.sizes[largest[0]].sum():,} a micro-batch\n"
-        f"  FLOPs       {flops * a_step:.3g} a step (forward and backward; recomputation not counted)\n"
-        f"  memory      {total:.1f} GiB at the peak, on each GPU: "
-        + ", ".join(f"{name} {size:.1f}" for name, size in kinds.items() if size >= 0.05)
-    )
-
-
-def forward_flops(llama: LlamaConfig, pairs: list[Pair], share_prompt: bool) -> int:
-    """Of a forward pass: two a weight and token that meet (in the head scored tokens alone), and of attention what the
-    mask lets through. Backward has twice as many."""
-    in_blocks = sum(
-        math.prod(shape) for key, shape in expected_shapes(llama).items() if "_proj" in key
-    )
-    tokens = sum(pair.packed_tokens(share_prompt) for pair in pairs)
-    scored = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    seen, prompts = (
-        0,
-        1 if share_prompt else 2,
-    )  # (query, key) pairs; how often a prompt is computed
-    for pair in pairs:
-        n_p, *responses = map(len, (pair.prompt, pair.chosen, pair.rejected))
-        seen += prompts * n_p * (n_p + 1) // 2 + sum(n * n_p + n * (n + 1) // 2 for n in responses)
-    attention = 4 * llama.num_hidden_layers * llama.num_attention_heads * llama.head_dim * seen
-    return 2 * in_blocks * tokens + 2 * llama.vocab_size * llama.hidden_size * scored + attention
-
-
-def show(text: str) -> str:
-    """Text on one line."""
-    return text.strip().replace("\n", "\\n")[:200]
 
 
 def main(arguments: list[str] | None = None) -> int:

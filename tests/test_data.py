@@ -30,7 +30,7 @@ from data import (
     resolve_max_tokens,
     split_pairs,
 )
-from model import InputError
+from support.files import InputError
 
 CONTROL = [
     f"<|{name}|>"

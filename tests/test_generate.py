@@ -20,9 +20,12 @@ from conftest import LLAMA31, REAL, ROOT, needs_real, tiny_model
 from test_model import refusal
 
 import eval as evaluation
-from data import ChatFormat, read_preferences, read_prompts
-from eval import Request, append_row, choose, generate, load_generator, locked, probabilities, share
-from model import Cache, save_model
+from data import ChatFormat, read_preferences
+from evaluation.answers import load_generator
+from evaluation.generate import Cache, Request, choose, generate, probabilities
+from evaluation.prompts import read_prompts
+from evaluation.rows import append_row, locked, share
+from model import save_model
 
 EXAMPLE = ROOT / "examples" / "model"
 LENGTHS = (5, 1, 23, 9, 40, 2, 14)  # tokens of prompts

@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file
 
 import train
 from data import ChatFormat, read_preferences
-from model import InputError, LlamaConfig, check_weights, load_model, read_json, save_model, shown
+from model import LlamaConfig, check_weights, load_model, save_model
+from support.files import InputError, read_json, shown
 
 GOOD = '{"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"}'
 

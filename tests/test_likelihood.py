@@ -19,7 +19,7 @@ from conftest import ROOT, random_pairs, tiny_model
 import eval as evaluation
 import train
 from data import ChatFormat
-from eval import pair_logps, summarise
+from evaluation.likelihood import pair_logps, summarise
 from model import load_model, save_model
 
 EXAMPLE = ROOT / "examples" / "model"

@@ -24,7 +24,6 @@ import model
 from asft import response_logps
 from data import pack
 from model import (
-    InputError,
     Llama,
     LlamaConfig,
     RMSNorm,
@@ -34,6 +33,7 @@ from model import (
     save_model,
     target_logps,
 )
+from support.files import InputError
 
 # Prompt, chosen and rejected tokens: ragged, with one-token prompts and one-token responses.
 LENGTHS = [(5, 3, 7), (1, 4, 2), (9, 1, 1), (6, 8, 1), (1, 1, 5)]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from data import read_preferences, read_prompts
+from data import read_preferences
+from evaluation.prompts import read_prompts
 
 README = (ROOT / "README.md").read_text()
 

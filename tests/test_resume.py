@@ -18,13 +18,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import train
 from conftest import ROOT, random_pairs, run_train, tiny_model
-from model import file_checksum, save_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_hostile import NORM, Planted, entry, written
 from test_train import LENGTHS, flags, rows, start, write_pairs  # noqa: F401
+
+import train
+from model import save_model
+from support.files import file_checksum
 
 CLOCKS = {"seconds", "tokens_per_s", "pairs_per_s", "peak_memory_gib"}
 STEPS = ["--max-steps", 7, "--epochs", 9, "--save-every", 2]  # checkpoints after 2, 4 and 6

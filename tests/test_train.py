@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, random_pairs, run_train, tiny_config, tiny_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import asft
 import train
 from data import ChatFormat, plan_step
-from model import Llama, LlamaConfig, load_model, load_weights, local_rows, save_model
-from safetensors import safe_open
-from safetensors.torch import save_file
+from model import Llama, LlamaConfig, load_model, load_weights, save_model
+from support.tensors import local_rows
 
 LENGTHS = [
     (5, 7, 4),

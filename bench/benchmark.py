@@ -713,10 +713,10 @@ def generate_one(a: argparse.Namespace) -> None:
     import numpy as np
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import eval as evaluation  # first, since it sets how threads wait
     import torch
     from transformers import AutoModelForCausalLM, StoppingCriteria
 
+    import eval as evaluation  # first, since it sets how threads wait
     from model import load_model
 
     rng, vocab_size = (

@@ -37,7 +37,8 @@ from hypothesis import strategies as st
 
 import model as model_py
 from data import ChatFormat, encode_preferences, read_preferences
-from model import InputError, LlamaConfig, check_weights, load_model, save_model
+from model import LlamaConfig, check_weights, load_model, save_model
+from support.files import InputError
 
 MODEL = ROOT / "examples" / "model"
 CHAT = ChatFormat(MODEL)

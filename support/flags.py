@@ -1,0 +1,174 @@
+"""Flags of a program: one frozen dataclass gives the flags, --help, the printed command and config.json.
+
+train.py's Config names each setting once, with its default and one line of help. Here are the
+steps between it and what a user types or resumes:
+
+    flag, spell             a field with its line of help; a field's name as a flag
+    require                 a field's range
+    FlagParser, parse       the command line -> a Config, with the options of its loss checked
+    recorded_flags          the flags of the run that --resume names
+    command_line            a Config -> the flags that give it
+"""
+
+import argparse
+import dataclasses
+import math
+import shlex
+import typing
+from pathlib import Path
+
+import asft
+from support.files import InputError, read_json, shown
+
+LOSS_OPTIONS = {option for loss in asft.LOSSES.values() for option in loss.options}
+REFERENCE_OPTIONS = {"reference", "reference_cache"}
+# Flags that --resume may change. Every other flag, also a new one, would change the updates.
+# The paths may change, but not the content behind them: support/run_directory.py compares it.
+MAY_CHANGE = {
+    *("model", "data", "eval_data", "reference_cache", "out", "resume"),
+    *("save_every", "keep", "eval_every", "save_dtype", "plan"),
+    *("max_tokens_per_gpu", "share_prompt", "checkpoint_blocks", "compile", "device", "replicas"),
+}
+
+
+def flag(default, text: str, choices: tuple | None = None):
+    """A field of a configuration: its default, its line of --help, and its choices if any."""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+
+
+def spell(name: str) -> str:
+    """A field's name as a flag: max_steps -> --max-steps."""
+    return "--" + name.replace("_", "-")
+
+
+def require(config, names: str, wanted: str, allowed: typing.Callable[[float], bool]) -> None:
+    """Raises InputError if one of these fields (names separated by spaces) is set to a number
+    that is not allowed. Infinity and NaN never are, except where `allowed` asks for neither."""
+    for name in names.split():
+        value = getattr(config, name)
+        if value is not None and not allowed(value):
+            raise InputError(f"{spell(name)} is {value}, wanted {wanted}")
+
+
+def finite_and(condition: typing.Callable[[float], bool]) -> typing.Callable[[float], bool]:
+    """The condition, false for infinity and NaN as well."""
+    return lambda value: math.isfinite(value) and condition(value)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse whose complaints are InputErrors: one line, exit code 2."""
+
+    def error(self, message: str):
+        raise InputError(f"{message} ({self.prog} --help lists the flags)")
+
+
+def parse(config_class: type, arguments: list[str] | None, example: dict, description: str):
+    """The command line -> a configuration. Without --model and --data the example's settings hold.
+
+    A flag that is not given has its loss's own default (asft.LOSSES), else the field's. Raises
+    InputError for flags that the loss does not use and for changes that --resume does not allow.
+    """
+    given = vars(_parser(config_class, description).parse_args(arguments))
+    if "resume" in given and (recorded := recorded_flags(config_class, given)):
+        for name in sorted(given.keys() - MAY_CHANGE):
+            if given[name] != recorded[name]:
+                raise InputError(
+                    f"{spell(name)} is {given[name]}, but the run in {given['out']} has "
+                    f"{recorded[name]}; a resumed run cannot change it"
+                )
+        return config_class(**(recorded | given))
+    if "model" not in given and "data" not in given:
+        given = example | given
+    loss = given.get("loss", config_class.loss)
+    options = asft.LOSSES[loss].options
+    if unused := sorted(given.keys() & LOSS_OPTIONS - options.keys()):
+        takes = ", ".join(map(spell, options)) or "none"
+        raise InputError(
+            f"{spell(unused[0])} is not an option of --loss {loss}, which takes {takes}"
+        )
+    if not asft.LOSSES[loss].reference and (unused := sorted(given.keys() & REFERENCE_OPTIONS)):
+        raise InputError(
+            f"{spell(unused[0])} is not an option of --loss {loss}, which uses no reference model"
+        )
+    if given.get("reference") == "live" and "reference_cache" in given:
+        raise InputError("--reference-cache needs --reference precompute, found --reference live")
+    return config_class(**(options | given))
+
+
+def _parser(config_class: type, description: str) -> FlagParser:
+    """A parser with a flag for each field. Flags that are not given leave no value behind."""
+    parser = FlagParser(
+        prog="train.py",
+        usage="python train.py [FLAGS]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    for field in dataclasses.fields(config_class):
+        text = field.metadata["help"]
+        if field.default not in (None, "", False, True):
+            text += f" [{field.default}]"
+        kind = kinds_of(field)[0]
+        how = {"type": kind, "choices": field.metadata["choices"]}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        if field.name == "resume":  # alone, it resumes the run in --out
+            how |= {"nargs": "?", "const": ""}
+        parser.add_argument(spell(field.name), help=text.replace("%", "%%"), **how)
+    return parser
+
+
+def recorded_flags(config_class: type, given: dict) -> dict | None:
+    """The flags in config.json of the run that --resume names, or None if it has not begun.
+
+    Sets given["out"]. Raises InputError if there is no such run, or if its config.json holds
+    something that no run writes.
+    """
+    if given["resume"] and Path(given.setdefault("out", given["resume"])) != Path(given["resume"]):
+        raise InputError(
+            f"--resume {given['resume']} and --out {given['out']} are two directories; "
+            "leave one out"
+        )
+    if "out" not in given:
+        raise InputError("--resume needs the directory of a run, its own or --out's")
+    path = Path(given["out"]) / "config.json"
+    if not path.exists() and given["resume"]:
+        raise InputError(f"{path}: No such file; --resume DIR needs the directory of a run")
+    if not path.exists():
+        return None
+    facts = read_json(path, "a run's config.json")
+    flags = facts.get("flags") if isinstance(facts, dict) else None
+    if not isinstance(flags, dict) or flags.keys() != config_class.__dataclass_fields__.keys():
+        raise InputError(f"{path}: wanted the config.json of a run of this version of train.py")
+    for field in dataclasses.fields(config_class):
+        value, choices = flags[field.name], field.metadata["choices"]
+        known = choices is None or value is None or value in choices
+        if type(value) not in kinds_of(field) or not known:
+            raise InputError(
+                f"{path}: {field.name} is {shown(value)}, which no run of train.py writes"
+            )
+    return flags
+
+
+def kinds_of(field: dataclasses.Field) -> tuple[type, ...]:
+    """The types of a field's values: str, or str and None, and so on."""
+    return typing.get_args(field.type) or (field.type,)
+
+
+def command_line(config) -> str:
+    """The flags that give this configuration, without those that its loss does not use."""
+    unused = LOSS_OPTIONS - config.loss_options.keys() | {"resume"}
+    if not config.loss_row.reference:
+        unused |= REFERENCE_OPTIONS
+    if config.loss != "ipo":
+        unused |= {"ipo_sum"}
+    words = []
+    for name, value in vars(config).items():
+        if name in unused or value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(spell(name) if value else spell("no_" + name))
+        else:
+            words.append(f"{spell(name)} {shlex.quote(str(value))}")
+    return " ".join(words)
