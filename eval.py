@@ -1,33 +1,30 @@
-"""Evaluates: answers, likelihoods, BLEU and ROUGE, MT-Bench and Arena-Hard; the paper's tables and figures.
+"""Evaluates a model: answers, likelihoods, BLEU and ROUGE, MT-Bench and Arena-Hard, figures.
 
-    python eval.py generate --model DIR --prompts FILE --out FILE     a model's answers to prompts
-    python eval.py likelihood --model DIR --data FILE --out DIR       log-probs of both sides of preference pairs
-    python eval.py score --predictions FILE --json OUT                BLEU-4 and ROUGE against references
+    python eval.py generate --model DIR --prompts FILE --out FILE     answers to prompts
+    python eval.py likelihood --model DIR --data FILE --out DIR       log-probs of preference pairs
+    python eval.py score --predictions FILE --json OUT                BLEU-4 and ROUGE
     python eval.py mt-bench answer --model DIR --questions FILE --out ANSWERS ...
-    python eval.py mt-bench judge --answers ANSWERS --endpoint URL --judge-model NAME --out JUDGMENTS ...
-    python eval.py mt-bench report --judgments JUDGMENTS ... --json OUT    scores and intervals
+    python eval.py mt-bench judge --answers ANSWERS --judge-model NAME --out JUDGMENTS ...
+    python eval.py mt-bench report --judgments JUDGMENTS ... --json OUT
     python eval.py arena-hard answer|judge|report ...                 the same three steps
-    python eval.py tables --runs NAME=DIR ...                         the paper's tables, from what --json wrote
-    python eval.py figures --out DIR --runs RUN NAME=RUN ...          Figure 1, and Figure 2 of runs of train.py
-    python eval.py COMMAND --help                                     its flags
+    python eval.py tables --runs NAME=DIR ...                         the paper's tables
+    python eval.py figures --out DIR --runs RUN NAME=RUN ...          the paper's figures
+    python eval.py COMMAND --help                                     the flags of a command
 
-A command that was interrupted continues when the same call is made again. Under torchrun each process holds the whole
-model and takes its share of the rows.
+A command that was interrupted continues when the same call is made again. Under torchrun each
+process holds the whole model and takes its share of the rows. Each command is a module of
+evaluation/ with its own flags; docs/evaluation.md shows all of them at work.
 """
 
-import argparse
-import contextlib
-import os
-import sys
+import support  # noqa: F401  before torch, which reads what it sets
 
-# OpenMP threads that wait spin by default, which makes a busy CPU many times slower; as in train.py.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# isort: split
+import argparse
 
 from evaluation import answers, benchmarks, figures, judge, likelihood, reports, scores, tables
 from evaluation.benchmarks import ARENA_HARD, MT_BENCH
-from support.files import InputError
-from support.flags import FlagParser
-from support.processes import complain, out_of_memory
+from support.flags import FlagParser, spell
+from support.processes import exit_code, leave
 
 COMMANDS = {
     "generate": (answers, "a model's answers to prompts"),
@@ -67,36 +64,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0, or 2 for a user's mistake and for memory that is not there, with one clear line, or 130 when
-    interrupted."""
+    """Runs the command line and returns the exit code (support.processes.exit_code)."""
     flags = argparse.Namespace()
-    try:
+
+    def run() -> None:
+        nonlocal flags
         flags = parse(arguments)
         flags.command(flags)
-        sys.stdout.flush()
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except InputError as error:
-        said = str(error)
-    except OSError as error:
-        said = f"{error.filename or 'standard output'}: {error.strerror}"
-    except (RuntimeError, MemoryError) as error:
-        lower = next(
-            (name for name in ("cache_tokens", "max_tokens_per_gpu") if name in flags), None
-        )
-        if lower is None or not out_of_memory(error):
-            raise
-        said = (
-            f"out of memory; lower --{lower.replace('_', '-')} from {getattr(flags, lower)} to "
-            f"{getattr(flags, lower) // 2}, unless the model alone is too large"
-        )
-    complain("eval.py", said)
-    return 2
+
+    def memory_advice() -> str | None:
+        for name in ("cache_tokens", "max_tokens_per_gpu"):
+            if name in flags:
+                now = getattr(flags, name)
+                return (
+                    f"lower {spell(name)} from {now} to {now // 2}, unless the model alone is too "
+                    "large"
+                )
+        return None
+
+    return exit_code("eval.py", run, memory_advice)
 
 
 if __name__ == "__main__":
-    code = main()
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    os._exit(code)  # as in train.py: sys.exit lets gloo's threads race the interpreter's end
+    leave(main())

@@ -1,57 +1,53 @@
 """Fine-tunes a Llama 3 on preference pairs with ASFT, or with one of its baselines.
 
-    python train.py                                        the example: a tiny model, two minutes on a laptop
-    python train.py --model DIR --data FILE                your model (a Hugging Face directory), your pairs
-    torchrun --nproc_per_node 8 train.py --model DIR --data FILE        the same on eight GPUs: same flags, same updates
-    python train.py --resume OUT                           go on with a run that was stopped or killed
-    python train.py --help                                 every flag, its default, and what the paper says of it
+    python train.py                                 the example: a tiny model, two minutes
+    python train.py --model DIR --data FILE         your model (Hugging Face), your pairs
+    torchrun --nproc_per_node 8 train.py ...        the same updates on eight GPUs
+    python train.py --resume OUT                    resumes a run that was stopped or killed
+    python train.py --help                          every flag, its default, what the paper says
 
 In reading order
-    Config, parse       one frozen dataclass: the defaults, the flags, --help, the printed header, OUT/config.json
-    learning_rate       warm-up and cosine
-    start_processes, together, shard, build_model    one process and many, on CPU and on GPUs (FSDP2)
-    Data, losses_of     the forward pass: a packed batch -> one loss per pair; and a reference, where a loss wants one
-    train               the loop: draw, forward, loss, backward, clip, rate, update, log
-    save_checkpoint, newest_checkpoint, load_checkpoint    what a run that is killed goes on from
-    evaluate, answer    held-out loss, margin and accuracy; greedy answers to a few held-out prompts
-    Log                 the header, the line per step, OUT/metrics.jsonl
-    claim_out, run, plan, forward_flops, main    a run's directory; a whole run; what it would take; the exit code
+    Config                                 every setting: its flag, its default, its line of help
+    step_loss, train                       the step and the loop
+    Pairs, Sums, learning_rate             what a step draws; its metrics; warm-up and cosine
+    evaluate, answer                       held-out figures; answers to a few held-out prompts
+    attach_reference                       log-probs of the starting model, for dpo and ipo
+    start_processes ... make_optimizer     one process and many, on CPU and on GPUs (FSDP2)
+    Run, run, plan, main                   a whole run; what it would take; the exit code
 
-Writes OUT/config.json, OUT/metrics.jsonl, OUT/eval.jsonl, OUT/checkpoints/, OUT/reference.safetensors where a loss has
-a reference, and at the end OUT/model/, which transformers and vLLM load.
+Weights and AdamW's moments are kept in fp32, sharded over the processes; matrix products run in
+bf16 on CUDA and in fp32 on a CPU. A step's pairs do not depend on the number of processes, and each
+pair weighs 1/pairs_per_step wherever it is computed.
 
-Weights and AdamW's moments are kept in fp32, sharded over the processes; matrix products run in bf16 on CUDA and in
-fp32 on CPU (--precision). A step's pairs do not depend on the number of processes, and each weighs 1/pairs_per_step
-wherever it is computed.
+The state of a run is its step number, its weights and AdamW's moments. Nothing is drawn at random
+except the order of the pairs, a function of seed and epoch. So a run that resumes from a
+checkpoint ends with the same bits (on a CPU, with the same number of processes).
 
-A run's state is its step, its weights and AdamW's moments: nothing in it is drawn at random but the order of the
-pairs, which is a function of seed and epoch. So a run that goes on from a checkpoint ends with the same bits.
+Files: OUT/config.json, metrics.jsonl, eval.jsonl, checkpoints/, and at the end model/, which
+transformers and vLLM load. support/ holds what a reader of the method may skip.
 
 Left out: LoRA, other optimisers, configuration files.
 """
 
+import support  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
 import dataclasses
-import functools
 import json
 import math
 import os
-import shlex
 import signal
 import sys
 import time
 import typing
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-
-# OpenMP threads that wait spin for milliseconds by default. Beside another busy process that makes a step on a CPU five
-# times slower; with this it costs a few per cent alone. It is read when torch loads.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import save
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -69,42 +65,47 @@ from data import (
     ChatFormat,
     Pair,
     encode_preferences,
-    generation_eos,
     pack,
     plan_step,
     read_preferences,
     resolve_max_tokens,
     split_pairs,
 )
-from model import Llama, LlamaConfig, check_weights, load_weights, save_model
+from model import Llama, LlamaConfig, check_weights, expected_shapes, load_weights, save_model
 from support.checkpoints import (
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
     stop_unless_finite,
+    trained_tensors,
 )
 from support.files import InputError, checksum, flush, write_whole
-from support.flags import LOSS_OPTIONS, MAY_CHANGE, PRESETS, flag, parse, spell
-from support.log import Log, describe, show
-from support.memory import plan, rehearse
+from support.flags import MAY_CHANGE, flag, parse, require
+from support.log import Log, describe, header, run_facts
+from support.memory import (
+    forward_flops,
+    init_fake_group,
+    largest_micro_batches,
+    rehearse,
+    simulated_peak,
+)
 from support.processes import (
     StoppedError,
     StopRequest,
     choose_device,
-    complain,
+    exit_code,
+    leave,
     on_first_process,
-    out_of_memory,
     peak_memory_gib,
     together,
 )
-from support.run_directory import claim_out, fingerprint, read_cache
+from support.run_directory import claim_out, fingerprint, read_cache, write_cache
 from support.tensors import finite
 
-# ------------------------------------------------------------------------------------------------------ configuration
+# ------------------------------------------------------------------------------- configuration
 
 HERE = Path(__file__).resolve().parent
-# What `python train.py` runs when it is told neither --model nor --data: a tiny model wants a larger rate than an 8B
-# one.
+# Without --model and --data, the example runs. A tiny model needs a larger rate than an 8B one.
 EXAMPLE = {
     "model": str(HERE / "examples/model"),
     "data": str(HERE / "examples/train.jsonl"),
@@ -117,106 +118,69 @@ EXAMPLE = {
 
 @dataclass(frozen=True)
 class Config:
-    """The run. Defaults are the paper's settings (PAPER); where it is silent the help says so (OPEN) and why this was
-    chosen."""
+    """The run. Each field is a flag. PAPER: the paper's setting; OPEN: the paper does not say, and
+    this is the choice made here. A loss's own defaults (asft.py) come before these."""
 
-    model: str = flag(
-        "", "Hugging Face directory of a Llama: config.json, safetensors, tokenizer.json"
-    )
-    data: str = flag("", "preference pairs, JSONL or JSONL.gz (formats: README)")
+    model: str = flag("", "Hugging Face directory of a Llama: config, safetensors, tokenizer")
+    data: str = flag("", "preference pairs, JSONL or JSONL.gz (docs/data-formats.md)")
     eval_data: str | None = flag(None, "held-out pairs, in the same formats")
-    out: str | None = flag(
-        None, "directory of this run; new or empty (default: a fresh one under runs/)"
-    )
+    out: str | None = flag(None, "directory of the run, new or empty (default: under runs/)")
 
-    preset: str | None = flag(
-        None,
-        "paper: equation 14; align-only: its align term alone; tempered: that with "
-        "--temperature (arXiv 2502.01237; both at 1e-6, after a run of sft)",
-        tuple(PRESETS),
-    )
     loss: str = flag("asft", "which loss (asft.py). PAPER: asft", tuple(asft.LOSSES))
-    beta: float = flag(
-        0.1, "asft, orpo: weight of the align term; others: reward scale (simpo: 2). PAPER: 0.1"
-    )
-    sft_weight: float = flag(
-        1.0, "asft: weight of the SFT term; 0 trains on the align term alone. PAPER: 1"
-    )
-    temperature: float = flag(
-        1.0, "asft: inside the align term's sigmoids (arXiv 2502.01237). PAPER: 1"
-    )
-    eps: float = flag(
-        1e-6, "asft, orpo: log-probs above -eps count as -eps in log(1-p). OPEN: near fp32's limit"
-    )
+    beta: float = flag(0.1, "weight of the align term (asft, orpo) or reward scale. PAPER: 0.1")
+    sft_weight: float = flag(1.0, "asft: weight of the SFT term; 0: only the align term. PAPER: 1")
+    temperature: float = flag(1.0, "asft: inside the align term (arXiv 2502.01237). PAPER: 1")
+    eps: float = flag(1e-6, "asft, orpo: log-probs above -eps count as -eps in log(1-p). OPEN")
     gamma: float = flag(1.0, "simpo: target margin of the rewards")
-    ipo_sum: bool = flag(
-        False, "ipo: summed instead of mean log-probs. OPEN: public code has both; mean is TRL's"
-    )
+    ipo_sum: bool = flag(False, "ipo: summed log-probs. OPEN: public code has both; TRL has means")
     reference: str = flag(
         "precompute",
-        "dpo, ipo: reference log-probs, computed once before training, or by a live "
-        "frozen copy of the model. PAPER: live; the losses are the same",
+        "dpo, ipo: reference log-probs computed once, or a live frozen copy. Same losses. "
+        "PAPER: live",
         ("precompute", "live"),
     )
     reference_cache: str | None = flag(
         None,
-        "file of precomputed reference log-probs: read if it exists and was made "
-        "by the same weights from the same tokens, else written (default: in OUT)",
+        "dpo, ipo: file that keeps the reference log-probs over runs; other weights or pairs are "
+        "refused (default: in OUT)",
     )
 
     lr: float = flag(1e-5, "peak learning rate. PAPER: 1e-5")
-    warmup_ratio: float = flag(
-        0.1, "share of the steps with linear warm-up. OPEN: the paper says linear; 0.1 is usual"
-    )
-    min_lr_ratio: float = flag(
-        0.0, "the last step's rate over the peak's, cosine between. OPEN: 0 is usual"
-    )
+    warmup_ratio: float = flag(0.1, "share of the steps with linear warm-up. PAPER: linear; OPEN")
+    min_lr_ratio: float = flag(0.0, "last rate over the peak, cosine between. OPEN: 0 is usual")
     epochs: int = flag(2, "passes over the pairs. PAPER: 2")
     max_steps: int | None = flag(None, "stop after so many steps; the schedule ends there too")
     pairs_per_step: int = flag(
-        32,
-        "pairs of one update, over all processes. OPEN: the paper's 'batch size 4' does not "
-        "say of what; this is 4 on each of 8 GPUs",
+        32, "pairs of one update, over all GPUs. OPEN: 'batch size 4' does not say of what; 4 x 8"
     )
     weight_decay: float = flag(0.0, "AdamW's. OPEN: 0, as usual in preference tuning")
     adam_beta1: float = flag(0.9, "AdamW's. OPEN: torch's default")
     adam_beta2: float = flag(0.999, "AdamW's. OPEN: torch's default")
     adam_eps: float = flag(1e-8, "AdamW's. OPEN: torch's default")
-    max_grad_norm: float = flag(
-        1.0, "gradients are scaled down to this norm. OPEN: 1, the other trainers' default"
-    )
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm. OPEN: usual")
     seed: int = flag(0, "of the order of the pairs. OPEN: any; report several")
-    shuffle: bool = flag(
-        True, "a new order of the pairs each epoch; without, the file's. OPEN: usual"
-    )
+    shuffle: bool = flag(True, "a new order of the pairs each epoch; without, the file's. OPEN")
 
     max_tokens: int | None = flag(
-        None,
-        "of a prompt with one response (default: 2048, or what the model takes if "
-        "that is less). PAPER: 2048",
+        None, "of a prompt with one response (default: 2048, or the model's limit). PAPER: 2048"
     )
     overlong: str = flag(
         "truncate",
-        "responses that do not fit after their prompt: cut their end, or drop the pair. "
-        "OPEN: truncated, but how the paper does not say",
+        "a response that does not fit after its prompt: cut its end, or drop the pair. OPEN: "
+        "PAPER truncates, but does not say how",
         ("truncate", "drop"),
     )
     skip_bad_lines: bool = flag(False, "count malformed lines instead of stopping at them")
     max_tokens_per_gpu: int = flag(
-        8192,
-        "packed tokens of a micro-batch on one process: bounds memory, the update stays the same",
+        8192, "packed tokens of a micro-batch on one process: bounds memory, same update"
     )
-    share_prompt: bool = flag(
-        True, "compute each prompt once for both responses; the numbers are the same without"
-    )
+    share_prompt: bool = flag(True, "compute each prompt once for both responses; same numbers")
 
-    device: str = flag(
-        "auto", "cuda where there is a device for each process", ("auto", "cpu", "cuda")
-    )
+    device: str = flag("auto", "cuda if each process has a GPU", ("auto", "cpu", "cuda"))
     precision: str = flag(
         "auto",
-        "of matrix products: bf16 on CUDA, fp32 on CPU; weights, moments, norms, losses are "
-        "fp32. OPEN: the paper's FlashAttention-2 implies half precision",
+        "of matrix products: bf16 on CUDA, fp32 on a CPU; all else is fp32. OPEN: the paper's "
+        "FlashAttention-2 implies half precision",
         ("auto", "fp32", "bf16"),
     )
     checkpoint_blocks: str = flag(
@@ -227,72 +191,42 @@ class Config:
     compile: str = flag(
         "auto", "compile each block, once for all lengths: on for CUDA", ("auto", "on", "off")
     )
-    replicas: int = flag(
-        1, "hybrid sharding: this many groups of processes, each with a whole sharded model"
-    )
+    replicas: int = flag(1, "hybrid sharding: groups of processes with a whole model each")
 
-    eval_every: int = flag(
-        0, "steps between evaluations on --eval-data, beside those at the start and the end"
-    )
-    samples: int = flag(
-        0, "held-out prompts to answer (greedily, at most 64 tokens) before and after training"
-    )
+    eval_every: int = flag(0, "steps between evaluations, besides those at start and end")
+    samples: int = flag(0, "held-out prompts to answer (greedily) before and after training")
     save_dtype: str = flag("bf16", "of OUT/model", ("bf16", "fp32"))
-    save_every: int = flag(
-        200,
-        "steps between checkpoints (12 bytes a parameter each), beside the one that a run "
-        "makes when it is told to stop; 0: no others",
-    )
+    save_every: int = flag(200, "steps between checkpoints (12 bytes a parameter each); 0: none")
     keep: int = flag(2, "checkpoints to keep, the newest")
     resume: str | None = flag(
         None,
-        "go on with the run in this directory, with its flags, from its newest whole "
-        "checkpoint. Without a directory: with the run in --out, or begin it there",
+        "resume the run in this directory from its newest whole checkpoint. Without a directory: "
+        "resume the run in --out, or begin it there",
     )
     plan: int | None = flag(
-        None,
-        "print what the run would take on so many GPUs (steps, tokens, FLOPs, memory by "
-        "kind), and stop; loads no weights",
+        None, "print steps, FLOPs and memory of the run on so many GPUs, and stop; no weights read"
     )
 
     def __post_init__(self):
-        positive = (
-            "lr epochs pairs_per_step max_tokens_per_gpu max_steps max_tokens max_grad_norm adam_eps eps "
-            "temperature replicas keep plan"
-        )
-        for name in positive.split():
-            value, limit = getattr(self, name), math.inf if name != "max_grad_norm" else math.nan
-            if value is not None and (not value > 0 or value == limit):
-                raise InputError(f"{spell(name)} is {value}, wanted a number above 0")
-        for name in "beta sft_weight gamma weight_decay seed eval_every samples save_every".split():
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{spell(name)} is {getattr(self, name)}, wanted 0 or more")
-        for name in "warmup_ratio min_lr_ratio adam_beta1 adam_beta2".split():
-            if not 0 <= getattr(self, name) <= 1 or (
-                name.startswith("adam") and getattr(self, name) == 1
-            ):
-                raise InputError(f"{spell(name)} is {getattr(self, name)}, wanted 0 to 1")
+        for names, wanted, allowed in RANGES:
+            require(self, names, wanted, allowed)
         if self.beta == 0 and self.loss in ("dpo", "ipo", "simpo"):
-            raise InputError(
-                f"--beta is 0.0, wanted more for --loss {self.loss}: nothing would be left of it"
-            )
-        if self.plan and (
-            self.precision == "fp32"
-            or self.replicas > 1
-            or (self.loss_row.reference and self.reference == "live")
-        ):
-            raise InputError(
-                "--plan simulates neither --precision fp32 nor --replicas nor --reference live"
-            )
+            raise InputError(f"--beta is 0.0, wanted more for --loss {self.loss}: it would be 0")
         if self.ipo_sum and self.loss != "ipo":
             raise InputError(f"--ipo-sum goes with --loss ipo, found --loss {self.loss}")
         if not self.model or not self.data:
             raise InputError("--model and --data go together (with neither, the example runs)")
         if (self.eval_every or self.samples) and not self.eval_data:
-            raise InputError("--eval-every and --samples want --eval-data")
+            raise InputError("--eval-every and --samples need --eval-data")
+        live = self.loss_row.reference and self.reference == "live"
+        if self.plan and (self.precision == "fp32" or self.replicas > 1 or live):
+            raise InputError(
+                "--plan simulates neither --precision fp32, --replicas nor a live reference"
+            )
 
     @property
     def loss_row(self) -> asft.Loss:
+        """The row of asft.LOSSES."""
         row = asft.LOSSES[self.loss]
         return row._replace(logps="sum") if self.ipo_sum else row
 
@@ -301,29 +235,122 @@ class Config:
         """The keyword arguments of the loss function."""
         return {name: getattr(self, name) for name in self.loss_row.options}
 
-    def command_line(self) -> str:
-        """The flags that give this configuration, without those that its loss does not take."""
-        words, unused = [], LOSS_OPTIONS - self.loss_options.keys()
-        unused |= set() if self.loss_row.reference else {"reference", "reference_cache"}
-        unused |= {"resume"}  # the flags of the run itself
-        for name, value in vars(self).items():
-            if name in unused or (name == "ipo_sum" and self.loss != "ipo"):
-                continue
-            word = spell(name)
-            if isinstance(value, bool):
-                words.append(word if value else word.replace("--", "--no-"))
-            elif value is not None:
-                words.append(f"{word} {shlex.quote(str(value))}")
-        return " ".join(words)
+
+RANGES = (
+    ("lr eps temperature adam_eps", "a number above 0", lambda x: 0 < x < math.inf),
+    ("max_grad_norm", "a number above 0", lambda x: x > 0),  # inf: no clipping
+    ("epochs max_steps pairs_per_step max_tokens max_tokens_per_gpu", "1 or more", lambda x: x > 0),
+    ("replicas keep plan", "1 or more", lambda x: x > 0),
+    ("beta sft_weight gamma weight_decay", "0 or more", lambda x: 0 <= x < math.inf),
+    ("seed eval_every samples save_every", "0 or more", lambda x: x >= 0),
+    ("warmup_ratio min_lr_ratio", "0 to 1", lambda x: 0 <= x <= 1),
+    ("adam_beta1 adam_beta2", "0 to below 1", lambda x: 0 <= x < 1),
+)
+
+
+# ---------------------------------------------------------------------------- step and loop
+
+
+def step_loss(
+    model: Llama, pairs: "Pairs", indexes: list[int]
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Forward pass of one micro-batch: packed pairs -> one loss per pair.
+
+    Returns loss_B, per-pair metrics (detached; under the same names for every loss), and
+    present_B: 1 for a pair, 0 for the stand-in that an empty micro-batch computes.
+    """
+    loss, options = pairs.config.loss_row, pairs.config.loss_options
+    rows, batch, present_B = pairs.batch(indexes)
+    mean_R, sum_R = model(batch)  # responses 2i and 2i+1: chosen and rejected of pair i
+    logp_R = mean_R if loss.logps == "mean" else sum_R
+    inputs = [logp_R[0::2], logp_R[1::2]]
+    if loss.reference:
+        reference_R = pairs.reference_logps(rows, batch)[loss.logps == "sum"]
+        inputs += [reference_R[0::2], reference_R[1::2]]
+    loss_B, metrics = loss.function(*inputs, **options)
+
+    mean_R, sum_R = mean_R.detach(), sum_R.detach()
+    logp_w_B, logp_l_B = mean_R[0::2], mean_R[1::2]
+    always = {
+        "loss": loss_B.detach(),
+        "sft": -logp_w_B,
+        "logp_w": logp_w_B,
+        "logp_l": logp_l_B,
+        "sum_logp_w": sum_R[0::2],
+        "sum_logp_l": sum_R[1::2],
+        **asft.comparison(logp_w_B, logp_l_B),
+    }
+    return loss_B, always | metrics, present_B
+
+
+def train(run: "Run", done: int) -> None:
+    """Runs the updates after the first `done`.
+
+    One update: draw its pairs; for each micro-batch forward, loss, backward; then clip, set the
+    rate, update, log. Raises StoppedError before an update that is not finite, and after the step
+    in which the run is told to stop.
+    """
+    config, model, pairs, optimizer = run.config, run.model, run.pairs, run.optimizer
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for step in range(done, run.steps):
+        started = time.perf_counter()
+        micro_batches = pairs.plan(step, world)  # [process][micro-batch] -> indexes of pairs
+        drawn = [i for of_rank in micro_batches for indexes in of_rank for i in indexes]
+
+        sums, losses = Sums(), []
+        for indexes in micro_batches[rank]:
+            loss_B, metrics, present_B = step_loss(model, pairs, indexes)
+            # FSDP averages gradients over processes, hence `world`. It does so in every backward,
+            # so that no process ever holds the whole model's gradients.
+            ((loss_B * present_B).sum() * (world / config.pairs_per_step)).backward()
+            sums.add(metrics, present_B)
+            losses.append((indexes, loss_B.detach()))
+
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        means = sums.mean(len(drawn))
+        if not math.isfinite(means["loss"]) or not math.isfinite(norm):
+            stop_non_finite(step + 1, means["loss"], norm, pairs, losses, drawn)
+
+        rate = learning_rate(step, run.steps, config.lr, config.warmup_ratio, config.min_lr_ratio)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+
+        row = {"step": step + 1, "epoch": pairs.epochs(step + 1), **means, "lr": rate}
+        row |= {"grad_norm": norm} | pairs.speed(drawn, time.perf_counter() - started)
+        run.log.step(row, run.steps)
+        last = step + 1 == run.steps
+        if run.held_out and (last or due(config.eval_every, step + 1)):
+            row |= evaluate(model, run.held_out, run.log, step + 1)
+        run.log.append("metrics.jsonl", row)
+        stop = run.stop.signal_anywhere(pairs.device)
+        if not last and (stop or due(config.save_every, step + 1)):
+            out = run.log.out
+            save_checkpoint(out, step + 1, run.identity, model, optimizer, run.mesh, config.keep)
+        if not last and stop:
+            name = signal.Signals(stop).name
+            run.log.say(
+                f"\nstopped by {name} after step {step + 1} of {run.steps}; "
+                f"resume with --resume {run.log.out}"
+            )
+            raise StoppedError(name, 128 + stop)
+
+
+def due(every: int, step: int) -> bool:
+    """True if something that happens every so many steps (0: never) happens after this step."""
+    return every > 0 and step % every == 0
 
 
 def learning_rate(
     step: int, steps: int, peak: float, warmup_ratio: float, min_lr_ratio: float
 ) -> float:
-    """The rate of update `step` (from 0) of `steps`: linear warm-up to the peak, then cosine to min_lr_ratio * peak.
+    """Rate of update `step` (from 0) of `steps`: linear warm-up to the peak, then cosine.
 
-    The first update has a rate above 0 (peak / warm-up steps), update number ceil(warmup_ratio * steps) has the peak,
-    and the last one has the minimum (if any is left after the warm-up).
+    The first update has a rate above 0 (peak / warm-up steps), update ceil(warmup_ratio * steps)
+    has the peak, and the last one has min_lr_ratio * peak. The paper says linear warm-up and
+    cosine, not how long and how far.
     """
     warmup = max(1, math.ceil(warmup_ratio * steps))
     if step < warmup:
@@ -332,22 +359,198 @@ def learning_rate(
     return peak * (min_lr_ratio + (1 - min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-# ----------------------------------------------------------------------------------------------- processes and sharding
+class Pairs:
+    """Pairs on their way to the device, and the reference's log-probs of them for losses that need
+    it."""
+
+    def __init__(self, pairs: list[Pair], config: Config, device: str):
+        self.pairs, self.config, self.device = pairs, config, device
+        self.sizes = np.array([pair.packed_tokens(config.share_prompt) for pair in pairs])
+        # A live copy, or numbers of shape (pairs, 2, 2): [pair, chosen or rejected, mean or sum].
+        self.reference: Llama | Tensor | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates of an epoch. The last one may have fewer pairs."""
+        return -(-len(self.pairs) // self.config.pairs_per_step)
+
+    def epochs(self, step: int) -> float:
+        """Epochs done after so many updates."""
+        return round(step / self.steps_per_epoch, 4)
+
+    def plan(self, step: int, processes: int) -> list[list[list[int]]]:
+        """[process][micro-batch] -> indexes of the pairs of update `step` (from 0)."""
+        c = self.config
+        seed = c.seed if c.shuffle else None
+        return plan_step(self.sizes, c.pairs_per_step, seed, step, processes, c.max_tokens_per_gpu)
+
+    def split(self) -> list[list[int]]:
+        """All pairs once, as this process's micro-batches."""
+        everything, limit = np.arange(len(self.pairs)), self.config.max_tokens_per_gpu
+        return split_pairs(everything, self.sizes, dist.get_world_size(), limit)[dist.get_rank()]
+
+    def batch(self, indexes: list[int]) -> tuple[list[int], Batch, Tensor]:
+        """Returns the indexes, their packed batch, and a 0/1 weight per pair.
+
+        A process without a pair in this micro-batch must still take part in the collectives of the
+        sharded model: it computes the shortest pair, which counts 0.
+        """
+        rows = indexes or [int(self.sizes.argmin())]
+        chosen = [self.pairs[i] for i in rows]
+        batch = pack(chosen, self.config.share_prompt, self.config.max_tokens).to(self.device)
+        return rows, batch, torch.full((len(rows),), float(bool(indexes)), device=self.device)
+
+    @torch.no_grad()
+    def reference_logps(self, rows: list[int], batch: Batch) -> tuple[Tensor, Tensor]:
+        """mean_R and sum_R of the batch's responses under the reference."""
+        if isinstance(self.reference, Llama):
+            return self.reference(batch)
+        return self.reference[rows].flatten(0, 1).unbind(-1)
+
+    def speed(self, drawn: list[int], seconds: float) -> dict[str, float]:
+        """Size, speed and peak memory (the largest of all processes) of a step."""
+        tokens = int(self.sizes[drawn].sum())
+        peak = torch.tensor(peak_memory_gib(), device=self.device)
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
+        return {
+            "pairs": len(drawn),
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_s": tokens / seconds,
+            "pairs_per_s": len(drawn) / seconds,
+            "peak_memory_gib": float(peak),
+        }
+
+
+class Sums(dict):
+    """Per-pair metrics summed over micro-batches, then over processes: each pair counts once."""
+
+    def add(self, metrics: dict[str, Tensor], present_B: Tensor) -> None:
+        """Adds a micro-batch's metrics."""
+        for name, value_B in metrics.items():
+            self[name] = self.get(name, 0) + (value_B * present_B).sum()
+
+    def mean(self, pairs: int) -> dict[str, float]:
+        """Means over so many pairs, equal on all processes."""
+        total = torch.stack([value.double() for value in self.values()])
+        dist.all_reduce(total)
+        return dict(zip(self, (total / pairs).tolist(), strict=True))
+
+
+def stop_non_finite(
+    step: int,
+    loss: float,
+    norm: float,
+    pairs: Pairs,
+    losses: list[tuple[list[int], Tensor]],
+    drawn: list[int],
+) -> typing.NoReturn:
+    """Raises StoppedError on all processes, naming the pairs whose loss is not finite, or all pairs
+    of the step if only the gradient is not."""
+    bad = []
+    for indexes, loss_B in losses:
+        bad += [
+            i
+            for i, value in zip(indexes, loss_B.tolist(), strict=False)
+            if not math.isfinite(value)
+        ]
+    bad = [i for of_process in together(lambda: bad) for i in of_process] or drawn
+    places = ", ".join(pairs.pairs[i].place for i in bad[:20])
+    more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
+    raise StoppedError(
+        f"step {step}: loss {loss}, gradient norm {norm}; stopped before the update. "
+        f"Pairs: {places}{more}"
+    )
+
+
+# ----------------------------------------------------------------------- evaluation, reference
+
+
+@torch.no_grad()
+def evaluate(
+    model: Llama, pairs: Pairs, log: Log, step: int, answers: list[str] | None = None
+) -> dict[str, float]:
+    """Held-out metrics (eval_loss and so on): means over all pairs, each counted once on any number
+    of processes. Logged, with `answers` if there are some."""
+    sums = Sums()
+    for indexes in pairs.split():
+        _, metrics, present_B = step_loss(model, pairs, indexes)
+        sums.add(metrics, present_B)
+    reshard(model)
+    means = sums.mean(len(pairs.pairs))
+    row = {f"eval_{name}": value for name, value in means.items()}
+    log.evaluation(step, row, answers or [])
+    return row
+
+
+@torch.no_grad()
+def answer(
+    model: Llama, chat: ChatFormat, prompt: np.ndarray, device: str, max_new_tokens: int = 64
+) -> str:
+    """A greedy answer, each token from a fresh pass over all before it: simple, for a few samples.
+    eval.py generates with a cache."""
+    ids = prompt.tolist()
+    for _ in range(min(max_new_tokens, model.config.max_position_embeddings - len(ids))):
+        best = model.logits(torch.tensor(ids, device=device))[-1].argmax()
+        dist.broadcast(best, 0)  # so that every process stops at the same token
+        if int(best) in chat.stop_ids:
+            break
+        ids.append(int(best))
+    reshard(model)
+    return chat.decode(ids[len(prompt) :])
+
+
+def attach_reference(
+    config: Config, mesh: DeviceMesh, model: Llama, parts: list[Pairs], key: str, cache: Path
+) -> None:
+    """Gives each part the log-probs of the frozen starting model, from a live copy or computed once.
+
+    Must be called while `model` holds the starting weights, before a checkpoint is loaded. `key`
+    names weights, pairs and precision; the cache of another key is refused.
+    """
+    if config.reference == "live":
+        live = build_model(config, mesh).requires_grad_(False)
+        for part in parts:
+            part.reference = live
+        return
+    pairs = [pair for part in parts for pair in part.pairs]
+    logps = on_first_process(lambda: read_cache(cache, key, len(pairs)))
+    if logps is None:
+        everything = Pairs(pairs, config, mesh.device_type)
+        logps = torch.zeros(len(pairs), 2, 2, device=mesh.device_type)
+        with torch.no_grad():
+            for indexes in everything.split():
+                rows, batch, present_B = everything.batch(indexes)
+                logps_B22 = torch.stack(model(batch), -1).unflatten(0, (-1, 2))
+                logps[rows] += logps_B22 * present_B[:, None, None]
+        reshard(model)
+        dist.all_reduce(logps)
+        if not finite(logps):
+            raise StoppedError(
+                "the starting model's log-probs are not finite, and the loss needs them"
+            )
+        on_first_process(lambda: write_cache(cache, key, logps))
+    of_parts = logps.to(mesh.device_type).split([len(part.pairs) for part in parts])
+    for part, of_part in zip(parts, of_parts, strict=True):
+        part.reference = of_part
+
+
+# ------------------------------------------------------------------------ processes, sharding
 
 
 def start_processes(config: Config) -> DeviceMesh:
-    """Joins the process group that torchrun made, or a group of one, and returns the mesh to shard over."""
+    """Joins the process group that torchrun made, or a group of one. Returns the mesh to shard
+    over."""
     cuda = choose_device(config.device, config.precision)[0].type == "cuda"
-    # Saturated losses give subnormal gradients, on which a CPU is ten times slower.
+    # Saturated losses give subnormal gradients, which make a CPU ten times slower.
     torch.set_flush_denormal(True)
     store, rank, world = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
         store, rank, world = next(rendezvous("env://"))
-        # torchrun keeps its store when it restarts the processes, and in it the addresses of the dead ones.
+        # torchrun keeps its store when it restarts processes, with the dead ones' addresses in it.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world
-    )
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     if world % config.replicas:
         raise InputError(f"--replicas {config.replicas} does not divide {world} processes")
     shape, names = (config.replicas, world // config.replicas), ("replicate", "shard")
@@ -356,47 +559,40 @@ def start_processes(config: Config) -> DeviceMesh:
 
 
 def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
-    """FSDP2: parameters stay split over the mesh in their own dtype and are gathered, in compute_dtype, a block at a
-    time.
+    """FSDP2: parameters stay split over the mesh in their own dtype, and are gathered in
+    compute_dtype one block at a time.
 
-    Gradients are averaged over the mesh in fp32. Inputs are not cast: rotary tables stay fp32. One process that
-    computes in the weights' own dtype has nothing to gather, and would only copy.
+    Gradients are averaged over the mesh in fp32. Inputs are not cast, so rotary tables stay fp32.
+    One process that computes in the weights' own dtype has nothing to gather and would only copy.
     """
     if mesh.size() == 1 and compute_dtype == torch.float32:
         return
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    split = partial(fully_shard, mesh=mesh, mp_policy=policy)
     for block in model.model["layers"]:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    if (
-        model.lm_head is not None
-    ):  # else the embedding is the head too, and stays with the root from first to last
-        fully_shard(model.model["embed_tokens"], mesh=mesh, mp_policy=policy)
-        model.model["embed_tokens"].set_unshard_in_backward(
-            False
-        )  # the gradient of a look-up needs no weights
-        # The head's backward comes first: to give it up after forward would be to gather it twice in a row.
-        fully_shard(
-            [model.model["norm"], model.lm_head],
-            mesh=mesh,
-            mp_policy=policy,
-            reshard_after_forward=False,
-        )
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        split(block)
+    if model.lm_head is not None:  # a tied embedding is the head too: it stays with the root
+        split(model.model["embed_tokens"])
+        # The gradient of a look-up needs no weights.
+        model.model["embed_tokens"].set_unshard_in_backward(False)
+        # The head's backward comes right after its forward: it stays gathered in between.
+        split([model.model["norm"], model.lm_head], reshard_after_forward=False)
+    split(model)
     register_fsdp_forward_method(model, "logits")
 
 
 def reshard(model: Llama) -> None:
-    """Frees what a forward pass without backward left gathered; until then, parameters() are not the ones that are
-    trained."""
+    """Frees the weights that a forward pass without backward left gathered. Until then,
+    parameters() are not the ones that are trained."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def build_model(config: Config, mesh: DeviceMesh) -> Llama:
-    """The starting model in fp32, sharded; each process reads its own rows of the files and never holds more."""
+    """The starting model in fp32, sharded. Each process reads only its own rows of the files."""
     with torch.device("meta"):
         model = Llama(LlamaConfig.load(config.model))
     on = {"auto": mesh.device_type == "cuda", "on": True, "off": False}
@@ -410,116 +606,9 @@ def build_model(config: Config, mesh: DeviceMesh) -> Llama:
     return model
 
 
-# --------------------------------------------------------------------------------------------------------- forward pass
-
-
-class Data:
-    """Pairs on the device as a process needs them, and their log-probs under the reference where a loss wants them."""
-
-    def __init__(self, pairs: list[Pair], config: Config, device: str):
-        self.pairs, self.config, self.device = pairs, config, device
-        self.sizes = np.array([pair.packed_tokens(config.share_prompt) for pair in pairs])
-        # A live copy, or numbers of shape (pairs, 2, 2): [pair, chosen or rejected, mean or sum].
-        self.reference: Llama | Tensor | None = None
-
-    def batch(self, indexes: list[int]) -> tuple[list[int], Batch, Tensor]:
-        """(indexes, their batch, a 1 for each). A process without a pair in this micro-batch must still take part in
-        the collectives of the sharded model: it computes the shortest pair, which counts 0."""
-        rows = indexes or [int(self.sizes.argmin())]
-        batch = pack(
-            [self.pairs[i] for i in rows], self.config.share_prompt, self.config.max_tokens
-        ).to(self.device)
-        return rows, batch, torch.full((len(rows),), float(bool(indexes)), device=self.device)
-
-    def split(self) -> list[list[int]]:
-        """All pairs once, as this process's micro-batches."""
-        everything, limit = np.arange(len(self.pairs)), self.config.max_tokens_per_gpu
-        return split_pairs(everything, self.sizes, dist.get_world_size(), limit)[dist.get_rank()]
-
-    @torch.no_grad()
-    def reference_logps(self, rows: list[int], batch: Batch) -> tuple[Tensor, Tensor]:
-        """mean_R and sum_R of the pairs in the batch under the reference."""
-        live = isinstance(self.reference, Llama)
-        return self.reference(batch) if live else self.reference[rows].flatten(0, 1).unbind(-1)
-
-
-def attach_reference(
-    config: Config, mesh: DeviceMesh, model: Llama, parts: list[Data], key: str, cache: Path
-) -> None:
-    """Gives each part the log-probs of the frozen starting model: of a live copy, or numbers computed once and kept."""
-    if config.reference == "live":
-        live = build_model(config, mesh).requires_grad_(False)
-        for part in parts:
-            part.reference = live
-        return
-    logps = on_first_process(lambda: read_cache(cache, key, parts))
-    if logps is None:
-        everything = Data([pair for part in parts for pair in part.pairs], config, mesh.device_type)
-        logps = torch.zeros(len(everything.pairs), 2, 2, device=mesh.device_type)
-        with torch.no_grad():
-            for indexes in everything.split():
-                rows, batch, present_B = everything.batch(indexes)
-                logps[rows] += (
-                    torch.stack(model(batch), -1).unflatten(0, (-1, 2)) * present_B[:, None, None]
-                )
-        reshard(model)
-        dist.all_reduce(logps)
-        if not finite(logps):
-            raise StoppedError(
-                "the starting model's log-probs, which the loss wants, are not finite"
-            )
-        if dist.get_rank() == 0:
-            metadata = {"key": key, "checksum": checksum({"logps": logps.tolist()})}
-            write_whole(cache, save({"logps": logps.cpu()}, metadata))
-    of_parts = logps.to(mesh.device_type).split([len(part.pairs) for part in parts])
-    for part, of_part in zip(parts, of_parts, strict=True):
-        part.reference = of_part
-
-
-def losses_of(
-    model: Llama, data: Data, rows: list[int], batch: Batch
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """One loss per pair, and per-pair metrics under the same names for every loss."""
-    loss, options = data.config.loss_row, data.config.loss_options
-    kind = ("mean", "sum").index(loss.logps)
-    logps = model(batch)  # mean_R, sum_R
-    inputs = [logps[kind][0::2], logps[kind][1::2]]
-    if loss.reference:
-        reference_R = data.reference_logps(rows, batch)[kind]
-        inputs += [reference_R[0::2], reference_R[1::2]]
-    loss_B, metrics = loss.function(*inputs, **options)
-    mean_R, sum_R = (x.detach() for x in logps)
-    always = {
-        "loss": loss_B.detach(),
-        "sft": -mean_R[0::2],
-        "logp_w": mean_R[0::2],
-        "logp_l": mean_R[1::2],
-        "sum_logp_w": sum_R[0::2],
-        "sum_logp_l": sum_R[1::2],
-        **asft.comparison(mean_R[0::2], mean_R[1::2]),
-    }
-    return loss_B, always | metrics
-
-
-class Sums(dict):
-    """Per-pair metrics summed over micro-batches, then over processes: every pair counts once and alike."""
-
-    def add(self, metrics: dict[str, Tensor], present_B: Tensor) -> None:
-        for name, value_B in metrics.items():
-            self[name] = self.get(name, 0) + (value_B * present_B).sum()
-
-    def mean(self, pairs: int) -> dict[str, float]:
-        total = torch.stack([value.double() for value in self.values()])
-        dist.all_reduce(total)
-        return dict(zip(self, (total / pairs).tolist(), strict=True))
-
-
-# ------------------------------------------------------------------------------------------------------------ the loop
-
-
 def make_optimizer(config: Config, model: Llama) -> torch.optim.AdamW:
-    """AdamW with its moments, zero as its first step would make them: what does not fit fails before the first step,
-    and a checkpoint has what to fill."""
+    """AdamW with its moments, zero as its first step would make them: too little memory then shows
+    before the first step, and a checkpoint has tensors to fill."""
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.lr,
@@ -537,335 +626,191 @@ def make_optimizer(config: Config, model: Llama) -> torch.optim.AdamW:
     return optimizer
 
 
-def plan_of(data: Data, step: int, processes: int) -> list[list[list[int]]]:
-    """[process][micro-batch] -> indexes of pairs."""
-    config = data.config
-    seed = config.seed if config.shuffle else None
-    return plan_step(
-        data.sizes, config.pairs_per_step, seed, step, processes, config.max_tokens_per_gpu
-    )
+# ------------------------------------------------------------------------------------ the run
 
 
-def train(
-    config: Config,
-    model: Llama,
-    optimizer: torch.optim.AdamW,
-    data: Data,
-    held_out: Data | None,
-    log: "Log",
-    mesh: DeviceMesh,
-    steps: int,
-    done: int,
-    identity: str,
-    stop: StopRequest,
-) -> None:
-    """Runs the steps after the first `done`. One step: draw, forward, loss, backward, clip, rate, update, log."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    steps_per_epoch = -(-len(data.pairs) // config.pairs_per_step)
-    left = 0.0
-    for step in range(done, steps):
-        started = time.perf_counter()
-        plan = plan_of(data, step, world)
-        drawn = [i for of_rank in plan for indexes in of_rank for i in indexes]
+@dataclass
+class Run:
+    """All that the loop needs."""
 
-        sums, suspects = Sums(), []
-        for indexes in plan[rank]:
-            rows, batch, present_B = data.batch(indexes)
-            loss_B, metrics = losses_of(model, data, rows, batch)
-            # FSDP averages gradients over processes, hence `world`; the weight of a pair is the same in every step and
-            # place.
-            ((loss_B * present_B).sum() * (world / config.pairs_per_step)).backward()
-            sums.add(metrics, present_B)
-            suspects += [
-                data.pairs[rows[i]].place for i in (~loss_B.isfinite()).nonzero()[:, 0].tolist()
-            ]
-
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        means = sums.mean(len(drawn))
-        if not math.isfinite(means["loss"]) or not math.isfinite(norm):
-            stop_non_finite(
-                step + 1, means["loss"], norm, suspects, [data.pairs[i].place for i in drawn]
-            )
-
-        rate = learning_rate(step, steps, config.lr, config.warmup_ratio, config.min_lr_ratio)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
-
-        seconds = time.perf_counter() - started
-        tokens = int(data.sizes[drawn].sum())
-        left += (seconds - left) / min(
-            step + 1 - done, 20
-        )  # of one step, averaged over the last ones
-        peak = torch.tensor(peak_memory_gib(), device=data.device)
-        dist.all_reduce(peak, dist.ReduceOp.MAX)
-        row = {
-            "step": step + 1,
-            "epoch": round((step + 1) / steps_per_epoch, 4),
-            **means,
-            "lr": rate,
-            "grad_norm": norm,
-            "pairs": len(drawn),
-            "tokens": tokens,
-            "seconds": seconds,
-            "tokens_per_s": tokens / seconds,
-            "pairs_per_s": len(drawn) / seconds,
-            "peak_memory_gib": float(peak),
-        }
-        log.step(row, steps, left * (steps - step - 1))
-        wanted = step + 1 == steps or (config.eval_every and (step + 1) % config.eval_every == 0)
-        if held_out is not None and wanted:
-            row |= evaluate(model, held_out, log, step + 1)
-        log.append("metrics.jsonl", row)
-        asked = torch.tensor(stop.number, device=data.device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        if step + 1 < steps and (
-            asked or (config.save_every and (step + 1) % config.save_every == 0)
-        ):
-            save_checkpoint(log.out, step + 1, identity, model, optimizer, mesh, config.keep)
-            if asked:
-                name = signal.Signals(int(asked)).name
-                log.say(
-                    f"\nstopped by {name} after step {step + 1} of {steps}; go on with --resume {log.out}"
-                )
-                raise StoppedError(name, 128 + int(asked))
-
-
-def stop_non_finite(
-    step: int, loss: float, norm: float, suspects: list[str], drawn: list[str]
-) -> typing.NoReturn:
-    """Raises StoppedError everywhere, naming the pairs whose loss is not finite, or all of the step if none is."""
-    named = [place for places in together(lambda: suspects) for place in places] or drawn
-    more = f" and {len(named) - 20} more" if len(named) > 20 else ""
-    raise StoppedError(
-        f"step {step}: loss {loss}, gradient norm {norm}; stopped before the update. Pairs: "
-        f"{', '.join(named[:20])}{more}"
-    )
-
-
-@torch.no_grad()
-def evaluate(
-    model: Llama, data: Data, log: "Log", step: int, answers: list[str] | None = None
-) -> dict[str, float]:
-    """Held-out metrics, eval_loss and so on: means over all pairs, each counted once whatever the number of processes.
-    Logged, with `answers` beside them."""
-    sums = Sums()
-    for indexes in data.split():
-        rows, batch, present_B = data.batch(indexes)
-        _, metrics = losses_of(model, data, rows, batch)
-        sums.add(metrics, present_B)
-    reshard(model)
-    row = {f"eval_{name}": value for name, value in sums.mean(len(data.pairs)).items()}
-    log.evaluation(step, row, answers or [])
-    return row
-
-
-@torch.no_grad()
-def answer(
-    model: Llama, chat: ChatFormat, prompt: np.ndarray, device: str, max_new_tokens: int = 64
-) -> str:
-    """A greedy answer, each token from a fresh pass over all before it: for a few samples; eval.py generates in
-    earnest."""
-    ids = prompt.tolist()
-    for _ in range(min(max_new_tokens, model.config.max_position_embeddings - len(ids))):
-        best = model.logits(torch.tensor(ids, device=device))[-1].argmax()
-        dist.broadcast(best, 0)  # so that every process stops at the same token
-        if int(best) in chat.stop_ids:
-            break
-        ids.append(int(best))
-    reshard(model)
-    return chat.decode(ids[len(prompt) :])
-
-
-# --------------------------------------------------------------------------------------------------------- checkpoints
-
-# OUT/checkpoints/step-000200/ has a file per process (of the first replica), with its rows of every weight and moment,
-# and checkpoint.json, with their checksums. It is written under a hidden name and renamed when all of it is on the
-# disk. safetensors and JSON: nothing in it can execute.
-
-
-# -------------------------------------------------------------------------------------------------------------- logging
-
-
-# -------------------------------------------------------------------------------------------------------------- the run
+    config: Config
+    mesh: DeviceMesh
+    model: Llama
+    optimizer: torch.optim.AdamW
+    pairs: Pairs
+    held_out: Pairs | None
+    steps: int  # updates of the whole run
+    log: Log
+    stop: StopRequest
+    identity: str  # hash of all that a resumed run must share with this one
 
 
 def run(config: Config) -> None:
-    """A whole run: check everything, then train, then save."""
+    """A whole run: check everything, then train, then save. The order of its lines matters:
+    whatever can be wrong is found before time is spent or files are made."""
     if config.resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         raise InputError(
-            "torchrun has started this run again, which wants --out DIR --resume; above stands why"
+            "torchrun has started this run again, which needs --out DIR --resume; the "
+            "reason stands above"
         )
     llama = LlamaConfig.load(config.model)
     config = dataclasses.replace(config, max_tokens=resolve_max_tokens(config.max_tokens, llama))
     if config.plan:
         plan(config, llama, config.plan)
         return
-    check_weights(config.model, llama)
-    generation_eos(config.model)  # now, not when it is exported
+    weights = check_weights(config.model, llama)
     mesh = start_processes(config)
-    parts, counts, chat = read_data(config, llama, mesh.device_type)
-    data, held_out = parts[0], parts[1] if config.eval_data else None
-    marks = on_first_process(lambda: fingerprint(config, parts))
+    parts, counts, chat = read_pairs(config, llama, mesh.device_type)
+    files = [Path(config.model) / "config.json", *sorted(set(weights.values()))]
+    dtype = choose_device(config.device, config.precision)[1]
+    marks = on_first_process(lambda: fingerprint(files, [part.pairs for part in parts], dtype))
     key = " ".join(marks.values())
-    if config.loss_row.reference and config.reference == "precompute" and config.reference_cache:
-        # Before a directory is made: it may be the wrong one.
-        on_first_process(lambda: read_cache(Path(config.reference_cache), key, parts))
-    out = on_first_process(lambda: claim_out(config, marks))
-    log, steps = Log(out, dist.get_rank() == 0), count_steps(data)
+    precompute = config.loss_row.reference and config.reference == "precompute"
+    if precompute and config.reference_cache:  # it may be the wrong file: before OUT is made
+        pairs = sum(len(part.pairs) for part in parts)
+        on_first_process(lambda: read_cache(Path(config.reference_cache), key, pairs))
+    out = on_first_process(lambda: claim_out(config.out, config.resume is not None, marks))
+    log, steps = Log(out), count_steps(parts[0])
     if on_first_process((out / "model").exists):
         log.say(f"{out} is finished: its model is {out / 'model'}")
         return
     model = build_model(config, mesh)
-    if missing := [rank for rank, seen in enumerate(together((out / ".lock").exists)) if not seen]:
+    seen = together((out / ".lock").exists)
+    if not all(seen):
         raise InputError(
-            f"--out {out}: not there for process {missing[0]}; all processes of a run want one directory"
+            f"--out {out}: process {seen.index(False)} does not see it; all processes need one "
+            "directory on a shared disk"
         )
-    facts = log.header(config, mesh, model, parts, counts, steps) | {"fingerprint": marks}
-    identity = checksum(
-        marks | {name: value for name, value in vars(config).items() if name not in MAY_CHANGE}
-    )
-    record = functools.partial(write_whole, out / "config.json", json.dumps(facts, indent=2) + "\n")
+    log.say(header(config, out, model, parts, counts, steps))
+    facts = json.dumps(run_facts(config, model, counts, steps, marks), indent=2) + "\n"
+    record = partial(write_whole, out / "config.json", facts)
     on_first_process(lambda: (out / "config.json").exists() or record())
     if config.loss_row.reference:
         cache = Path(config.reference_cache or out / "reference.safetensors")
         attach_reference(config, mesh, model, parts, key, cache)
     optimizer = make_optimizer(config, model)
-    rehearse(model, data, steps)
-    checkpoint, state = newest_checkpoint(out, identity, log)
+    rehearse(model, parts[0], steps, lambda indexes: step_loss(model, parts[0], indexes)[0])
+
+    fixed = {name: value for name, value in vars(config).items() if name not in MAY_CHANGE}
+    identity = checksum(marks | fixed)
+    checkpoint, state = newest_checkpoint(out, identity, log.say)
     if config.resume is not None:
         on_first_process(lambda: log.rewind(state["step"]))
         on_first_process(record)
-        log.say(
-            f"going on from {checkpoint}"
-            if checkpoint
-            else "no checkpoint yet: beginning with the first step"
-        )
-    asked = parts[-1].pairs[: config.samples]  # of the held-out ones: --samples wants --eval-data
+        log.say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint: from step 1")
+    held_out = parts[1] if config.eval_data else None
+    prompts = [pair.prompt for pair in held_out.pairs[: config.samples]] if held_out else []
+    answers = partial(answer, model, chat, device=mesh.device_type)
     if checkpoint:
         load_checkpoint(checkpoint, state, model, optimizer)
-    elif held_out is not None:
-        before = [answer(model, chat, pair.prompt, mesh.device_type) for pair in asked]
-        evaluate(model, held_out, log, 0, before)
-    with StopRequest() as stop:  # of the export too: the first signal lets it finish
+    elif held_out:
+        evaluate(model, held_out, log, 0, list(map(answers, prompts)))
+    with StopRequest() as stop:  # also during the export: the first signal lets it finish
         train(
-            config,
-            model,
-            optimizer,
-            data,
-            held_out,
-            log,
-            mesh,
-            steps,
+            Run(config, mesh, model, optimizer, parts[0], held_out, steps, log, stop, identity),
             state["step"],
-            identity,
-            stop,
         )
-        stop_unless_finite(list(model.named_parameters()), steps)
-        after = [answer(model, chat, pair.prompt, mesh.device_type) for pair in asked]
-        dtype = torch.bfloat16 if config.save_dtype == "bf16" else torch.float32
+        stop_unless_finite(trained_tensors(model, optimizer), steps)
+        after = list(map(answers, prompts))
         on_first_process(lambda: [flush(path) for path in out.glob("*.jsonl")])
         save_model(
             model,
             out / "model",
-            dtype=dtype,
+            dtype=torch.bfloat16 if config.save_dtype == "bf16" else torch.float32,
             source=config.model,
             stop_ids=[chat.end_of_turn] if chat else [],
         )
-    if asked and log.active:
-        first = json.loads(
-            (out / "eval.jsonl").read_text().split("\n")[0]
-        )  # of step 0, unless that was lost
-        before = first.get("answers", ["(not in eval.jsonl)"] * len(asked))
-        for pair, old, new in zip(asked, before, after, strict=True):
-            log.say(
-                f"\n  prompt  {show(chat.last_turn(pair.prompt))}\n  before  {show(old)}\n  after   {show(new)}"
-            )
+    if prompts and log.active:
+        log.answers([chat.last_turn(prompt) for prompt in prompts], after)
     log.say(f"\nsaved {out / 'model'} ({config.save_dtype}); metrics in {out / 'metrics.jsonl'}")
 
 
-def count_steps(data: Data) -> int:
-    """Updates of the whole run; the last one of an epoch may have fewer pairs."""
-    config = data.config
-    return min(
-        config.epochs * -(-len(data.pairs) // config.pairs_per_step),
-        config.max_steps or sys.maxsize,
-    )
+def count_steps(pairs: Pairs) -> int:
+    """Updates of the whole run."""
+    config = pairs.config
+    return min(config.epochs * pairs.steps_per_epoch, config.max_steps or sys.maxsize)
 
 
-def read_data(
+def read_pairs(
     config: Config, llama: LlamaConfig, device: str
-) -> tuple[list[Data], list[Counter], ChatFormat | None]:
-    """The training and, where asked for, the held-out pairs, read and checked; the chat format, unless all are ids."""
-    files = [config.data] + [config.eval_data] * (config.eval_data is not None)
+) -> tuple[list[Pairs], list[Counter], ChatFormat | None]:
+    """The training pairs and, if asked for, the held-out ones, checked; their counts; and the chat
+    format, unless all pairs are token ids."""
+    files = [config.data, config.eval_data] if config.eval_data else [config.data]
     counts = [Counter() for _ in files]
     preferences = [
         read_preferences(path, count, config.skip_bad_lines)
         for path, count in zip(files, counts, strict=True)
     ]
-    chat = (
-        ChatFormat(config.model)
-        if any(isinstance(p.chosen, str) for part in preferences for p in part)
-        else None
-    )
+    text = any(isinstance(p.chosen, str) for part in preferences for p in part)
+    chat = ChatFormat(config.model) if text else None
     if config.samples and chat is None:
-        raise InputError("--samples wants text: these pairs are token ids")
+        raise InputError("--samples needs text: these pairs are token ids")
+
+    def progress(line: str) -> None:
+        if dist.get_rank() == 0:
+            print(line, flush=True)
+
     parts = []
     for path, part, count in zip(files, preferences, counts, strict=True):
         pairs = encode_preferences(
-            part,
-            chat,
-            config.max_tokens,
-            config.overlong,
-            count,
-            llama.vocab_size,
-            lambda text: print(text, flush=True) if dist.get_rank() == 0 else None,
+            part, chat, config.max_tokens, config.overlong, count, llama.vocab_size, progress
         )
         if not pairs:
             raise InputError(f"{path}: no pair left to use ({describe(count)})")
-        parts.append(Data(pairs, config, device))
-        parts[-1].split()  # raises where a pair alone is over --max-tokens-per-gpu
+        parts.append(Pairs(pairs, config, device))
+        parts[-1].split()  # raises if one pair exceeds --max-tokens-per-gpu
     return parts, counts, chat
 
 
+def plan(config: Config, llama: LlamaConfig, gpus: int) -> None:
+    """Prints the steps, FLOPs and memory of the run on `gpus` CUDA devices (--plan)."""
+    init_fake_group(gpus)
+    pairs = read_pairs(config, llama, "cpu")[0][0]
+    steps = count_steps(pairs)
+    largest = largest_micro_batches((pairs.plan(step, gpus) for step in range(steps)), pairs.sizes)
+    batches = [pairs.batch(indexes)[1] for indexes in largest]
+
+    def build(mesh: DeviceMesh) -> tuple[Llama, torch.optim.AdamW]:
+        with torch.device("meta"):
+            model = Llama(llama)
+        model.checkpoint_blocks = config.checkpoint_blocks != "off"
+        shard(model, mesh, torch.bfloat16)
+        model.to_empty(device="cpu")
+        return model, make_optimizer(config, model)
+
+    peak = simulated_peak(build, batches, gpus)
+    total = peak.pop("total")
+    kinds = ", ".join(f"{name} {size:.1f}" for name, size in peak.items() if size >= 0.05)
+    shapes = expected_shapes(llama)
+    share = config.pairs_per_step / len(pairs.pairs)  # of an epoch, in one step
+    flops = 3 * share * forward_flops(llama, shapes, pairs.pairs, config.share_prompt)
+    print(
+        f"{config.model} on {gpus} GPU{'s' * (gpus > 1)}, {config.data}\n"
+        f"  parameters  {sum(map(math.prod, shapes.values())):,}\n"
+        f"  steps       {steps:,} of {config.pairs_per_step} pairs, "
+        f"{pairs.sizes.sum() * share:,.0f} tokens a step, "
+        f"at most {pairs.sizes[largest[0]].sum():,} a micro-batch\n"
+        f"  FLOPs       {flops:.3g} a step (forward and backward; recomputation not counted)\n"
+        f"  memory      {total:.1f} GiB at the peak, on each GPU: {kinds}"
+    )
+
+
+MEMORY_ADVICE = (
+    "weights, gradients and moments take 16 bytes a parameter, split over the processes of a "
+    "replica, and a micro-batch takes more, the higher --max-tokens-per-gpu; --plan N says how "
+    "much on N GPUs"
+)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0; 2 for a user's mistake; 1 for numbers that are not finite and for memory that is not there; 128 and
-    the signal's number for a run that was told to stop. Each with one clear message."""
-    try:
-        run(parse(arguments))
-        return 0
-    except KeyboardInterrupt:  # before training, where there is nothing to save
-        return 130
-    except OSError as error:
-        complain("train.py", f"{error.filename or 'standard output'}: {error.strerror}")
-        return 2
-    except InputError as error:
-        complain("train.py", error)
-        return 2
-    except StoppedError as error:
-        if error.code < 128:  # else a signal: process 0 has said so
-            complain("train.py", error)
-        return error.code
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        complain(
-            "train.py",
-            "out of memory. Weights, gradients and moments take 16 bytes a parameter, split over the "
-            "processes of a replica, and a micro-batch takes more, the higher --max-tokens-per-gpu; --plan N says "
-            "how much on N GPUs",
-        )
-        return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    """Runs the command line and returns the exit code (support.processes.exit_code)."""
+    return exit_code(
+        "train.py",
+        lambda: run(parse(Config, arguments, EXAMPLE, __doc__)),
+        lambda: MEMORY_ADVICE,
+    )
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(
-        code
-    )  # sys.exit lets gloo's threads race the interpreter's end, which now and then aborts the process
+    leave(main())

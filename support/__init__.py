@@ -1,0 +1,24 @@
+"""What keeps a run alive and honest, and what a reader of the method may skip.
+
+    files.py           reading files that may hold anything; writing files that must not be half there
+    tensors.py         safetensors files, and which rows of a sharded tensor a process holds
+    processes.py       devices, agreement between processes, signals, exit codes
+    flags.py           the command line <-> Config <-> config.json
+    checkpoints.py     OUT/checkpoints: written whole, checked, resumed
+    run_directory.py   OUT itself: its lock, what a run is made of, the cache of a reference
+    log.py             the header, the line per step, metrics.jsonl and eval.jsonl
+    memory.py          trying the largest micro-batches first; simulating a run's memory (--plan)
+
+Nothing here imports model.py, data.py or train.py.
+"""
+
+import os
+import sys
+
+if os.name == "nt":
+    print("ASFT runs on Linux and macOS; on Windows, use WSL", file=sys.stderr)
+    sys.exit(2)
+
+# OpenMP threads that wait spin for milliseconds by default. Beside another busy process that makes
+# a step on a CPU five times slower; this setting costs a few per cent. torch reads it on loading.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")

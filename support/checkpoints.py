@@ -1,32 +1,55 @@
-""" """
+"""OUT/checkpoints: all that training changes, written whole, checked byte for byte, resumed.
+
+OUT/checkpoints/step-000200/ holds a safetensors file for each process of the first replica, with
+its rows of every weight and moment in fp32, and checkpoint.json with their checksums. It is written
+under a hidden name and renamed when all of it is on the disk, so a directory with this name is
+whole unless the disk damaged it. Nothing in it can execute.
+
+    save_checkpoint       written by all processes; then the oldest is removed
+    newest_checkpoint     the newest one that is whole; damaged ones are named and set aside
+    load_checkpoint       each process fills its own rows, from any number of files
+
+torch's HuggingFaceStorageWriter reshards as well, but it holds a rank's whole shard in host memory
+(96 GB for 8B on one GPU) and has no checksums. That is why this file exists.
+"""
 
 import functools
 import json
 import shutil
+import typing
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from model import Llama
 from support.files import InputError, checksum, file_checksum, flush, naming, write_whole
 from support.processes import StoppedError, on_first_process, together
 from support.tensors import finite, local_rows, open_safetensors, rows_of_rank, write_tensors
 
+FACTS = "checkpoint.json"
 
-def trained_tensors(model: Llama, optimizer: torch.optim.AdamW) -> list[tuple[str, Tensor]]:
-    """All that training changes, the step aside: fp32, sharded."""
-    return [
-        (f"{kind}.{name}", parameter if kind == "weight" else optimizer.state[parameter][kind])
-        for name, parameter in model.named_parameters()
-        for kind in ("weight", "exp_avg", "exp_avg_sq")
-    ]
+
+class DamagedError(InputError):
+    """A checkpoint that is not what was written."""
+
+
+def trained_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> list[tuple[str, Tensor]]:
+    """(key, tensor) of all that training changes except the step number: fp32, sharded."""
+    tensors = []
+    for name, parameter in model.named_parameters():
+        moments = optimizer.state[parameter]
+        tensors += [
+            (f"weight.{name}", parameter),
+            (f"exp_avg.{name}", moments["exp_avg"]),
+            (f"exp_avg_sq.{name}", moments["exp_avg_sq"]),
+        ]
+    return tensors
 
 
 def stop_unless_finite(tensors: list[tuple[str, Tensor]], step: int) -> None:
-    """Raises StoppedError everywhere, naming the tensors that hold a value that is not a finite number."""
+    """Raises StoppedError on all processes if a tensor holds a NaN or an infinity, naming it."""
     bad = together(lambda: [key for key, tensor in tensors if not finite(local_rows(tensor)[0])])
     if named := sorted({key for of_process in bad for key in of_process}):
         raise StoppedError(
@@ -38,13 +61,16 @@ def save_checkpoint(
     out: Path,
     step: int,
     identity: str,
-    model: Llama,
+    model: nn.Module,
     optimizer: torch.optim.AdamW,
     mesh: DeviceMesh,
     keep: int,
 ) -> None:
-    """OUT/checkpoints/step-..., by all processes; then removes all but the newest `keep`. Raises StoppedError for a
-    value that is not finite, and InputError where it cannot be written: the earlier ones stay whole."""
+    """Writes OUT/checkpoints/step-..., then removes all but the newest `keep`; a collective call.
+
+    `identity` names the run: only that run resumes from it. Raises StoppedError for a value that
+    is not finite, and InputError if it cannot be written; earlier checkpoints stay whole.
+    """
     tensors = trained_tensors(model, optimizer)
     stop_unless_finite(tensors, step)
     home, name = out / "checkpoints", f"step-{step:06d}"
@@ -52,7 +78,7 @@ def save_checkpoint(
     *replica, index = mesh.get_coordinate()
 
     def begin() -> None:
-        for path in home.glob(".step-*"):  # what a run that was killed left behind
+        for path in home.glob(".step-*"):  # left behind by a run that was killed
             shutil.rmtree(path)
         aside.mkdir(parents=True)
 
@@ -60,27 +86,22 @@ def save_checkpoint(
         if any(replica):  # the first replica's rows are all rows
             return {}
         file = f"{index:05d}-of-{mesh.shape[-1]:05d}.safetensors"
-        return {
-            file: write_tensors(
-                aside / file, [(key, local_rows(tensor)[0]) for key, tensor in tensors]
-            )
-        }
+        rows = [(key, local_rows(tensor)[0]) for key, tensor in tensors]
+        return {file: write_tensors(aside / file, rows)}
 
     def finish() -> None:
-        for log in out.glob("*.jsonl"):
-            flush(log)  # the rows of its steps must not be lost where the checkpoint is not
-        files = {name: digest for of_process in digests for name, digest in of_process.items()}
+        for log in out.glob("*.jsonl"):  # a checkpoint's steps must never be missing from the log
+            flush(log)
+        files = {file: digest for of_process in digests for file, digest in of_process.items()}
         facts = {"step": step, "run": identity, "files": files}
-        write_whole(
-            aside / "checkpoint.json",
-            json.dumps(facts | {"checksum": checksum(facts)}, indent=2) + "\n",
-        )
+        facts |= {"checksum": checksum(facts)}
+        write_whole(aside / FACTS, json.dumps(facts, indent=2) + "\n")
         aside.rename(home / name)
         flush(home)
         flush(out)
         for old in checkpoints(out)[:-keep]:
-            hidden = old.rename(old.with_name(f".{old.name}.old"))
-            shutil.rmtree(hidden)
+            # Renamed first: a directory that is half removed must not count as a checkpoint.
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
 
     try:
         on_first_process(begin)
@@ -92,35 +113,39 @@ def save_checkpoint(
         raise
 
 
-class DamagedError(InputError):
-    """A checkpoint that is not what was written."""
-
-
 def checkpoints(out: Path) -> list[Path]:
-    """Those in OUT, newest last. A copy under another name (step-000200.bak) is none: it would count as the newest."""
-    found = (path for path in (out / "checkpoints").glob("step-*") if path.name[5:].isdecimal())
+    """The checkpoints in OUT, newest last. A copy under another name (step-000200.bak) is not one
+    of them: it would count as the newest."""
+    paths = (out / "checkpoints").glob("step-*")
+    found = [path for path in paths if path.name[5:].isdecimal()]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def newest_checkpoint(out: Path, identity: str, log: "Log") -> tuple[Path | None, dict]:
-    """The newest checkpoint that is whole, byte for byte, and its checkpoint.json; (None, {"step": 0}) where there is
-    none at all. Newer ones are named and set aside. Raises InputError where none is whole, one cannot be read, or it is
-    another run's."""
+def newest_checkpoint(
+    out: Path, identity: str, say: typing.Callable[[str], None]
+) -> tuple[Path | None, dict]:
+    """The newest checkpoint that is whole, and its checkpoint.json; (None, {"step": 0}) if OUT has
+    no checkpoint. A collective call.
+
+    Newer ones are reported with `say` and set aside as damaged-step-... Raises InputError if no
+    checkpoint is whole, if one cannot be read, or if it belongs to another run.
+    """
     found = on_first_process(lambda: checkpoints(out))[::-1]
     for i, path in enumerate(found):
         try:
             facts = together(functools.partial(checked_facts, path))[0]
         except DamagedError as error:
-            log.say(f"{error}; trying the checkpoint before")
+            say(f"{error}; trying the checkpoint before")
             continue
         if facts.get("run") != identity:
             raise InputError(
-                f"{path}: of a run with other flags, pairs or weights than {out / 'config.json'} says"
+                f"{path}: of a run with other flags, pairs or weights than {out / 'config.json'}"
             )
-        for bad in found[:i] if dist.get_rank() == 0 else ():
-            aside = bad.with_name(f"damaged-{bad.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            bad.rename(aside)
+        if dist.get_rank() == 0:
+            for bad in found[:i]:
+                aside = bad.with_name(f"damaged-{bad.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                bad.rename(aside)
         return path, facts
     if found:
         raise InputError(f"{out / 'checkpoints'}: none of {len(found)} checkpoints is whole")
@@ -128,8 +153,9 @@ def newest_checkpoint(out: Path, identity: str, log: "Log") -> tuple[Path | None
 
 
 def checked_facts(path: Path) -> dict:
-    """A checkpoint's checkpoint.json; each process checks its share of the files. Raises DamagedError naming one."""
-    name = "checkpoint.json"
+    """A checkpoint's checkpoint.json. Each process verifies the checksums of its share of the
+    files. Raises DamagedError, naming the file."""
+    name = FACTS
     try:
         facts = json.loads((path / name).read_bytes())
         if facts.pop("checksum") != checksum(facts):
@@ -149,15 +175,16 @@ def checked_facts(path: Path) -> dict:
         AttributeError,
         RecursionError,
     ) as error:
-        raise DamagedError(
-            f"{path / name}: damaged ({getattr(error, 'strerror', None) or error})"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise DamagedError(f"{path / name}: damaged ({reason})") from None
     return facts
 
 
-def load_checkpoint(path: Path, facts: dict, model: Llama, optimizer: torch.optim.AdamW) -> None:
-    """Fills weights and moments, each process its own rows, from a checkpoint of any number of processes. Raises
-    InputError where a tensor is not there or has another shape."""
+def load_checkpoint(
+    path: Path, facts: dict, model: nn.Module, optimizer: torch.optim.AdamW
+) -> None:
+    """Fills weights and moments from a checkpoint that any number of processes wrote; each process
+    reads its own rows. Raises InputError if a tensor is missing or has another shape."""
     paths = [path / name for name in sorted(facts["files"])]
     files = [open_safetensors(path) for path in paths]
     for key, tensor in trained_tensors(model, optimizer):
@@ -165,15 +192,15 @@ def load_checkpoint(path: Path, facts: dict, model: Llama, optimizer: torch.opti
         for i, file in enumerate(files):
             stored = rows_of_rank(len(tensor), len(files), i)
             first, last = max(rows.start, stored.start), min(rows.stop, stored.stop)
-            if first < last:
-                with naming(paths[i]):
-                    part = file.get_slice(key)
-                if part.get_shape() != [stored.stop - stored.start, *tensor.shape[1:]]:
-                    raise InputError(
-                        f"{paths[i]}: {key} has shape {part.get_shape()}, which is not this model's"
-                    )
-                local[first - rows.start : last - rows.start] = part[
-                    first - stored.start : last - stored.start
-                ]
+            if first >= last:
+                continue
+            with naming(paths[i]):
+                part = file.get_slice(key)
+            if part.get_shape() != [stored.stop - stored.start, *tensor.shape[1:]]:
+                raise InputError(
+                    f"{paths[i]}: {key} has shape {part.get_shape()}, which is not this model's"
+                )
+            part = part[first - stored.start : last - stored.start]
+            local[first - rows.start : last - rows.start] = part
     for state in optimizer.state.values():
         state["step"].fill_(facts["step"])

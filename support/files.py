@@ -1,4 +1,8 @@
-""" """
+"""Reading files that may hold anything, and writing files that must never be half there.
+
+Nothing that is read can execute code: JSON, safetensors and tokenizer.json hold only data, and
+pickles are never opened. Each reader checks the size that a file claims before it allocates it.
+"""
 
 import hashlib
 import json
@@ -10,21 +14,30 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+# Of config.json, an index or a safetensors header. Those of Llama 405B take a quarter of it.
+JSON_BYTES = 2**19
+
 
 class InputError(ValueError):
-    """A user's mistake. One line: what was found, what was wanted, and where (file and line, or file and key)."""
+    """A user's mistake. One line: what was found, what was wanted, and where (file and line, or
+    file and key)."""
 
 
-# Nothing that is read can execute code: JSON, safetensors and tokenizer.json hold no more than data, and pickles are
-# never opened. Each reader checks what a file claims before it makes anything of that size.
-JSON_BYTES = (
-    2**19
-)  # of config.json, an index or a safetensors header; those of Llama 405B take a quarter
+def shown(value: object, most: int = 60) -> str:
+    """A value from a file as a message shows it: short, printable, on one line."""
+    text = ascii(value)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+# ------------------------------------------------------------------------------------- reading
 
 
 def read_start(path: Path, limit: int, wanted: str) -> bytes:
-    """The first `limit` bytes of a file, all if -1. InputError where there is none; a pipe is none, since every process
-    reads for itself."""
+    """The first `limit` bytes of a file, or all of it if limit is -1.
+
+    Raises InputError if the path is not a regular file. A pipe is not enough: every process reads
+    the file for itself.
+    """
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"{path}: a directory, a pipe or a device; wanted {wanted}")
@@ -35,7 +48,8 @@ def read_start(path: Path, limit: int, wanted: str) -> bytes:
 
 
 def read_json(path: Path, wanted: str = "a Hugging Face model directory"):
-    """A parsed JSON file of at most half a megabyte; InputError where it is missing, larger or not JSON."""
+    """A parsed JSON file of at most half a megabyte. Raises InputError if it is missing, larger
+    or not JSON."""
     raw = read_start(path, JSON_BYTES + 1, wanted)
     if len(raw) > JSON_BYTES:
         raise InputError(f"{path}: more than {JSON_BYTES:,} bytes; wanted {wanted}")
@@ -46,7 +60,8 @@ def read_json(path: Path, wanted: str = "a Hugging Face model directory"):
 
 
 def unique(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object. ValueError where it has a key twice: Python takes the last one unsaid, other readers the first."""
+    """A JSON object, as json's object_pairs_hook. Raises ValueError if a key stands twice: Python
+    silently takes the last one, other readers the first."""
     found = {}
     for key, value in pairs:
         if key in found:
@@ -55,15 +70,12 @@ def unique(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
-def shown(value: object, most: int = 60) -> str:
-    """A value out of a file as a message shows it: short, printable, on one line."""
-    text = ascii(value)
-    return text if len(text) <= most else text[: most - 3] + "..."
+# ------------------------------------------------------------------------------------- writing
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """A failure to write (no room, no rights) becomes an InputError that names the file."""
+    """Turns a failure to write (no space, no permission) into an InputError that names the file."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -71,8 +83,10 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def flush(path: Path) -> None:
-    """Makes a written file, or a directory's entries, survive a power cut. Raises InputError where it cannot: some say
-    only here that they are full."""
+    """Makes a written file, or a directory's entries, survive a power cut.
+
+    Raises InputError if that fails: some disks only say here that they are full.
+    """
     with naming(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -81,8 +95,26 @@ def flush(path: Path) -> None:
             os.close(descriptor)
 
 
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replaces a file. At every moment it holds the old content or the new, never a part."""
+    aside = path.with_name(f".{path.name}.partial")
+    with naming(path):
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        flush(aside)
+        aside.rename(path)
+        flush(path.parent)
+
+
+# ----------------------------------------------------------------------------------- checksums
+
+
+def checksum(facts: dict) -> str:
+    """Hash of a JSON object, independent of key order."""
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def file_checksum(path: str | Path) -> str:
-    """A hash of what a file holds."""
+    """Hash of a file's content."""
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while block := file.read(1 << 24):
@@ -91,24 +123,10 @@ def file_checksum(path: str | Path) -> str:
 
 
 def files_checksum(paths: Iterable[str | Path]) -> str:
-    """A hash of what several hold, in this order; of one that is not there, that it is not. They are read at once."""
+    """Hash of the contents of several files, in this order; a missing file counts as missing.
+    They are read in parallel."""
     with ThreadPoolExecutor() as threads:
         found = threads.map(
             lambda path: file_checksum(path) if Path(path).exists() else "none", paths
         )
     return hashlib.blake2b(" ".join(found).encode(), digest_size=16).hexdigest()
-
-
-def checksum(facts: dict) -> str:
-    """Of what a JSON object says, in whatever order."""
-    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Replaces a file: it holds the old content or the new, never a part."""
-    aside = path.with_name(f".{path.name}.partial")
-    with naming(path):
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        flush(aside)
-        aside.rename(path)
-        flush(path.parent)

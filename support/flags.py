@@ -1,4 +1,4 @@
-"""Flags of a program: one frozen dataclass gives the flags, --help, the printed command and config.json.
+"""The flags of a program: a frozen dataclass gives the flags, --help, the command and config.json.
 
 train.py's Config names each setting once, with its default and one line of help. Here are the
 steps between it and what a user types or resumes:
@@ -12,7 +12,6 @@ steps between it and what a user types or resumes:
 
 import argparse
 import dataclasses
-import math
 import shlex
 import typing
 from pathlib import Path
@@ -42,17 +41,12 @@ def spell(name: str) -> str:
 
 
 def require(config, names: str, wanted: str, allowed: typing.Callable[[float], bool]) -> None:
-    """Raises InputError if one of these fields (names separated by spaces) is set to a number
-    that is not allowed. Infinity and NaN never are, except where `allowed` asks for neither."""
+    """Raises InputError if one of these fields (names separated by spaces) holds a number that is
+    not allowed. None passes: the flag was not given."""
     for name in names.split():
         value = getattr(config, name)
         if value is not None and not allowed(value):
             raise InputError(f"{spell(name)} is {value}, wanted {wanted}")
-
-
-def finite_and(condition: typing.Callable[[float], bool]) -> typing.Callable[[float], bool]:
-    """The condition, false for infinity and NaN as well."""
-    return lambda value: math.isfinite(value) and condition(value)
 
 
 class FlagParser(argparse.ArgumentParser):

@@ -1,4 +1,8 @@
-""" """
+"""The log of a run: the header, a line per step, metrics.jsonl and eval.jsonl.
+
+header, run_facts    what will run, as printed and as kept in OUT/config.json
+Log                  the step line, the held-out line, the files; `rewind` when a run resumes
+"""
 
 import json
 import platform
@@ -13,163 +17,183 @@ import safetensors
 import tokenizers
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
-from model import Llama
 from support.files import InputError, naming, read_json, write_whole
+from support.flags import command_line
 from support.processes import choose_device
-from train import Config, Data
 
-
-class Log:
-    """What rank 0 prints and writes. On a terminal the step line moves in place; elsewhere every step is a line."""
-
-    def __init__(self, out: Path, active: bool):
-        self.out, self.active, self.moving = out, active, sys.stdout.isatty()
-
-    def say(self, text: str) -> None:
-        if self.active:
-            print(text, flush=True)
-
-    def header(
-        self,
-        config: Config,
-        mesh: DeviceMesh,
-        model: Llama,
-        parts: list[Data],
-        counts: list[Counter],
-        steps: int,
-    ) -> dict:
-        """Prints what will run, and returns what OUT/config.json says of it."""
-        llama, data, processes = model.config, parts[0], dist.get_world_size()
-        parameters = sum(p.numel() for p in model.parameters())
-        here, dtype = choose_device(config.device, config.precision)
-        products = "bf16" if dtype == torch.bfloat16 else "fp32"
-        device = (
-            torch.cuda.get_device_name()
-            if here.type == "cuda"
-            else f"CPU ({torch.get_num_threads()} threads)"
-        )
-        responses = sum(len(p.chosen) + len(p.rejected) for p in data.pairs)
-        lines = {
-            "model": f"{config.model}: {parameters:,} parameters, {llama.num_hidden_layers} layers, width "
-            f"{llama.hidden_size}, vocabulary {llama.vocab_size:,}",
-            "loss": " ".join(
-                [config.loss, *(f"{name} {value:g}" for name, value in config.loss_options.items())]
-            ),
-            "data": f"{config.data}: {describe(counts[0])}",
-            "held out": f"{config.eval_data}: {describe(counts[-1])}"
-            if config.eval_data
-            else "none (--eval-data)",
-            "tokens": f"{data.sizes.sum():,} an epoch, {responses:,} of them in responses; {data.sizes.mean():,.0f} a "
-            f"pair, at most {data.sizes.max():,}",
-            "steps": f"{steps:,} of {config.pairs_per_step} pairs; warm-up to {config.lr:g}, then cosine to "
-            f"{config.min_lr_ratio * config.lr:g}",
-            "precision": f"fp32 weights and moments, {products} products, fp32 losses",
-            "devices": f"{processes} x {device}",
-            "out": str(self.out),
-            "flags": config.command_line(),
-        }
-        self.say("ASFT, Aligned Supervised Fine-Tuning (arXiv 2409.10571)")
-        for name, text in lines.items():
-            self.say(
-                textwrap.fill(
-                    text,
-                    118,
-                    initial_indent=f"  {name:<11}",
-                    subsequent_indent=" " * 13,
-                    break_long_words=False,
-                    break_on_hyphens=False,
-                )
-            )
-        modules = (torch, tokenizers, safetensors, np)
-        return {
-            "flags": vars(config),
-            "data": counts[0],
-            "eval_data": counts[1] if config.eval_data else None,
-            "steps": steps,
-            "parameters": parameters,
-            "processes": processes,
-            "device": device,
-            "versions": {"python": platform.python_version()}
-            | {m.__name__: m.__version__ for m in modules},
-        }
-
-    def step(self, row: dict, steps: int, seconds_left: float) -> None:
-        if not self.active:
-            return
-        text = (
-            "step {step}/"
-            + str(steps)
-            + " epoch {epoch:.2f} | loss {loss:.4f} sft {sft:.4f} align {align:.4f} | "
-            "margin {margin:+.4f} accuracy {accuracy:.1%} logp_w {logp_w:.4f} logp_l {logp_l:.4f} | lr {lr:.2e} "
-            "norm {grad_norm:.3f} | {tokens_per_s:,.0f} tokens/s {pairs_per_s:.1f} pairs/s "
-        ).format(**row)
-        text += f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d} left {row['peak_memory_gib']:.2f} GiB"
-        if self.moving:
-            text = "\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1]
-        print(text, end="" if self.moving and row["step"] < steps else "\n", flush=True)
-
-    def evaluation(self, step: int, row: dict, answers: list[str]) -> None:
-        self.append("eval.jsonl", {"step": step, **row} | ({"answers": answers} if answers else {}))
-        text = (
-            "held-out after {step} | loss {eval_loss:.4f} sft {eval_sft:.4f} align {eval_align:.4f} | margin "
-            "{eval_margin:+.4f} accuracy {eval_accuracy:.1%} logp_w {eval_logp_w:.4f} logp_l {eval_logp_l:.4f}"
-        )
-        self.say(("\r\x1b[K" if self.moving else "") + text.format(step=step, **row))
-
-    def rewind(self, done: int) -> None:
-        """For process 0: forgets what is logged of the steps after `done`, which will run again. Raises InputError
-        where the others are not all there, or a checkpoint must have been: its disk may only not be mounted."""
-        path, home = self.out / "metrics.jsonl", self.out / "checkpoints"
-        if not done and path.exists():
-            logged, every = (
-                path.read_bytes().count(b"\n"),
-                read_json(self.out / "config.json")["flags"]["save_every"],
-            )
-            if 0 < every < logged:
-                raise InputError(
-                    f"{path}: has {logged} steps, but there is no checkpoint in {home}; to begin again, "
-                    "name a fresh --out"
-                )
-        for name in ("metrics.jsonl", "eval.jsonl"):
-            path, kept = self.out / name, []
-            for line in path.read_bytes().splitlines() if path.exists() and done else []:
-                try:
-                    if json.loads(line)["step"] > done:
-                        break
-                except (
-                    ValueError,
-                    LookupError,
-                    TypeError,
-                ):  # cut short by the end of the process, or damaged
-                    self.say(
-                        f"{path}: row {len(kept) + 1} is not whole; it and what follows are dropped"
-                    )
-                    break
-                kept.append(line + b"\n")
-            if name == "metrics.jsonl" and len(kept) != done:
-                raise InputError(
-                    f"{path}: {len(kept)} whole rows up to step {done}, of which there is a checkpoint; "
-                    'for a lost one a line {"step": N} may stand'
-                )
-            write_whole(path, b"".join(kept))
-
-    def append(self, name: str, row: dict) -> None:
-        if self.active:
-            with naming(self.out / name), open(self.out / name, "a") as file:
-                file.write(json.dumps(row) + "\n")
+# Metrics of a step in the order of its line, with their formats. A loss may lack some of them.
+STEP = "loss:.4f sft:.4f align:.4f | margin:+.4f accuracy:.1% logp_w:.4f logp_l:.4f"
 
 
 def describe(counts: Counter) -> str:
     """Counts of a data file in one line."""
     reasons = ("bad lines", "unequal prompts", "empty", "overlong", "identical")
-    return (
-        f"{counts['read']:,} read, {counts['kept']:,} kept, {counts['truncated']:,} of them truncated; dropped: "
-        + ", ".join(f"{counts[reason]:,} {reason}" for reason in reasons)
+    dropped = ", ".join(f"{counts[reason]:,} {reason}" for reason in reasons)
+    kept = f"{counts['kept']:,} kept, {counts['truncated']:,} of them truncated"
+    return f"{counts['read']:,} read, {kept}; dropped: {dropped}"
+
+
+def header(config, out: Path, model, parts: list, counts: list[Counter], steps: int) -> str:
+    """The text that a run prints first. `parts` are the training and the held-out pairs."""
+    llama, pairs = model.config, parts[0]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    responses = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs.pairs)
+    options = " ".join(f"{name} {value:g}" for name, value in config.loss_options.items())
+    held_out = "none (--eval-data)"
+    if config.eval_data:
+        held_out = f"{config.eval_data}: {describe(counts[-1])}"
+    dtype = choose_device(config.device, config.precision)[1]
+    products = "bf16" if dtype == torch.bfloat16 else "fp32"
+    lines = {
+        "model": f"{config.model}: {parameters:,} parameters, {llama.num_hidden_layers} layers, "
+        f"width {llama.hidden_size}, vocabulary {llama.vocab_size:,}",
+        "loss": f"{config.loss} {options}".rstrip(),
+        "data": f"{config.data}: {describe(counts[0])}",
+        "held out": held_out,
+        "tokens": f"{pairs.sizes.sum():,} an epoch, {responses:,} of them in responses; "
+        f"{pairs.sizes.mean():,.0f} a pair, at most {pairs.sizes.max():,}",
+        "steps": f"{steps:,} of {config.pairs_per_step} pairs; warm-up to {config.lr:g}, then "
+        f"cosine to {config.min_lr_ratio * config.lr:g}",
+        "precision": f"fp32 weights and moments, {products} products, fp32 losses",
+        "devices": f"{dist.get_world_size()} x {device_name(config)}",
+        "out": str(out),
+        "flags": command_line(config),
+    }
+    wrap = textwrap.TextWrapper(
+        118, subsequent_indent=" " * 13, break_long_words=False, break_on_hyphens=False
     )
+    text = [wrap.fill(f"  {name:<11}{line}") for name, line in lines.items()]
+    return "\n".join(["ASFT, Aligned Supervised Fine-Tuning (arXiv 2409.10571)", *text])
 
 
-def show(text: str) -> str:
-    """Text on one line."""
+def run_facts(config, model, counts: list[Counter], steps: int, fingerprint: dict) -> dict:
+    """The content of OUT/config.json: flags, versions, and what was read and dropped."""
+    modules = (torch, tokenizers, safetensors, np)
+    versions = {module.__name__: module.__version__ for module in modules}
+    return {
+        "flags": vars(config),
+        "data": counts[0],
+        "eval_data": counts[1] if config.eval_data else None,
+        "steps": steps,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "processes": dist.get_world_size(),
+        "device": device_name(config),
+        "versions": {"python": platform.python_version()} | versions,
+        "fingerprint": fingerprint,
+    }
+
+
+def device_name(config) -> str:
+    """The GPU's name, or the CPU with its number of threads."""
+    if choose_device(config.device, config.precision)[0].type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def formatted(row: dict, formats: str, prefix: str = "") -> str:
+    """Names and values of a row: "loss:.4f | lr:.2e" -> "loss 0.3566 | lr 8.33e-05"."""
+    words = []
+    for word in formats.split():
+        name, _, form = word.partition(":")
+        if word == "|" or prefix + name in row:
+            words.append(word if word == "|" else f"{name} {row[prefix + name]:{form}}")
+    return " ".join(words)
+
+
+def one_line(text: str) -> str:
+    """Text on one line, at most 200 characters."""
     return text.strip().replace("\n", "\\n")[:200]
+
+
+class Log:
+    """Prints and writes on process 0 only. On a terminal the step line moves in place; elsewhere
+    every step is a line."""
+
+    def __init__(self, out: Path):
+        self.out, self.active = out, dist.get_rank() == 0
+        self.moving = sys.stdout.isatty()
+        self.steps = 0  # that this process has logged
+        self.seconds = 0.0  # of a step, averaged over the last 20
+
+    def say(self, text: str) -> None:
+        """Prints a text."""
+        if self.active:
+            print(text, flush=True)
+
+    def step(self, row: dict, steps: int) -> None:
+        """Prints the line of a step."""
+        if not self.active:
+            return
+        self.steps += 1
+        self.seconds += (row["seconds"] - self.seconds) / min(self.steps, 20)
+        minutes, seconds = divmod(int(self.seconds * (steps - row["step"])), 60)
+        text = (
+            f"step {row['step']}/{steps} epoch {row['epoch']:.2f} | {formatted(row, STEP)} | "
+            f"lr {row['lr']:.2e} norm {row['grad_norm']:.3f} | {row['tokens_per_s']:,.0f} tokens/s "
+            f"{row['pairs_per_s']:.1f} pairs/s {minutes}:{seconds:02d} left "
+            f"{row['peak_memory_gib']:.2f} GiB"
+        )
+        if self.moving:
+            text = "\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1]
+        print(text, end="" if self.moving and row["step"] < steps else "\n", flush=True)
+
+    def evaluation(self, step: int, row: dict, answers: list[str]) -> None:
+        """Prints the held-out figures after a step and adds them, with answers, to eval.jsonl."""
+        self.append("eval.jsonl", {"step": step, **row} | ({"answers": answers} if answers else {}))
+        clear = "\r\x1b[K" if self.moving else ""
+        self.say(f"{clear}held-out after {step} | {formatted(row, STEP, 'eval_')}")
+
+    def answers(self, prompts: list[str], after: list[str]) -> None:
+        """Prints sample prompts with their answers before training (from eval.jsonl) and after."""
+        first = json.loads((self.out / "eval.jsonl").read_text().split("\n")[0])
+        before = first.get("answers", ["(not in eval.jsonl)"] * len(prompts))  # may be lost
+        for prompt, old, new in zip(prompts, before, after, strict=True):
+            self.say(f"\n  prompt  {one_line(prompt)}")
+            self.say(f"  before  {one_line(old)}\n  after   {one_line(new)}")
+
+    def append(self, name: str, row: dict) -> None:
+        """Adds a row to a file in OUT."""
+        if self.active:
+            with naming(self.out / name), open(self.out / name, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def rewind(self, done: int) -> None:
+        """On process 0: drops the rows of steps after `done`, which will run again.
+
+        Raises InputError if earlier rows are missing, or if there is no checkpoint although the
+        logged steps must have left one: its disk may just not be mounted.
+        """
+        path, home = self.out / "metrics.jsonl", self.out / "checkpoints"
+        if not done and path.exists():
+            logged = path.read_bytes().count(b"\n")
+            every = read_json(self.out / "config.json")["flags"]["save_every"]
+            if 0 < every < logged:
+                raise InputError(
+                    f"{path}: has {logged} steps, but there is no checkpoint in {home}; to begin "
+                    "again, name a fresh --out"
+                )
+        kept = self._rows_until(path, done)
+        if len(kept) != done:
+            raise InputError(
+                f"{path}: {len(kept)} whole rows up to step {done}, of which there is a "
+                'checkpoint; for a lost one a line {"step": N} may stand'
+            )
+        write_whole(path, b"".join(kept))
+        path = self.out / "eval.jsonl"
+        write_whole(path, b"".join(self._rows_until(path, done)))
+
+    def _rows_until(self, path: Path, done: int) -> list[bytes]:
+        """The rows of a log up to step `done`, each with its line's end."""
+        kept = []
+        for line in path.read_bytes().splitlines() if path.exists() and done else []:
+            try:
+                if json.loads(line)["step"] > done:
+                    break
+            except (ValueError, LookupError, TypeError):  # cut short by a kill, or damaged
+                self.say(
+                    f"{path}: row {len(kept) + 1} is not whole; it and what follows are dropped"
+                )
+                break
+            kept.append(line + b"\n")
+        return kept

@@ -1,5 +1,12 @@
-""" """
+"""Devices, agreement between processes, signals and exit codes.
 
+choose_device, out_of_memory, peak_memory_gib    the device and its memory
+together, on_first_process                       actions whose failure all processes learn of
+StopRequest, StoppedError                        a run that ends before its last step
+complain, exit_code, leave                       one line and an exit code for every end
+"""
+
+import contextlib
 import os
 import resource
 import signal
@@ -12,54 +19,54 @@ import torch.distributed as dist
 
 from support.files import InputError
 
-
-def complain(program: str, said: object) -> None:
-    """One line on stderr, for a user. Most mistakes are found by all processes: when process 0 has said so, torchrun
-    ends the others, so these wait."""
-    if (rank := int(os.environ.get("RANK", 0))) > 0:
-        time.sleep(10)
-    print(f"{program}{f', process {rank}' * (rank > 0)}: {said}", file=sys.stderr, flush=True)
+# -------------------------------------------------------------------------------------- devices
 
 
 def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtype]:
-    """Where this process computes, and the dtype of matrix products: --device auto is this process's GPU where each
-    process of this machine has one, --precision auto is bf16 there and fp32 on a CPU. Makes that GPU the current one.
-    Raises InputError where there is none."""
-    devices, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cuda = devices >= wanted if device == "auto" else device == "cuda"
-    if cuda and devices < wanted:
-        raise InputError(
-            f"--device cuda for {wanted} processes, but torch finds {devices} CUDA devices"
-        )
-    here = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    )
+    """This process's device, and the dtype of matrix products.
+
+    --device auto is CUDA if every process of this machine has a GPU, else the CPU. --precision
+    auto is bf16 on CUDA and fp32 on the CPU. Makes the GPU the current one. Raises InputError if
+    --device cuda is asked for and there are too few GPUs.
+    """
+    found, needed = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda = device == "cuda" or (device == "auto" and found >= needed)
+    if cuda and found < needed:
+        raise InputError(f"--device cuda for {needed} processes, but torch finds {found} GPUs")
+    half = precision == "bf16" or (precision == "auto" and cuda)
+    here = torch.device("cpu")
     if cuda:
+        here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(here)
-    return here, torch.bfloat16 if precision == "bf16" or (
-        cuda and precision == "auto"
-    ) else torch.float32
+    return here, torch.bfloat16 if half else torch.float32
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether that is what it says. A GPU's allocator raises OutOfMemoryError; a CPU's, CUDA itself and its libraries
-    raise RuntimeErrors, told by their texts."""
+    """True if this error means exhausted memory. A GPU's allocator raises OutOfMemoryError; the
+    CPU's allocator, CUDA itself and its libraries raise RuntimeErrors, known by their texts."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
     texts = ("can't allocate memory", "out of memory", "alloc_failed")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        text in str(error).lower() for text in texts
-    )
+    return any(text in str(error).lower() for text in texts)
 
 
-class StoppedError(RuntimeError):
-    """The run ends before its last step; the message says why. `code` is the exit code."""
+def peak_memory_gib() -> float:
+    """Peak memory of this process so far: the GPU's, or without one the resident memory."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
-    def __init__(self, message: str, code: int = 1):
-        super().__init__(message)
-        self.code = code
+
+# ------------------------------------------------------------------------------------ agreement
 
 
 def together(action: typing.Callable[[], typing.Any]) -> list:
-    """What action() returns on each process, told to all; so is the first InputError (or failure to write)."""
+    """Runs action() on every process and gathers the results.
+
+    If it failed on any process, with an InputError or a failure to read or write, raises that
+    InputError on all of them: otherwise the others would wait for the failed one for ever.
+    """
     everywhere: list = [None] * dist.get_world_size()
     try:
         found = action()
@@ -75,19 +82,34 @@ def together(action: typing.Callable[[], typing.Any]) -> list:
 
 
 def on_first_process(action: typing.Callable[[], typing.Any]) -> typing.Any:
-    """What action() returns, run by process 0 alone."""
+    """Runs action() on process 0 only and returns its result on every process, or raises there
+    what `together` raises."""
     return together(lambda: action() if dist.get_rank() == 0 else None)[0]
 
 
+# --------------------------------------------------------------------------------- early endings
+
+
+class StoppedError(RuntimeError):
+    """The run ends before its last step; the message says why. `code` is the exit code."""
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.code = code
+
+
 class StopRequest:
-    """SIGTERM and Ctrl-C, while it lasts, ask to stop after the step; a second one stops at once. But within a second
-    it is the same request: a scheduler tells torchrun and its processes, and torchrun tells them again."""
+    """While it is entered, SIGTERM and Ctrl-C set `number` instead of ending the process.
+
+    The loop then finishes its step and saves. A second signal ends the process at once, but not
+    within the first second: a scheduler signals torchrun and its processes, and torchrun signals
+    them again.
+    """
 
     def __enter__(self) -> "StopRequest":
         self.number, self.since = 0, 0.0
-        self.before = {
-            number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self.before = {number: signal.signal(number, self.ask) for number in numbers}
         return self
 
     def ask(self, number: int, _frame) -> None:
@@ -96,14 +118,66 @@ class StopRequest:
         elif time.monotonic() - self.since > 1:
             os._exit(128 + number)
 
+    def signal_anywhere(self, device: str) -> int:
+        """The number of a signal that any process got, 0 if none; the same on all of them."""
+        number = torch.tensor(self.number, device=device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
-def peak_memory_gib() -> float:
-    """Of this process so far (the log has the largest of all): the GPU's memory, or what is resident without one."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+# ------------------------------------------------------------------------------------ exit codes
+
+
+def complain(program: str, message: object) -> None:
+    """Prints one line on stderr. Most mistakes are found by every process: other ranks wait, so
+    that torchrun ends them once rank 0 has printed its line."""
+    if (rank := int(os.environ.get("RANK", 0))) > 0:
+        time.sleep(10)
+        program = f"{program}, process {rank}"
+    print(f"{program}: {message}", file=sys.stderr, flush=True)
+
+
+def exit_code(program: str, action: typing.Callable[[], None], memory_advice: typing.Callable):
+    """Runs action() and returns the program's exit code, with one line for every known failure.
+
+    0: done. 2: a user's mistake, or a file that cannot be read or written. 1: out of memory
+    (memory_advice() says which flag to lower; None if that is not the user's to mend), or numbers
+    that are not finite. 128 + a signal's number: stopped by that signal.
+    """
+    try:
+        action()
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:  # before or after training, when there is nothing to save
+        return 130
+    except InputError as error:
+        complain(program, error)
+        return 2
+    except OSError as error:
+        complain(program, f"{error.filename or 'standard output'}: {error.strerror}")
+        return 2
+    except StoppedError as error:
+        if error.code < 128:  # else a signal, which process 0 has reported
+            complain(program, error)
+        return error.code
+    except (RuntimeError, MemoryError) as error:
+        advice = memory_advice()
+        if advice is None or not out_of_memory(error):
+            raise
+        complain(program, f"out of memory; {advice}")
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def leave(code: int) -> typing.NoReturn:
+    """Ends the process. sys.exit would let gloo's threads race the interpreter's end, which now
+    and then aborts the process."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)

@@ -1,89 +1,92 @@
-""" """
+"""OUT, the directory of a run: who holds it, what the run is made of, the cache of a reference.
+
+fingerprint              hashes of all that a run's numbers depend on, besides its flags
+claim_out                creates OUT, or checks that it holds the run to resume; locks it
+read_cache, write_cache  the reference's log-probs, computed once and kept
+"""
 
 import errno
 import fcntl
 import hashlib
 import os
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
+import torch
+from safetensors.torch import save
 from torch import Tensor
 
-from model import LlamaConfig, check_weights
-from support.files import InputError, checksum, files_checksum, read_json, shown
-from support.processes import choose_device
+from support.files import InputError, checksum, files_checksum, read_json, shown, write_whole
 from support.tensors import open_safetensors
-from train import Config, Data
 
 
-def claim_out(config: Config, marks: dict[str, str]) -> Path:
-    """For process 0: takes the run's directory, new, or of the run to go on with, whose fingerprint must be this one's.
-    Raises InputError."""
-    out = Path(config.out or f"runs/{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3])
-    if config.resume is not None and (out / "config.json").exists():
-        there = read_json(out / "config.json").get("fingerprint")
-        for name in sorted(marks):
-            if not isinstance(there, dict) or marks[name] != there.get(name):
-                raise InputError(f"--resume {out}: other {name} than the run began with")
-    elif out.exists() and (not out.is_dir() or any(path.name[0] != "." for path in out.iterdir())):
-        raise InputError(
-            f"--out {out} is not empty: a new run wants a fresh directory; --resume goes on with the "
-            "run that is in it"
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        fcntl.lockf(
-            os.open(out / ".lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # until it ends
-    except BlockingIOError:
-        raise InputError(f"--out {out}: another process is training there") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
-            raise InputError(f"--out {out}: {error.strerror}") from None
-        print(
-            f"--out {out}: its disk has no locks, so a second run there would go unnoticed",
-            flush=True,
-        )
-    return out
-
-
-def fingerprint(config: Config, parts: list[Data]) -> dict[str, str]:
-    """What a run's numbers depend on, its flags aside: hashes of the weights that it starts from and of the very
-    tokens, and the precision."""
-    files = sorted(set(check_weights(config.model, LlamaConfig.load(config.model)).values()))
-    found = {"weights": files_checksum([Path(config.model) / "config.json", *files])}
-    for name, part in zip(("pairs", "held-out pairs"), parts, strict=False):
+def fingerprint(
+    weights: Iterable[Path], parts: Sequence[Sequence], dtype: torch.dtype
+) -> dict[str, str]:
+    """Hashes of the starting weights (their files) and of the token ids of each list of pairs
+    (training, held-out), and the dtype of matrix products."""
+    found = {"weights": files_checksum(weights)}
+    for name, pairs in zip(("pairs", "held-out pairs"), parts, strict=False):
         digest = hashlib.blake2b(digest_size=16)
-        for ids in (
-            ids for pair in part.pairs for ids in (pair.prompt, pair.chosen, pair.rejected)
-        ):
-            digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
+        for pair in pairs:
+            for ids in (pair.prompt, pair.chosen, pair.rejected):
+                digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
         found[name] = digest.hexdigest()
-    dtype = choose_device(config.device, config.precision)[1]
     return found | {"precision": str(dtype).removeprefix("torch.")}
 
 
-def read_cache(cache: Path, key: str, parts: list[Data]) -> Tensor | None:
-    """The reference log-probs in a --reference-cache; None where there is none yet. Raises InputError for a cache of
-    another key, a file that is none, and a directory that cannot be written."""
+def claim_out(out: str | None, resume: bool, marks: dict[str, str]) -> Path:
+    """Creates the run directory, or checks that it holds the run to resume, whose fingerprint must
+    be `marks`. Locks it until this process ends. On process 0 only. Raises InputError."""
+    path = Path(out or f"runs/{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3])
+    if resume and (path / "config.json").exists():
+        there = read_json(path / "config.json").get("fingerprint")
+        for name in sorted(marks):
+            if not isinstance(there, dict) or marks[name] != there.get(name):
+                raise InputError(f"--resume {path}: other {name} than the run began with")
+    elif path.exists() and (not path.is_dir() or any(p.name[0] != "." for p in path.iterdir())):
+        raise InputError(
+            f"--out {path} is not empty: a new run needs a fresh directory; --resume continues "
+            "the run that is in it"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"--out {path}: another process is training there") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+            raise InputError(f"--out {path}: {error.strerror}") from None
+        print(f"--out {path}: its disk has no locks, so a second run there would go unnoticed")
+    return path
+
+
+def read_cache(cache: Path, key: str, pairs: int) -> Tensor | None:
+    """The reference log-probs of all pairs, (pairs, 2, 2): [pair, chosen or rejected, mean or sum].
+
+    None if the file does not exist yet. Raises InputError for the cache of another key, a file
+    that is not a cache, and a directory that cannot be written.
+    """
     if not cache.exists():
         if not os.access(cache.parent, os.W_OK):
             raise InputError(
                 f"--reference-cache {cache}: {cache.parent} is not a directory that can be written"
             )
         return None
-    pairs = sum(len(part.pairs) for part in parts)
     with open_safetensors(cache) as file:
         metadata = file.metadata() or {}
         found = metadata.get("key")
         if found != key:
             raise InputError(
-                f"{cache}: of other weights, pairs or precision (key {shown(found)}, wanted {key}); "
-                "name another --reference-cache"
+                f"{cache}: of other weights, pairs or precision (key {shown(found)}, wanted "
+                f"{key}); name another --reference-cache"
             )
-        if set(file.keys()) != {"logps"} or file.get_slice("logps").get_shape() != [pairs, 2, 2]:
+        shape = [pairs, 2, 2]
+        if set(file.keys()) != {"logps"} or file.get_slice("logps").get_shape() != shape:
             raise InputError(
-                f"{cache}: not a cache of reference log-probs (wanted logps of shape {pairs}, 2, 2)"
+                f"{cache}: not a cache of reference log-probs (wanted logps of shape {shape})"
             )
         logps = file.get_tensor("logps")
     if metadata.get("checksum") != checksum({"logps": logps.tolist()}):
@@ -91,3 +94,9 @@ def read_cache(cache: Path, key: str, parts: list[Data]) -> Tensor | None:
             f"{cache}: damaged (its checksum differs); delete it, and it is computed again"
         )
     return logps
+
+
+def write_cache(cache: Path, key: str, logps: Tensor) -> None:
+    """Writes what `read_cache` reads."""
+    metadata = {"key": key, "checksum": checksum({"logps": logps.tolist()})}
+    write_whole(cache, save({"logps": logps.cpu()}, metadata))
