@@ -1,29 +1,34 @@
-"""ASFT, Aligned Supervised Fine-Tuning through Absolute Likelihood (arXiv 2409.10571), and its baselines.
+"""ASFT, Aligned Supervised Fine-Tuning through Absolute Likelihood (arXiv 2409.10571), and its
+baselines.
 
-Pure functions: per-response log-probabilities in, one loss per pair and a dict of detached per-pair metrics out. The
-caller averages over pairs. Of packages this file imports torch alone, and nothing of ours: copy it into any trainer.
+Pure functions: per-response log-probabilities in, one loss per pair and a dict of detached per-pair
+metrics out. The caller averages over pairs. This file imports only torch, so you can copy it into
+any trainer.
 
-The equations are reconstructed from the paper's Appendix B and its prose, and bear its equation numbers.
+The equations are reconstructed from the paper's Appendix B and its prose, and bear its numbers.
 
 In reading order
     log1mexp, log_odds      the two numerically delicate functions; everything else is a sum
     sft_loss, asft_loss     equation 14, and its two halves
     orpo_loss, simpo_loss   baselines without a reference model
     dpo_loss, ipo_loss      baselines with one
-    LOSSES                  name -> (function, mean or sum, reference or not): all that train.py knows about losses
-    response_logps          padded logits -> log-probs of each response: the portable form, and the oracle of model.py
+    LOSSES                  all that train.py knows about losses
+    response_logps          padded logits -> log-probs of each response: the portable form
 
-Notation, here and in the other files. x is a prompt, y_w the chosen and y_l the rejected response (w: winner, l:
-loser), |y| a response's tokens, its closing <|eot_id|> included. Log is natural, log-probs are in nats.
-    l(y) = 1/|y| sum_t log pi(y_t | x, y_<t)     mean log-prob     logp_w_B, logp_l_B
-    s(y) = |y| l(y)                              summed log-prob   sum_logp_w_B, sum_logp_l_B
-    p(y) = exp(l(y))                             geometric-mean token probability, in (0, 1]
+Notation, here and in the other files. x is a prompt, y_w the chosen and y_l the rejected response
+(w: winner, l: loser), |y| a response's number of tokens, its closing <|eot_id|> included. Log is
+natural, log-probs are in nats.
+    l(y) = 1/|y| sum_t log pi(y_t | x, y_<t)    mean log-prob      logp_w_B, logp_l_B
+    s(y) = |y| l(y)                             summed log-prob    sum_logp_w_B, sum_logp_l_B
+    p(y) = exp(l(y))                            geometric-mean token probability, in (0, 1]
 
 Shape letters. A tensor's name ends in the letters of its axes; scalars and lists carry none.
-    B pairs   R responses (2B)   T packed tokens   S scored tokens (those of responses)   N keys of packed attention
-    D width   V vocabulary   H query heads   G key/value heads   K head size   F feed-forward
+    B pairs   R responses (2B)   T packed tokens   S scored tokens (those of responses)
+    C a chunk of S   N keys of packed attention   D width   V vocabulary   F feed-forward
+    H query heads   G key/value heads   K head size
 
-Left out: reference log-probs are inputs (train.py makes them), and nothing here reduces over a batch.
+Left out: reference log-probs are inputs (train.py computes them), and nothing here reduces over a
+batch.
 """
 
 import inspect
@@ -39,11 +44,12 @@ Metrics = dict[str, Tensor]
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, accurate over the whole range. Half types are computed and returned in fp32.
+    """log(1 - exp(x)) for x < 0, accurate over the whole range. Half types are computed and
+    returned in fp32.
 
-    Two branches that meet at -ln 2: log(-expm1(x)) keeps its digits near 0, log1p(-exp(x)) far from it. `where` also
-    replaces the *inputs* of the branch that is not taken, since 0 * inf in its backward pass would be NaN.
-    At x = 0 the value is -inf: clamp first, as `asft_loss` does.
+    Two branches meet at -ln 2: log(-expm1(x)) keeps its digits near 0, log1p(-exp(x)) far from it.
+    `where` also replaces the *inputs* of the branch that is not taken, since 0 * inf in its
+    backward pass would be NaN. At x = 0 the value is -inf: clamp first, as `asft_loss` does.
     """
     x = at_least_fp32(x)
     near = x > -math.log(2)
@@ -53,21 +59,23 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def log_odds(logp: Tensor) -> Tensor:
-    """log(p / (1-p)) of p = exp(logp), logp < 0: the argument of the sigmoid in equations 10 to 13."""
+    """log(p / (1-p)) of p = exp(logp), logp < 0: the sigmoids' argument in equations 10 to 13."""
     return logp - log1mexp(logp)
 
 
 def sft_loss(logp_w_B: Tensor, logp_l_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
     """L_SFT = -l_w, the first term of equation 14. Exact; takes mean log-probs.
 
-    The mean is over each response's own tokens, so every pair weighs the same; pooling the tokens of a batch, as
-    language modelling does, would weigh long answers more. `logp_l_B` does not enter the loss: it adds margin and
-    accuracy.
+    The mean is over each response's own tokens, so every pair weighs the same; pooling the tokens
+    of a batch, as language modelling does, would weigh long answers more. `logp_l_B` does not enter
+    the loss: it adds margin and accuracy.
     """
     logp_w_B = at_least_fp32(logp_w_B)
     loss_B = -logp_w_B
     metrics = {"sft": loss_B.detach(), "align": torch.zeros_like(loss_B)}
-    return loss_B, metrics if logp_l_B is None else metrics | comparison(logp_w_B, logp_l_B)
+    if logp_l_B is not None:
+        metrics |= comparison(logp_w_B, logp_l_B)
+    return loss_B, metrics
 
 
 def asft_loss(
@@ -87,36 +95,39 @@ def asft_loss(
         align  = -logsigmoid(odds_w) - logsigmoid(-odds_l)
         loss   = -logp_w + beta * align
 
-    (As printed, the two lines of `align` are not in parentheses, so the rejected half would be lost.) Since
-    sigmoid(log(p/(1-p))) = p, this is, rewritten and equal (tests/test_asft.py):
+    (As printed, the two lines of `align` are not in parentheses, so the rejected half would be
+    lost.) Since sigmoid(log(p/(1-p))) = p, this is, rewritten and equal (tests/test_asft.py):
 
         loss   = -(1 + beta) * logp_w - beta * log(1 - exp(logp_l))
         dloss/dlogp_w = -(1 + beta)        dloss/dlogp_l = beta * p_l / (1 - p_l)
 
-    which is what runs at temperature 1: no odds, no cancellation, and no trouble where logp_w is 0.
+    which is what runs at temperature 1: no odds, no cancellation, and no trouble at logp_w = 0.
 
     Args:
-        logp_w_B, logp_l_B: mean log-probs in nats, at most 0, of equal shape. Half types are computed in fp32;
-            float64 stays float64.
-        beta: weight of the align term (the paper's beta; 0.1 to 0.5 works). Not a temperature, not DPO's beta.
+        logp_w_B, logp_l_B: mean log-probs in nats, at most 0, of equal shape. Half types are
+            computed in fp32; float64 stays float64.
+        beta: weight of the align term (the paper's beta; 0.1 to 0.5 works). Not a temperature, not
+            DPO's beta.
         sft_weight: weight of L_SFT; 0 leaves beta * L_align ("align only").
         temperature: T of the tempered form of arXiv 2502.01237, in which the align term is
             -logsigmoid(T * odds_w) - logsigmoid(-T * odds_l). The paper has 1.
-        eps: log-probs above -eps count as -eps inside the align term's log(1 - p), nats. The gradient is passed
-            through, so a rejected response that the model knows by heart is pushed with weight about beta / eps,
-            neither NaN nor 0. The paper is silent here; in fp32 1 - exp(l) is exactly 0 for |l| < 3e-8. `clamped`
-            counts how often it acts.
+        eps: log-probs above -eps count as -eps inside the align term's log(1 - p), nats. The
+            gradient is passed through, so a rejected response that the model knows by heart is
+            pushed with weight about beta / eps, neither NaN nor 0. The paper is silent here; in
+            fp32 1 - exp(l) is exactly 0 for |l| < 3e-8. `clamped` counts how often it acts.
 
     Returns:
-        loss_B, and per-pair metrics, detached: sft, align (both unweighted), align_w and align_l (its chosen and
-        rejected half), rejected_weight (the loss's gradient for logp_l: beta * p_l / (1 - p_l) at temperature 1;
-        compare it with the chosen side's 1 + beta), clamped (1 where eps acted), margin, accuracy.
+        loss_B, and per-pair metrics, detached: sft, align (both unweighted), align_w and align_l
+        (its chosen and rejected half), rejected_weight (the loss's gradient for logp_l,
+        beta * p_l / (1 - p_l) at temperature 1; compare it with the chosen side's 1 + beta),
+        clamped (1 if eps acted), margin, accuracy.
 
-    Raises ValueError for unequal shapes and for beta < 0, sft_weight < 0, temperature <= 0, eps <= 0.
+    Raises ValueError for unequal shapes and for beta < 0, sft_weight < 0, temperature <= 0,
+    eps <= 0.
     """
     if beta < 0 or sft_weight < 0 or temperature <= 0 or eps <= 0:
         raise ValueError(
-            "asft_loss wants beta >= 0, sft_weight >= 0, temperature > 0, eps > 0; "
+            "asft_loss needs beta >= 0, sft_weight >= 0, temperature > 0, eps > 0; "
             f"found {beta=}, {sft_weight=}, {temperature=}, {eps=}"
         )
     logp_w_B, logp_l_B = _pair(logp_w_B, logp_l_B)
@@ -132,11 +143,10 @@ def asft_loss(
     loss_B = sft_weight * sft_B + beta * align_B
     with torch.no_grad():
         clamped_B = (logp_l_B > -eps) | ((temperature != 1) & (logp_w_B > -eps))
-        push_B = (
-            temperature
-            * torch.sigmoid(temperature * log_odds(bounded_l_B))
-            / -torch.expm1(bounded_l_B)
-        )
+        # d align_l / d logp_l = T sigmoid(T odds_l) * d odds_l / d logp_l, and d odds / d logp is
+        # 1 / (1 - p). At T = 1 the sigmoid is p_l, so this is the odds p_l / (1 - p_l).
+        odds_l_B = log_odds(bounded_l_B)
+        push_B = temperature * torch.sigmoid(temperature * odds_l_B) / -torch.expm1(bounded_l_B)
     metrics = {
         "sft": sft_B.detach(),
         "align": align_B.detach(),
@@ -151,18 +161,20 @@ def asft_loss(
 def orpo_loss(
     logp_w_B: Tensor, logp_l_B: Tensor, *, beta: float = 0.1, eps: float = 1e-6
 ) -> tuple[Tensor, Metrics]:
-    """ORPO (arXiv 2403.07691): -l_w - beta * logsigmoid(odds_w - odds_l). Takes mean log-probs; no reference model.
+    """ORPO (arXiv 2403.07691): -l_w - beta * logsigmoid(odds_w - odds_l). Takes mean log-probs; no
+    reference model.
 
-    Its align term is ASFT's plus log(p_w(1-p_l) + p_l(1-p_w)), a number of at most 0, exactly. Differs from TRL 1.16,
-    whose odds term is the same but whose SFT term pools prompt and response tokens over the batch; the SFT term here is
-    LLaMA-Factory's, the one ASFT has. `beta` is ORPO's lambda. eps as in `asft_loss`, for both responses; ValueError
-    unless it is above 0.
+    Its align term is ASFT's plus log(p_w(1-p_l) + p_l(1-p_w)), a number of at most 0, exactly.
+    Differs from TRL 1.16, whose odds term is the same but whose SFT term pools prompt and response
+    tokens over the batch; the SFT term here is LLaMA-Factory's, the one that ASFT has. `beta` is
+    ORPO's lambda. eps as in `asft_loss`, for both responses; ValueError unless it is above 0.
     """
     if eps <= 0:
-        raise ValueError(f"orpo_loss wants eps > 0; found {eps=}")
+        raise ValueError(f"orpo_loss needs eps > 0; found {eps=}")
     logp_w_B, logp_l_B = _pair(logp_w_B, logp_l_B)
     sft_B = -logp_w_B
-    align_B = -F.logsigmoid(log_odds(_bounded(logp_w_B, eps)) - log_odds(_bounded(logp_l_B, eps)))
+    odds_w_B, odds_l_B = log_odds(_bounded(logp_w_B, eps)), log_odds(_bounded(logp_l_B, eps))
+    align_B = -F.logsigmoid(odds_w_B - odds_l_B)
     clamped_B = (torch.maximum(logp_w_B, logp_l_B) > -eps).to(sft_B.dtype)
     metrics = {"sft": sft_B.detach(), "align": align_B.detach(), "clamped": clamped_B}
     return sft_B + beta * align_B, metrics | comparison(logp_w_B, logp_l_B)
@@ -171,10 +183,12 @@ def orpo_loss(
 def simpo_loss(
     logp_w_B: Tensor, logp_l_B: Tensor, *, beta: float = 2.0, gamma: float = 1.0
 ) -> tuple[Tensor, Metrics]:
-    """SimPO (arXiv 2405.14734): -logsigmoid(beta * (l_w - l_l) - gamma). Takes mean log-probs; no reference model.
+    """SimPO (arXiv 2405.14734): -logsigmoid(beta * (l_w - l_l) - gamma). Takes mean log-probs; no
+    reference model.
 
-    `gamma` is the target margin in units of the reward beta * l; TRL's CPO trainer computes the same from gamma / beta
-    (its `simpo_gamma` is this gamma) and adds an SFT term unless cpo_alpha is 0. There is no SFT term here.
+    `gamma` is the target margin in units of the reward beta * l. TRL's CPO trainer computes the
+    same from gamma / beta (its `simpo_gamma` is this gamma) and adds an SFT term unless cpo_alpha
+    is 0. There is no SFT term here.
     """
     logp_w_B, logp_l_B = _pair(logp_w_B, logp_l_B)
     loss_B = -F.logsigmoid(beta * (logp_w_B - logp_l_B) - gamma)
@@ -190,10 +204,11 @@ def dpo_loss(
     *,
     beta: float = 0.1,
 ) -> tuple[Tensor, Metrics]:
-    """DPO (arXiv 2305.18290; equations 1 to 3): -logsigmoid(beta * ((s_w - s_w_ref) - (s_l - s_l_ref))).
+    """DPO (arXiv 2305.18290; equations 1 to 3):
+    -logsigmoid(beta * ((s_w - s_w_ref) - (s_l - s_l_ref))).
 
-    Takes *summed* log-probs of the model and of the reference. Equal to TRL's loss_type "sigmoid". `beta` here is the
-    reward scale; it shares only its name with ASFT's weight.
+    Takes *summed* log-probs of the model and of the reference. Equal to TRL's loss_type "sigmoid".
+    `beta` is the reward scale; it shares only its name with ASFT's weight.
     """
     ratio_w_B, ratio_l_B = _ratios(sum_logp_w_B, sum_logp_l_B, ref_w_B, ref_l_B)
     loss_B = -F.logsigmoid(beta * (ratio_w_B - ratio_l_B))
@@ -203,10 +218,12 @@ def dpo_loss(
 def ipo_loss(
     logp_w_B: Tensor, logp_l_B: Tensor, ref_w_B: Tensor, ref_l_B: Tensor, *, beta: float = 0.1
 ) -> tuple[Tensor, Metrics]:
-    """IPO (arXiv 2310.12036): (h - 1/(2 beta))^2 with h = (w - w_ref) - (l - l_ref), in nats squared.
+    """IPO (arXiv 2310.12036): (h - 1/(2 beta))^2 with h = (w - w_ref) - (l - l_ref), in nats
+    squared.
 
-    Takes mean log-probs (TRL, LLaMA-Factory; the default of train.py) or sums (OpenRLHF, the DPO reference code): as
-    given, the same kind for model and reference. They are different losses: with sums h grows with the length.
+    Takes mean log-probs (TRL, LLaMA-Factory; train.py's default) or sums (OpenRLHF, the DPO
+    reference code), the same kind for model and reference. They are different losses: with sums h
+    grows with the length.
     """
     ratio_w_B, ratio_l_B = _ratios(logp_w_B, logp_l_B, ref_w_B, ref_l_B)
     loss_B = (ratio_w_B - ratio_l_B - 1 / (2 * beta)) ** 2
@@ -214,11 +231,12 @@ def ipo_loss(
 
 
 class Loss(NamedTuple):
-    """A row of LOSSES: called with the log-probs of chosen and rejected, then the reference's where it takes them."""
+    """A row of LOSSES. Its function takes the log-probs of chosen and rejected, then the
+    reference's if it needs them. train.py logs whatever metrics it returns."""
 
     function: Callable[..., tuple[Tensor, Metrics]]
     logps: str  # "mean" or "sum": which log-probs the function takes
-    reference: bool  # whether it also takes a reference model's
+    reference: bool  # True if it also takes a reference model's
 
     @property
     def options(self) -> dict[str, float]:
@@ -243,22 +261,24 @@ def response_logps(
     """Mean and summed log-prob of each response, from padded logits: l(y) and s(y).
 
     Args:
-        logits_RTV: a model's output on tokens_RT, any floating dtype; computed in at least fp32, a row at a time.
-        tokens_RT: token ids; what pads a row does not matter.
-        scored_RT: bool, True at the tokens of the response (its closing <|eot_id|> included). Position t is predicted
-            by the logits at t-1: that shift happens here, once, so pass all three unshifted.
+        logits_RTV: a model's output on tokens_RT, any floating dtype; computed in at least fp32,
+            a row at a time.
+        tokens_RT: token ids; the ids in padding do not matter.
+        scored_RT: bool, True at the tokens of the response (its closing <|eot_id|> included).
+            Position t is predicted by the logits at t-1: that shift happens here, once, so pass all
+            three unshifted.
 
-    Returns mean_R and sum_R in nats. Raises ValueError for unequal shapes, for a row without a scored token (its mean
-    would be 0/0) and for a scored first token (nothing predicts it).
+    Returns mean_R and sum_R in nats. Raises ValueError for unequal shapes, for a row without a
+    scored token (its mean would be 0/0) and for a scored first token (nothing predicts it).
     """
     if logits_RTV.shape[:2] != tokens_RT.shape or tokens_RT.shape != scored_RT.shape:
+        found = ", ".join(str(tuple(x.shape)) for x in (logits_RTV, tokens_RT, scored_RT))
         raise ValueError(
-            "response_logps wants logits (R, T, V), tokens (R, T) and scored (R, T); "
-            f"found {tuple(logits_RTV.shape)}, {tuple(tokens_RT.shape)}, {tuple(scored_RT.shape)}"
+            f"response_logps needs logits (R, T, V), tokens (R, T) and scored (R, T); found {found}"
         )
     scored_RT = scored_RT.bool()
     if bool(scored_RT[:, 0].any()) or not bool(scored_RT.any(dim=1).all()):
-        raise ValueError("each row wants at least one scored token, and not its first")
+        raise ValueError("each row needs at least one scored token, and not its first")
     sums, means = [], []
     for logits_TV, tokens_T, scored_T in zip(
         logits_RTV[:, :-1], tokens_RT[:, 1:], scored_RT[:, 1:], strict=True
@@ -272,7 +292,8 @@ def response_logps(
 
 
 def comparison(logp_w_B: Tensor, logp_l_B: Tensor) -> Metrics:
-    """margin = l_w - l_l in nats, and accuracy: 1 where the chosen response is likelier per token; a tie counts 0."""
+    """margin = l_w - l_l in nats, and accuracy: 1 if the chosen response is likelier per token; a
+    tie counts 0."""
     logp_w_B, logp_l_B = _pair(logp_w_B, logp_l_B)
     margin_B = (logp_w_B - logp_l_B).detach()
     return {"margin": margin_B, "accuracy": (margin_B > 0).to(margin_B.dtype)}
@@ -280,20 +301,19 @@ def comparison(logp_w_B: Tensor, logp_l_B: Tensor) -> Metrics:
 
 def _rewards(reward_w_B: Tensor, reward_l_B: Tensor) -> Metrics:
     """Implicit rewards, of the losses that have them."""
-    return {
-        "reward_w": reward_w_B.detach(),
-        "reward_l": reward_l_B.detach(),
-        "reward_margin": (reward_w_B - reward_l_B).detach(),
-    }
+    margin_B = reward_w_B - reward_l_B
+    rewards = {"reward_w": reward_w_B, "reward_l": reward_l_B, "reward_margin": margin_B}
+    return {name: value_B.detach() for name, value_B in rewards.items()}
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """x in fp32 if it is of a half type, as it is otherwise."""
+    """x in fp32 if it is of a half type, unchanged otherwise."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _pair(*logps: Tensor) -> list[Tensor]:
-    """All in at least fp32. Unequal shapes would broadcast (B,) with (B, 1) into (B, B) and train on it."""
+    """All in at least fp32. Unequal shapes would broadcast (B,) with (B, 1) into (B, B) and train
+    on it."""
     if len({x.shape for x in logps}) > 1:
         raise ValueError(f"log-probs of unequal shapes: {[tuple(x.shape) for x in logps]}")
     return [at_least_fp32(x) for x in logps]
@@ -302,10 +322,12 @@ def _pair(*logps: Tensor) -> list[Tensor]:
 def _ratios(
     logp_w_B: Tensor, logp_l_B: Tensor, ref_w_B: Tensor, ref_l_B: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Log-prob of the model less that of the reference, of both responses."""
     logp_w_B, logp_l_B, ref_w_B, ref_l_B = _pair(logp_w_B, logp_l_B, ref_w_B, ref_l_B)
     return logp_w_B - ref_w_B, logp_l_B - ref_l_B
 
 
 def _bounded(logp: Tensor, eps: float) -> Tensor:
-    """logp, or -eps where it is larger, with gradient 1 everywhere: `clamp` would have gradient 0 above -eps."""
+    """logp, or -eps if it is larger, with gradient 1 everywhere: `clamp` would have gradient 0
+    above -eps."""
     return torch.where(logp > -eps, logp - logp.detach() - eps, logp)

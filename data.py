@@ -32,7 +32,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model import LlamaConfig, Segments, token_ids
+from model import Batch, LlamaConfig, Segments, token_ids
 from support.files import InputError, read_json, read_start, shown, unique
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -489,23 +489,6 @@ def resolve_max_tokens(max_tokens: int | None, config: LlamaConfig) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------- packing
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Pairs as one row of T tokens, without padding. Responses 2i and 2i+1 are the chosen and the rejected one of pair
-    i."""
-
-    tokens_T: Tensor  # int64
-    positions_T: Tensor  # int64; chosen and rejected both go on where their prompt ends
-    segments: Segments  # who attends to whom
-    scored_row_S: Tensor  # int64: the row whose output predicts each scored token
-    target_S: Tensor  # int64: the token it should predict
-    response_S: Tensor  # int64: the response that the token belongs to
-    length_R: Tensor  # int64: scored tokens of each response
-
-    def to(self, device: torch.device | str) -> "Batch":
-        return Batch(*(value.to(device) for value in vars(self).values()))
 
 
 def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = None) -> Batch:

@@ -61,7 +61,6 @@ from torch.distributed.tensor import DTensor
 
 import asft
 from data import (
-    Batch,
     ChatFormat,
     Pair,
     encode_preferences,
@@ -71,7 +70,15 @@ from data import (
     resolve_max_tokens,
     split_pairs,
 )
-from model import Llama, LlamaConfig, check_weights, expected_shapes, load_weights, save_model
+from model import (
+    Batch,
+    Llama,
+    LlamaConfig,
+    check_weights,
+    expected_shapes,
+    load_weights,
+    save_model,
+)
 from support.checkpoints import (
     load_checkpoint,
     newest_checkpoint,
