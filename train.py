@@ -79,23 +79,10 @@ from model import (
     load_weights,
     save_model,
 )
-from support.checkpoints import (
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-    stop_unless_finite,
-    trained_tensors,
-)
+from support import checkpoints, memory, run_directory
 from support.files import InputError, checksum, flush, write_whole
 from support.flags import MAY_CHANGE, flag, parse, require
-from support.log import Log, describe, header, run_facts
-from support.memory import (
-    forward_flops,
-    init_fake_group,
-    largest_micro_batches,
-    rehearse,
-    simulated_peak,
-)
+from support.log import Log, describe, header, run_facts, speed
 from support.processes import (
     StoppedError,
     StopRequest,
@@ -103,10 +90,8 @@ from support.processes import (
     exit_code,
     leave,
     on_first_process,
-    peak_memory_gib,
     together,
 )
-from support.run_directory import claim_out, fingerprint, read_cache, write_cache
 from support.tensors import finite
 
 # ------------------------------------------------------------------------------- configuration
@@ -326,7 +311,9 @@ def train(run: "Run", done: int) -> None:
         optimizer.zero_grad()
 
         row = {"step": step + 1, "epoch": pairs.epochs(step + 1), **means, "lr": rate}
-        row |= {"grad_norm": norm} | pairs.speed(drawn, time.perf_counter() - started)
+        row |= {"grad_norm": norm} | speed(
+            pairs.sizes[drawn], time.perf_counter() - started, pairs.device
+        )
         run.log.step(row, run.steps)
         last = step + 1 == run.steps
         if run.held_out and (last or due(config.eval_every, step + 1)):
@@ -335,7 +322,9 @@ def train(run: "Run", done: int) -> None:
         stop = run.stop.signal_anywhere(pairs.device)
         if not last and (stop or due(config.save_every, step + 1)):
             out = run.log.out
-            save_checkpoint(out, step + 1, run.identity, model, optimizer, run.mesh, config.keep)
+            checkpoints.save_checkpoint(
+                out, step + 1, run.identity, model, optimizer, run.mesh, config.keep
+            )
         if not last and stop:
             name = signal.Signals(stop).name
             run.log.say(
@@ -413,20 +402,6 @@ class Pairs:
         if isinstance(self.reference, Llama):
             return self.reference(batch)
         return self.reference[rows].flatten(0, 1).unbind(-1)
-
-    def speed(self, drawn: list[int], seconds: float) -> dict[str, float]:
-        """Size, speed and peak memory (the largest of all processes) of a step."""
-        tokens = int(self.sizes[drawn].sum())
-        peak = torch.tensor(peak_memory_gib(), device=self.device)
-        dist.all_reduce(peak, dist.ReduceOp.MAX)
-        return {
-            "pairs": len(drawn),
-            "tokens": tokens,
-            "seconds": seconds,
-            "tokens_per_s": tokens / seconds,
-            "pairs_per_s": len(drawn) / seconds,
-            "peak_memory_gib": float(peak),
-        }
 
 
 class Sums(dict):
@@ -521,7 +496,7 @@ def attach_reference(
             part.reference = live
         return
     pairs = [pair for part in parts for pair in part.pairs]
-    logps = on_first_process(lambda: read_cache(cache, key, len(pairs)))
+    logps = on_first_process(lambda: run_directory.read_cache(cache, key, len(pairs)))
     if logps is None:
         everything = Pairs(pairs, config, mesh.device_type)
         logps = torch.zeros(len(pairs), 2, 2, device=mesh.device_type)
@@ -536,7 +511,7 @@ def attach_reference(
             raise StoppedError(
                 "the starting model's log-probs are not finite, and the loss needs them"
             )
-        on_first_process(lambda: write_cache(cache, key, logps))
+        on_first_process(lambda: run_directory.write_cache(cache, key, logps))
     of_parts = logps.to(mesh.device_type).split([len(part.pairs) for part in parts])
     for part, of_part in zip(parts, of_parts, strict=True):
         part.reference = of_part
@@ -670,13 +645,17 @@ def run(config: Config) -> None:
     parts, counts, chat = read_pairs(config, llama, mesh.device_type)
     files = [Path(config.model) / "config.json", *sorted(set(weights.values()))]
     dtype = choose_device(config.device, config.precision)[1]
-    marks = on_first_process(lambda: fingerprint(files, [part.pairs for part in parts], dtype))
+    marks = on_first_process(
+        lambda: run_directory.fingerprint(files, [part.pairs for part in parts], dtype)
+    )
     key = " ".join(marks.values())
     precompute = config.loss_row.reference and config.reference == "precompute"
     if precompute and config.reference_cache:  # it may be the wrong file: before OUT is made
         pairs = sum(len(part.pairs) for part in parts)
-        on_first_process(lambda: read_cache(Path(config.reference_cache), key, pairs))
-    out = on_first_process(lambda: claim_out(config.out, config.resume is not None, marks))
+        on_first_process(lambda: run_directory.read_cache(Path(config.reference_cache), key, pairs))
+    out = on_first_process(
+        lambda: run_directory.claim_out(config.out, config.resume is not None, marks)
+    )
     log, steps = Log(out), count_steps(parts[0])
     if on_first_process((out / "model").exists):
         log.say(f"{out} is finished: its model is {out / 'model'}")
@@ -696,11 +675,11 @@ def run(config: Config) -> None:
         cache = Path(config.reference_cache or out / "reference.safetensors")
         attach_reference(config, mesh, model, parts, key, cache)
     optimizer = make_optimizer(config, model)
-    rehearse(model, parts[0], steps, lambda indexes: step_loss(model, parts[0], indexes)[0])
+    memory.rehearse(model, parts[0], steps, lambda indexes: step_loss(model, parts[0], indexes)[0])
 
     fixed = {name: value for name, value in vars(config).items() if name not in MAY_CHANGE}
     identity = checksum(marks | fixed)
-    checkpoint, state = newest_checkpoint(out, identity, log.say)
+    checkpoint, state = checkpoints.newest_checkpoint(out, identity, log.say)
     if config.resume is not None:
         on_first_process(lambda: log.rewind(state["step"]))
         on_first_process(record)
@@ -709,7 +688,7 @@ def run(config: Config) -> None:
     prompts = [pair.prompt for pair in held_out.pairs[: config.samples]] if held_out else []
     answers = partial(answer, model, chat, device=mesh.device_type)
     if checkpoint:
-        load_checkpoint(checkpoint, state, model, optimizer)
+        checkpoints.load_checkpoint(checkpoint, state, model, optimizer)
     elif held_out:
         evaluate(model, held_out, log, 0, list(map(answers, prompts)))
     with StopRequest() as stop:  # also during the export: the first signal lets it finish
@@ -717,7 +696,7 @@ def run(config: Config) -> None:
             Run(config, mesh, model, optimizer, parts[0], held_out, steps, log, stop, identity),
             state["step"],
         )
-        stop_unless_finite(trained_tensors(model, optimizer), steps)
+        checkpoints.stop_unless_finite(checkpoints.trained_tensors(model, optimizer), steps)
         after = list(map(answers, prompts))
         on_first_process(lambda: [flush(path) for path in out.glob("*.jsonl")])
         save_model(
@@ -772,11 +751,8 @@ def read_pairs(
 
 def plan(config: Config, llama: LlamaConfig, gpus: int) -> None:
     """Prints the steps, FLOPs and memory of the run on `gpus` CUDA devices (--plan)."""
-    init_fake_group(gpus)
+    memory.init_fake_group(gpus)
     pairs = read_pairs(config, llama, "cpu")[0][0]
-    steps = count_steps(pairs)
-    largest = largest_micro_batches((pairs.plan(step, gpus) for step in range(steps)), pairs.sizes)
-    batches = [pairs.batch(indexes)[1] for indexes in largest]
 
     def build(mesh: DeviceMesh) -> tuple[Llama, torch.optim.AdamW]:
         with torch.device("meta"):
@@ -786,21 +762,7 @@ def plan(config: Config, llama: LlamaConfig, gpus: int) -> None:
         model.to_empty(device="cpu")
         return model, make_optimizer(config, model)
 
-    peak = simulated_peak(build, batches, gpus)
-    total = peak.pop("total")
-    kinds = ", ".join(f"{name} {size:.1f}" for name, size in peak.items() if size >= 0.05)
-    shapes = expected_shapes(llama)
-    share = config.pairs_per_step / len(pairs.pairs)  # of an epoch, in one step
-    flops = 3 * share * forward_flops(llama, shapes, pairs.pairs, config.share_prompt)
-    print(
-        f"{config.model} on {gpus} GPU{'s' * (gpus > 1)}, {config.data}\n"
-        f"  parameters  {sum(map(math.prod, shapes.values())):,}\n"
-        f"  steps       {steps:,} of {config.pairs_per_step} pairs, "
-        f"{pairs.sizes.sum() * share:,.0f} tokens a step, "
-        f"at most {pairs.sizes[largest[0]].sum():,} a micro-batch\n"
-        f"  FLOPs       {flops:.3g} a step (forward and backward; recomputation not counted)\n"
-        f"  memory      {total:.1f} GiB at the peak, on each GPU: {kinds}"
-    )
+    memory.print_plan(pairs, count_steps(pairs), gpus, llama, expected_shapes(llama), build)
 
 
 MEMORY_ADVICE = (

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from support.files import InputError, naming, read_json, write_whole
 from support.flags import command_line
-from support.processes import choose_device
+from support.processes import choose_device, peak_memory_gib
 
 # Metrics of a step in the order of its line, with their formats. A loss may lack some of them.
 STEP = "loss:.4f sft:.4f align:.4f | margin:+.4f accuracy:.1% logp_w:.4f logp_l:.4f"
@@ -89,6 +89,22 @@ def device_name(config) -> str:
     if choose_device(config.device, config.precision)[0].type == "cuda":
         return torch.cuda.get_device_name()
     return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def speed(sizes: np.ndarray, seconds: float, device: str) -> dict[str, float]:
+    """Size (of pairs with so many tokens each), speed and peak memory of a step; a collective
+    call: the memory is the largest of all processes."""
+    peak = torch.tensor(peak_memory_gib(), device=device)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    pairs, tokens = len(sizes), int(sizes.sum())
+    return {
+        "pairs": pairs,
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds,
+        "pairs_per_s": pairs / seconds,
+        "peak_memory_gib": float(peak),
+    }
 
 
 def formatted(row: dict, formats: str, prefix: str = "") -> str:

@@ -97,6 +97,30 @@ def simulated_peak(
     return {names[kind]: size / 2**30 for kind, size in peak.items() if size}
 
 
+def print_plan(pairs, steps: int, gpus: int, llama, shapes: dict, build: Callable) -> None:
+    """Prints the steps, FLOPs and memory of a run of `pairs` (train.Pairs) on `gpus` devices.
+
+    llama: LlamaConfig; shapes: of its weights, by key; build: as in `simulated_peak`.
+    """
+    config, sizes = pairs.config, pairs.sizes
+    largest = largest_micro_batches((pairs.plan(step, gpus) for step in range(steps)), sizes)
+    batches = [pairs.batch(indexes)[1] for indexes in largest]
+    peak = simulated_peak(build, batches, gpus)
+    total = peak.pop("total")
+    kinds = ", ".join(f"{name} {size:.1f}" for name, size in peak.items() if size >= 0.05)
+    share = config.pairs_per_step / len(pairs.pairs)  # of an epoch, in one step
+    flops = 3 * share * forward_flops(llama, shapes, pairs.pairs, config.share_prompt)
+    print(
+        f"{config.model} on {gpus} GPU{'s' * (gpus > 1)}, {config.data}\n"
+        f"  parameters  {sum(map(math.prod, shapes.values())):,}\n"
+        f"  steps       {steps:,} of {config.pairs_per_step} pairs, "
+        f"{sizes.sum() * share:,.0f} tokens a step, "
+        f"at most {sizes[largest[0]].sum():,} a micro-batch\n"
+        f"  FLOPs       {flops:.3g} a step (forward and backward; recomputation not counted)\n"
+        f"  memory      {total:.1f} GiB at the peak, on each GPU: {kinds}"
+    )
+
+
 def forward_flops(
     llama, shapes: dict[str, tuple[int, ...]], pairs: list, share_prompt: bool
 ) -> int:
