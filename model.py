@@ -333,6 +333,31 @@ def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------- blocks
 
 
+class _RMSNorm(torch.autograd.Function):
+    """RMSNorm that keeps its input and one number a row for backward. Autograd would also keep the
+    normed rows, and of a half type an fp32 copy of the input.
+
+    With n = x / rms(x) and g the gradient of n, that of x is (g - n mean(g n)) / rms(x).
+    """
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        x = at_least_fp32(x_TD)
+        scale_T1 = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x_TD, weight_D, scale_T1)
+        return weight_D * (x * scale_T1).to(x_TD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TD: Tensor):
+        x_TD, weight_D, scale_T1 = ctx.saved_tensors
+        normed_TD = at_least_fp32(x_TD) * scale_T1
+        product_TD = grad_TD * normed_TD
+        mean_T1 = (product_TD * weight_D).mean(-1, keepdim=True)
+        gradient_TD = (grad_TD * at_least_fp32(weight_D) - normed_TD * mean_T1) * scale_T1
+        return gradient_TD.to(x_TD.dtype), product_TD.sum(0).to(weight_D.dtype), None
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) in fp32, cast back, *then* scaled: the order matters in bf16, and it is
     Llama's."""
@@ -343,9 +368,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        x = at_least_fp32(x_TD)
-        normed_TD = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed_TD.to(x_TD.dtype)
+        return _RMSNorm.apply(x_TD, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -385,7 +408,16 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        gate_TF, up_TF = self.gate_proj(x_TD), self.up_proj(x_TD)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return self.down(gate_TF, up_TF)
+        # Keeps gate and up for backward, not the two wide rows made of them: the recomputation
+        # stops before the matrix product. A compiled block does the like unasked.
+        return checkpoint(self.down, gate_TF, up_TF, use_reentrant=False, preserve_rng_state=False)
+
+    def down(self, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+        """The second half, after the projections of x."""
+        return self.down_proj(F.silu(gate_TF) * up_TF)
 
 
 class Block(nn.Module):
