@@ -13,14 +13,18 @@ the next one begins by joining them, whatever the number of processes was.
 
 import argparse
 import contextlib
+import fcntl
+import glob
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import IO
 
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from data import read_records
 from support.files import InputError, naming, shown, write_whole
@@ -46,7 +50,11 @@ def torchrun_group() -> Iterator[None]:
     One process may have to wait for another that still has hours of answers to make.
     """
     if "RANK" in os.environ:
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        store, rank, world = next(rendezvous("env://"))
+        # torchrun keeps its store when it restarts the processes, with the dead ones' addresses.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+        options = {"store": store, "rank": rank, "world_size": world}
+        dist.init_process_group("gloo", timeout=timedelta(days=30), **options)
     try:
         yield
     finally:
@@ -86,7 +94,7 @@ def append_row(out: str | Path, row: dict) -> None:
 
 def parts_of(out: Path) -> list[Path]:
     """The parts of `out`, of this call or of one that was killed."""
-    return sorted(p for p in out.parent.iterdir() if p.name.startswith(f"{out.name}.part-"))
+    return sorted(out.parent.glob(f"{glob.escape(out.name)}.part-{'[0-9]' * 5}"))
 
 
 def read_rows(out: Path, key: str, order: Sequence) -> dict:
@@ -193,3 +201,33 @@ def add_model_flags(command: argparse.ArgumentParser, seed_of: str) -> None:
     add("--device", default="auto", choices=devices, help="auto: cuda if each process has a GPU")
     add("--precision", default="auto", choices=precisions, help="auto: bf16 on CUDA, fp32 on CPU")
     add("--seed", type=between(int, 0), default=0, help=f"of {seed_of} [0]")
+
+
+FIRST_KEYS = (b'{"index": ', b'{"question_id": ')  # what each row that is written here begins with
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file of JSON lines, made with its directory if it is not there, that no other process holds meanwhile. What is
+    written goes to its end. A last row without its end is completed if it is whole, and else cut off, since whoever
+    wrote it was killed; what no command here writes stays, and is an InputError."""
+    with naming(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            if size and file.read() != b"\n":
+                file.seek(0)
+                last = file.read().split(b"\n")[-1]
+                if not any(last.startswith(start[: len(last)]) for start in FIRST_KEYS):
+                    raise InputError(
+                        f"{path}: its last line is no row of this command; name another file"
+                    )
+                try:
+                    json.loads(last)
+                    file.write(b"\n")
+                except ValueError:
+                    file.truncate(size - len(last))
+            file.seek(0)
+            yield file
