@@ -1,7 +1,7 @@
 """Likelihood: log-probs of both sides of pairs, their summary, and two models compared.
 
-Oracles: train.py's held-out evaluation, transformers in float64 on unpacked sequences, the binomial distribution, which
-is what a bootstrap of an accuracy samples from.
+Oracles: train.py's held-out evaluation, transformers in float64 on unpacked sequences, the binomial
+distribution, which is what a bootstrap of an accuracy samples from.
 """
 
 import json
@@ -16,7 +16,8 @@ import torch
 import transformers
 from conftest import ROOT, random_pairs, tiny_model
 
-import eval as evaluation
+import eval as program
+import evaluation.likelihood
 import train
 from data import ChatFormat
 from evaluation.likelihood import pair_logps, summarise
@@ -28,73 +29,57 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def data(tmp_path):
+    """30 pairs of one format."""
     lines = (ROOT / "examples" / "heldout.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "pairs.jsonl").write_text(
-        "".join([line for line in lines if line.startswith('{"prompt": "')][:30])
-    )
-    return tmp_path / "pairs.jsonl"
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join([line for line in lines if line.startswith('{"prompt": "')][:30]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """The example's model with other weights, and its tokenizer."""
+    model, path = load_model(EXAMPLE), tmp_path_factory.mktemp("other") / "model"
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 0.02 * torch.randn_like(parameter))
+    save_model(model, path, dtype=torch.float32, source=EXAMPLE)
+    return path
 
 
 def likelihood(data, out, *words, model=EXAMPLE):
     words = ["likelihood", "--model", model, "--data", data, "--out", out, *words]
-    return evaluation.main([str(word) for word in words])
+    return program.main([str(word) for word in words])
+
+
+def summary_of(data, out, *words, model=EXAMPLE):
+    assert likelihood(data, out, *words, model=model) == 0
+    return json.loads((out / "summary.json").read_text())
 
 
 def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def other(tmp_path_factory):
-    """The example's model with other weights, and its tokenizer."""
-    model = load_model(EXAMPLE)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1 + 0.02 * torch.randn_like(parameter))
-    save_model(
-        model,
-        directory := tmp_path_factory.mktemp("other") / "model",
-        dtype=torch.float32,
-        source=EXAMPLE,
-    )
-    return directory
-
-
 def test_the_numbers_are_those_of_train_pys_held_out_evaluation_of_the_same_model(data, tmp_path):
     run = tmp_path / "run"
-    flags = [
-        "--model",
-        EXAMPLE,
-        "--data",
-        data,
-        "--eval-data",
-        data,
-        "--out",
-        run,
-        "--max-steps",
-        "1",
-        "--device",
-        "cpu",
-        "--pairs-per-step",
-        "2",
-    ]
-    assert train.main([str(flag) for flag in flags]) == 0
+    flags = f"--model {EXAMPLE} --data {data} --eval-data {data} --out {run} --max-steps 1"
+    assert train.main(f"{flags} --device cpu --pairs-per-step 2".split()) == 0
     expected = rows_of(run / "eval.jsonl")[0]
-    assert expected["step"] == 0 and likelihood(data, tmp_path / "out") == 0
-    measures = json.loads((tmp_path / "out" / "summary.json").read_text())["measures"]
+    measures = summary_of(data, tmp_path / "out")["measures"]
+    assert expected["step"] == 0
     for name in ("logp_w", "logp_l", "sum_logp_w", "sum_logp_l", "margin", "accuracy"):
-        assert measures[name]["value"] == pytest.approx(
-            expected[f"eval_{name}"], rel=1e-5, abs=1e-6
-        ), name
+        close = pytest.approx(expected[f"eval_{name}"], rel=1e-5, abs=1e-6)
+        assert measures[name]["value"] == close, name
 
 
 def test_the_numbers_are_those_of_transformers_in_float64_on_unpacked_sequences(data, tmp_path):
-    assert likelihood(data, tmp_path / "out", "--max-tokens-per-gpu", "200") == 0
+    summary = summary_of(data, tmp_path / "out", "--max-tokens-per-gpu", "200")
     theirs = transformers.LlamaForCausalLM.from_pretrained(EXAMPLE, dtype=torch.float64)
     chat, rows = ChatFormat(EXAMPLE), rows_of(tmp_path / "out" / "pairs.jsonl")
     assert [row["place"] for row in rows] == [f"{data}:{i}" for i in range(1, 31)]
-    nats = tokens = 0
+    nats, tokens = {"w": 0, "l": 0}, {"w": 0, "l": 0}
     for row, record in zip(rows, rows_of(data), strict=True):
         prompt = chat.prompt([("user", record["prompt"])])
         for side, letter in (("chosen", "w"), ("rejected", "l")):
@@ -105,49 +90,39 @@ def test_the_numbers_are_those_of_transformers_in_float64_on_unpacked_sequences(
             assert row[f"tokens_{letter}"] == len(each)
             assert row[f"sum_logp_{letter}"] == pytest.approx(sum(each), rel=1e-4)
             assert row[f"logp_{letter}"] == pytest.approx(sum(each) / len(each), rel=1e-4)
-            nats, tokens = nats + sum(each) * (letter == "w"), tokens + len(each) * (letter == "w")
-        assert row["margin"] == row["logp_w"] - row["logp_l"] and row["accuracy"] == (
-            row["margin"] > 0
-        )
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["measures"]["perplexity_w"]["value"] == pytest.approx(
-        math.exp(-nats / tokens), rel=1e-5
-    )
-    assert summary["tokens_w"] == tokens and summary["pairs"] == 30
+            nats[letter] += sum(each)
+            tokens[letter] += len(each)
+        assert row["margin"] == row["logp_w"] - row["logp_l"]
+        assert row["accuracy"] == (row["margin"] > 0)
+    perplexity = pytest.approx(math.exp(-nats["w"] / tokens["w"]), rel=1e-5)
+    assert summary["measures"]["perplexity_w"]["value"] == perplexity
+    found = (summary["tokens_w"], summary["tokens_l"], summary["pairs"])
+    assert found == (tokens["w"], tokens["l"], 30)
 
 
-# ------------------------------------------------------------------------------------------------------------ processes
+# ---------------------------------------------------------------------------------------- processes
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_the_shares_of_two_processes_add_up_to_the_same_bits_for_any_number_of_pairs(
     monkeypatch, count
 ):
-    model, pairs = (
-        tiny_model().requires_grad_(False),
-        random_pairs([(3 + i, 4, 2 + i) for i in range(count)]),
-    )
-    alone, shares = pair_logps(model, pairs, 30, CPU), []
+    model = tiny_model().requires_grad_(False)
+    pairs = random_pairs([(3 + i, 4, 2 + i) for i in range(count)])
+    whole, shares = pair_logps(model, pairs, 30, CPU), []
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         shares.append(pair_logps(model, pairs, 30, CPU))
-    assert np.array_equal(shares[0] + shares[1], alone) and not (shares[0] * shares[1]).any()
-    assert np.all(alone < 0)
+    assert np.array_equal(shares[0] + shares[1], whole) and not (shares[0] * shares[1]).any()
+    assert np.all(whole < 0)
 
 
 def test_two_processes_write_the_same_files_for_a_single_pair(data, tmp_path):
     data.write_text(data.read_text().splitlines(keepends=True)[0])
     assert likelihood(data, tmp_path / "one.jsonl") == 0
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    words = ["likelihood", "--model", EXAMPLE, "--data", data, "--out", tmp_path / "two.jsonl"]
+    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
+    words = f"likelihood --model {EXAMPLE} --data {data} --out {tmp_path}/two.jsonl".split()
     result = subprocess.run(
         [*torchrun, ROOT / "eval.py", *words],
         capture_output=True,
@@ -161,45 +136,41 @@ def test_two_processes_write_the_same_files_for_a_single_pair(data, tmp_path):
     assert result.stdout.count("accuracy") == 1
 
 
-# ------------------------------------------------------------------------------------------------------------ intervals
+# ---------------------------------------------------------------------------------------- intervals
 
 
 def made_rows(margins, tokens=10):
-    return [
-        {
-            "logp_w": -1.0,
-            "logp_l": -1.0 - m,
-            "sum_logp_w": -tokens,
-            "sum_logp_l": -tokens * (1 + m),
-            "margin": m,
-            "accuracy": float(m > 0),
-            "tokens_w": tokens,
-        }
-        for m in margins
-    ]
+    rows = []
+    for margin in margins:
+        row = {"logp_w": -1.0, "logp_l": -1.0 - margin, "margin": margin, "tokens_w": tokens}
+        row |= {"sum_logp_w": -tokens, "sum_logp_l": -tokens * (1 + margin)}
+        rows.append(row | {"accuracy": float(margin > 0)})
+    return rows
+
+
+def width_of(measure):
+    return measure["high"] - measure["low"]
 
 
 def test_the_limits_of_an_accuracy_are_the_quantiles_of_the_binomial_distribution():
     n, right = 60, 42
-    cumulated = np.cumsum(
-        [math.comb(n, k) * (right / n) ** k * (1 - right / n) ** (n - k) for k in range(n + 1)]
-    )
-    low, high = (int(np.searchsorted(cumulated, q)) / n for q in (0.025, 0.975))
+    p = right / n
+    cumulated = np.cumsum([math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)])
     (found,) = summarise(made_rows([0.5] * right + [-0.5] * (n - right)))
     assert found["accuracy"]["value"] == right / n
-    assert found["accuracy"]["low"] == pytest.approx(low, abs=1.01 / n)
-    assert found["accuracy"]["high"] == pytest.approx(high, abs=1.01 / n)
-    # A mean of n numbers has a standard error, and 95% of a normal distribution lies within 1.96 of it.
+    for end, quantile in (("low", 0.025), ("high", 0.975)):
+        expected = int(np.searchsorted(cumulated, quantile)) / n
+        assert found["accuracy"][end] == pytest.approx(expected, abs=1.01 / n)
+    # A mean of n numbers has a standard error; 95% of a normal distribution lies within 1.96 of it.
     margins = np.random.default_rng(1).normal(0.3, 2.0, 400)
     (found,) = summarise(made_rows(margins))
-    width = found["margin"]["high"] - found["margin"]["low"]
-    assert width == pytest.approx(2 * 1.96 * margins.std() / 20, rel=0.1)
+    assert width_of(found["margin"]) == pytest.approx(2 * 1.96 * margins.std() / 20, rel=0.1)
 
 
 def test_the_interval_of_a_difference_is_that_of_paired_data_and_of_the_first_less_the_second():
     margins = np.random.default_rng(2).normal(0, 3.0, 50)
     first, second, difference = summarise(made_rows(margins + 0.25), made_rows(margins))
-    assert min(part["margin"]["high"] - part["margin"]["low"] for part in (first, second)) > 1
+    assert width_of(first["margin"]) > 1 and width_of(second["margin"]) > 1
     assert list(difference["margin"].values()) == pytest.approx([0.25] * 3)
     again = [summarise(made_rows(margins), seed=seed) for seed in (1, 1, 2)]
     assert again[0] == again[1] != again[2]
@@ -213,86 +184,77 @@ def test_perplexity_weighs_tokens_alike_and_mean_log_probs_responses_alike():
     assert found["perplexity_w"]["value"] == pytest.approx(math.exp(7 / 4))
 
 
-# ----------------------------------------------------------------------------------------------------------- two models
+# --------------------------------------------------------------------------------------- two models
 
 
-def test_compare_gives_what_each_model_gives_alone_and_their_differences(
-    data, other, tmp_path, capsys
-):
-    assert likelihood(data, tmp_path / "both", "--compare", other) == 0
+def test_compare_gives_each_models_own_numbers_and_their_differences(data, other, tmp_path, capsys):
+    both = summary_of(data, tmp_path / "both", "--compare", other)
     printed = capsys.readouterr().out
-    assert (
-        likelihood(data, tmp_path / "a") == 0 and likelihood(data, tmp_path / "b", model=other) == 0
-    )
-    both, a, b = (
-        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("both", "a", "b")
-    )
-    assert (
-        both["measures"] == a["measures"]
-        and both["compare_measures"] == b["measures"] != a["measures"]
-    )
+    a, b = summary_of(data, tmp_path / "a"), summary_of(data, tmp_path / "b", model=other)
+    assert both["measures"] == a["measures"] != b["measures"] == both["compare_measures"]
     for name, part in both["difference"].items():
-        assert part["value"] == pytest.approx(
-            a["measures"][name]["value"] - b["measures"][name]["value"]
-        )
+        difference = a["measures"][name]["value"] - b["measures"][name]["value"]
+        assert part["value"] == pytest.approx(difference)
         assert part["low"] <= part["value"] <= part["high"]
-        assert (
-            f"{name} " in printed
-            and f"{part['value']:+.4f} [{part['low']:+.4f}, {part['high']:+.4f}]" in printed
-        )
-    assert rows_of(tmp_path / "both" / "pairs.jsonl") == rows_of(tmp_path / "a" / "pairs.jsonl")
-    assert rows_of(tmp_path / "both" / "pairs-compare.jsonl") == rows_of(
-        tmp_path / "b" / "pairs.jsonl"
-    )
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"{name} ")]
+        assert f"{part['value']:+.4f} [{part['low']:+.4f}, {part['high']:+.4f}]" in line
+    for name, single in (("pairs", "a"), ("pairs-compare", "b")):
+        expected = (tmp_path / single / "pairs.jsonl").read_text()
+        assert (tmp_path / "both" / f"{name}.jsonl").read_text() == expected
 
 
 def test_models_whose_tokenizers_differ_are_not_compared(data, other, tmp_path, capsys):
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
-    (tmp_path / "m").mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / "m" / name).symlink_to(other / name)
-    tokenizer["model"]["merges"] = []
-    (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert likelihood(data, tmp_path / "out", "--compare", tmp_path / "m") == 2
-    assert f"other ids than {EXAMPLE}'s, first for {data}:1" in capsys.readouterr().err
-    # The same ids, but for a last pair that one of the two makes empty and so drops.
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
-    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "~"}, "content": ""}
-    (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    data.write_text(data.read_text() + '{"prompt": "Well?", "chosen": "~", "rejected": "No."}\n')
-    for first, second in ((EXAMPLE, tmp_path / "m"), (tmp_path / "m", EXAMPLE)):
+    def tokenizer(change):
+        (tmp_path / "m").mkdir(exist_ok=True)
+        for name in ("config.json", "model.safetensors"):
+            if not (tmp_path / "m" / name).exists():
+                (tmp_path / "m" / name).symlink_to(other / name)
+        content = json.loads((other / "tokenizer.json").read_text())
+        change(content)
+        (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(content))
+        return tmp_path / "m"
+
+    def refused(first, second, line):
         assert likelihood(data, tmp_path / "out", "--compare", second, model=first) == 2
-        assert f"other ids than {first}'s, first for {data}:31" in capsys.readouterr().err
+        assert f"other ids than {first}'s, first for {data}:{line}" in capsys.readouterr().err
+
+    refused(EXAMPLE, tokenizer(lambda content: content["model"].update(merges=[])), 1)
+    # The same ids, except for a last pair that one of the two makes empty and so drops.
+    dropping = {"type": "Replace", "pattern": {"String": "~"}, "content": ""}
+    second = tokenizer(lambda content: content.update(normalizer=dropping))
+    data.write_text(data.read_text() + '{"prompt": "Well?", "chosen": "~", "rejected": "No."}\n')
+    refused(EXAMPLE, second, 31)
+    refused(second, EXAMPLE, 31)
     assert not (tmp_path / "out").exists()
 
 
-def test_mistakes_get_one_line_and_what_is_there_stays(data, tmp_path, capsys):
+MISTAKES = """
+DATA --out DIR/there.jsonl -> there.jsonl exists
+DIR/none --out DIR/o -> No such file
+DIR/bad.jsonl --out DIR/o -> bad.jsonl:1: key rejected is missing
+DATA --out DIR/o --max-tokens-per-gpu 20 -> exceeds --max-tokens-per-gpu 20
+DATA --out DIR/o --max-tokens 9999 -> above the model's max_position_embeddings 512
+DATA --out DIR/o --compare DIR -> config.json: No such file
+DATA --out DIR/o --beta 1 -> unrecognized arguments: --beta
+DATA --out DATA/o -> Not a directory"""
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.split("\n")[1:])
+def test_mistakes_get_one_line_and_what_is_there_stays(data, tmp_path, capsys, mistake):
     (tmp_path / "there.jsonl").write_text("kept")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x", "chosen": "y"}\n')
-    for words, complaint in (
-        ([data, tmp_path / "there.jsonl"], "there.jsonl exists"),
-        ([tmp_path / "none", tmp_path / "o"], "No such file"),
-        ([tmp_path / "bad.jsonl", tmp_path / "o"], "bad.jsonl:1: key rejected is missing"),
-        ([data, tmp_path / "o", "--max-tokens-per-gpu", "20"], "exceeds --max-tokens-per-gpu 20"),
-        (
-            [data, tmp_path / "o", "--max-tokens", "9999"],
-            "above the model's max_position_embeddings 512",
-        ),
-        ([data, tmp_path / "o", "--compare", tmp_path], "config.json: No such file"),
-        ([data, tmp_path / "o", "--beta", "1"], "unrecognized arguments: --beta"),
-        ([data, data / "o"], "Not a directory"),
-    ):
-        assert likelihood(*words) == 2
-        assert complaint in (error := capsys.readouterr().err) and error.startswith("eval.py: "), (
-            error
-        )
+    words, complaint = mistake.split(" -> ")
+    words = words.replace("DATA", str(data)).replace("DIR", str(tmp_path)).split()
+    assert program.main(["likelihood", "--model", str(EXAMPLE), "--data", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("eval.py: ") and complaint in error
     assert (tmp_path / "there.jsonl").read_text() == "kept" and not (tmp_path / "o").exists()
 
 
 def test_an_out_that_cannot_be_written_is_found_before_the_work(
     data, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(evaluation, "read_preferences", None)
+    monkeypatch.setattr(evaluation.likelihood, "read_preferences", None)
     for out, complaint in (
         (data / "o", "Not a directory"),
         ("/proc/o.jsonl", "--out /proc/o.jsonl: "),
