@@ -30,7 +30,7 @@ from data import ChatFormat, read_preferences
 from evaluation.answers import load_generator
 from evaluation.generate import Cache, Request, choose, generate, prefill, probabilities, step
 from evaluation.prompts import encode_prompts, read_prompts
-from evaluation.rows import append_row, join_parts, share
+from evaluation.rows import append_row, join_parts, on_first, share, torchrun_group
 from model import save_model
 from support.files import InputError
 
@@ -222,6 +222,10 @@ def test_samples_depend_only_on_seed_row_number_and_position():
     assert answers(model, requests, seed=6, top_p=0.95) != together
     twice = answers(model, [Request(n, [1, 2, 3], 0.9, 12) for n in (0, 1, 0)])
     assert twice[0] == twice[2] != twice[1]
+    # Of 97 equally likely tokens, a uniform number draws token floor(97 times the number).
+    torch.nn.init.zeros_(model.lm_head.weight)
+    expected = (97 * np.random.default_rng([9, 4]).random(50)).astype(int).tolist()
+    assert answers(model, [Request(4, [1, 2], 1.0, 50)], seed=9)[0] == (expected, "length")
 
 
 # -------------------------------------------------------------------------------------------- stops
@@ -506,13 +510,20 @@ def test_answers_of_another_model_other_prompts_or_other_settings_are_refused_an
 ROW = '{"index": %s, "prediction": "a", "tokens": 1, "finish": "stop"}\n'
 
 
-@pytest.mark.parametrize("name", ["o.jsonl", "o.jsonl.part-00000"])
-@pytest.mark.parametrize(
-    "text, complaint",
-    [(ROW % 0, "o.jsonl.json is missing"), (ROW % '"0"', ":1: index '0' is unknown")]
-    + [(ROW % "[]", ":1: index [] is unknown"), (ROW % 23, ":1: index 23 is unknown")]
-    + [("1\n", ":1: index is missing"), ("my\nnotes", ":1: not JSON"), ('{"my": 1}', ":1: index")],
-)
+STRANGE = [
+    (ROW % 0, "o.jsonl.json is missing"),
+    (ROW % '"0"', ":1: index '0' is unknown"),
+    (ROW % "[]", ":1: index [] is unknown"),
+    (ROW % 23, ":1: index 23 is unknown"),
+    ("1\n", ":1: index is missing"),
+    ('{"my": 1}', ":1: index is missing"),
+    ("my\nnotes", ":1: not JSON"),
+]
+IN_PART = [("o.jsonl.part-00000", *case) for case in STRANGE]
+IN_FILE = [("o.jsonl", *case) for case in [*STRANGE, ("my only notes", ":1: not JSON")]]
+
+
+@pytest.mark.parametrize("name, text, complaint", IN_PART + IN_FILE)
 def test_a_file_of_another_origin_is_refused_and_stays(job, capsys, name, text, complaint):
     path = job.out.with_name(name)
     path.write_text(text)
@@ -604,6 +615,15 @@ def test_a_join_that_fails_leaves_the_file_and_the_parts_as_they_were(tmp_path, 
             join_parts(out, "id", [0, 1])
     assert out.read_text() == '{"id": 1}\n' and Path(f"{out}.part-00000").exists()
     assert join_parts(out, "id", [0, 1]) == [{"id": 0}, {"id": 1}]
+
+
+def test_the_first_process_acts_for_all_and_all_get_its_result(tmp_path):
+    def act():
+        with torchrun_group():
+            return on_first(lambda: append_row(tmp_path / "o.jsonl", {}) or 7)
+
+    assert on_two_processes(act) == [7, 7]
+    assert [path.name for path in tmp_path.iterdir()] == ["o.jsonl.part-00000"]
 
 
 def test_processes_share_items_without_rest_or_repetition(monkeypatch):
