@@ -511,24 +511,35 @@ ROW = '{"index": %s, "prediction": "a", "tokens": 1, "finish": "stop"}\n'
 
 
 STRANGE = [
-    (ROW % 0, "o.jsonl.json is missing"),
-    (ROW % '"0"', ":1: index '0' is unknown"),
-    (ROW % "[]", ":1: index [] is unknown"),
-    (ROW % 23, ":1: index 23 is unknown"),
-    ("1\n", ":1: index is missing"),
-    ('{"my": 1}', ":1: index is missing"),
-    ("my\nnotes", ":1: not JSON"),
+    (ROW % '"0"', "index '0' is unknown"),
+    (ROW % "[]", "index [] is unknown"),
+    (ROW % 23, "index 23 is unknown"),
+    ("1\n", "index is missing"),
+    ('{"my": 1}', "index is missing"),
+    ("my\nnotes", "not JSON"),
 ]
-IN_PART = [("o.jsonl.part-00000", *case) for case in STRANGE]
-IN_FILE = [("o.jsonl", *case) for case in [*STRANGE, ("my only notes", ":1: not JSON")]]
+# In a part a last line that is not JSON is a row that a killed process had begun.
+IN_FILE = [*STRANGE, ("my only notes", "not JSON")]
 
 
-@pytest.mark.parametrize("name, text, complaint", IN_PART + IN_FILE)
+@pytest.mark.parametrize(
+    "name, text, complaint",
+    [("o.jsonl", *case) for case in IN_FILE] + [("o.jsonl.part-00000", *case) for case in STRANGE],
+)
 def test_a_file_of_another_origin_is_refused_and_stays(job, capsys, name, text, complaint):
     path = job.out.with_name(name)
     path.write_text(text)
-    assert job.run() == 2 and complaint in capsys.readouterr().err
+    assert job.run() == 2
+    assert capsys.readouterr().err.startswith(f"eval.py: {path}:1: {complaint}")
     assert list(job.out.parent.iterdir()) == [path] and path.read_text() == text
+
+
+@pytest.mark.parametrize("name", ["o.jsonl", "o.jsonl.part-00000"])
+def test_rows_without_the_file_that_says_how_they_were_made_are_refused(job, capsys, name):
+    path = job.out.with_name(name)
+    path.write_bytes(job.lines[0])
+    assert job.run() == 2 and f"{job.beside} is missing" in capsys.readouterr().err
+    assert list(job.out.parent.iterdir()) == [path] and path.read_bytes() == job.lines[0]
 
 
 BAD_FLAGS = """
