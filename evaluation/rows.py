@@ -208,9 +208,8 @@ FIRST_KEYS = (b'{"index": ', b'{"question_id": ')  # what each row that is writt
 
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[IO[bytes]]:
-    """A file of JSON lines, made with its directory if it is not there, that no other process holds meanwhile. What is
-    written goes to its end. A last row without its end is completed if it is whole, and else cut off, since whoever
-    wrote it was killed; what no command here writes stays, and is an InputError."""
+    """A file of JSON lines that no other process holds meanwhile; writes go to its end. A torn last
+    row is completed or cut off; a last line of another origin is an InputError."""
     with naming(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:

@@ -507,27 +507,21 @@ def test_answers_of_another_model_other_prompts_or_other_settings_are_refused_an
     assert {path: path.read_bytes() for path in there} == there
 
 
-ROW = '{"index": %s, "prediction": "a", "tokens": 1, "finish": "stop"}\n'
+STRANGE = table("""
+{"index": "0"} -> index '0' is unknown
+{"index": []} -> index [] is unknown
+{"index": 23} -> index 23 is unknown
+1 -> index is missing
+{"my": 1} -> index is missing
+my notes -> not JSON""")
 
 
-STRANGE = [
-    (ROW % '"0"', "index '0' is unknown"),
-    (ROW % "[]", "index [] is unknown"),
-    (ROW % 23, "index 23 is unknown"),
-    ("1\n", "index is missing"),
-    ('{"my": 1}', "index is missing"),
-    ("my\nnotes", "not JSON"),
-]
-# In a part a last line that is not JSON is a row that a killed process had begun.
-IN_FILE = [*STRANGE, ("my only notes", "not JSON")]
-
-
-@pytest.mark.parametrize(
-    "name, text, complaint",
-    [("o.jsonl", *case) for case in IN_FILE] + [("o.jsonl.part-00000", *case) for case in STRANGE],
-)
-def test_a_file_of_another_origin_is_refused_and_stays(job, capsys, name, text, complaint):
+@pytest.mark.parametrize("name", ["o.jsonl", "o.jsonl.part-00000"])
+@pytest.mark.parametrize("line, complaint", STRANGE)
+def test_a_file_of_another_origin_is_refused_and_stays(job, capsys, name, line, complaint):
     path = job.out.with_name(name)
+    # Of a part, a last line that is not JSON would be a row that a killed process had begun.
+    text = f"{line}\n{line}" if name != "o.jsonl" else line
     path.write_text(text)
     assert job.run() == 2
     assert capsys.readouterr().err.startswith(f"eval.py: {path}:1: {complaint}")
