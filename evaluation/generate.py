@@ -1,8 +1,21 @@
-""" """
+"""Generation: many prompts are answered at once, over one cache of keys and values.
+
+In reading order
+    Cache                   keys and values of the rows of a batch, kept between passes
+    prefill, step           the two passes: over whole prompts, and over one new token per row
+    Request, generate       a batch of prompts of any lengths; the next prompt takes a finished
+                            one's place
+    choose, probabilities   greedy choice and sampling, with top-k and top-p as in transformers
+
+Left out: beam search, repetition penalties, speculative decoding, prompts that share a prefix.
+
+B rows (sequences) of a batch; N positions of a cache row; the other letters are those of asft.py.
+"""
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -10,121 +23,135 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import asft
+from asft import at_least_fp32
 from model import Llama, Segments, attention
 
-# Rows of a step whose attention is one call, as long as their longest: on a CPU reading what is masked costs more than
-# calls do. On a GPU all rows are one.
-ROWS_AT_ONCE = 8
+CACHE_TOKENS = 65_536  # 8 GiB for Llama-3-8B in bf16, which takes 128 KiB per token
+MAX_ROWS = 256  # larger batches use more memory for their logits and are not faster
+PREFILL_TOKENS = 8192  # of prompts in one pass: bounds the memory of its activations
+# On a CPU a step attends to this many rows per call, cut to the longest of them: reading masked
+# positions costs more than a call does. On a GPU the rows of a step are one call.
+ROWS_PER_CALL = 8
 
-
-class Past(NamedTuple):
-    """One layer of a Cache, and where in it the tokens of the pass in progress belong."""
-
-    k_BGNK: Tensor
-    v_BGNK: Tensor
-    row_T: Tensor  # int64: the cache row of each token
-    position_T: Tensor  # int64: its position in that row's sequence
-    masks: list[
-        tuple[slice, Tensor]
-    ]  # for a step: rows, and what is added to their scores, (rows, 1, 1, keys)
-
-    def attend(
-        self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments | None
-    ) -> Tensor:
-        """`attention`, the keys and values kept. Without segments T is B, one new token for each row, which attends to
-        all that its row holds."""
-        self.k_BGNK[self.row_T, :, self.position_T] = k_TGK
-        self.v_BGNK[self.row_T, :, self.position_T] = v_TGK
-        if segments is not None:
-            return attention(q_THK, k_TGK, v_TGK, segments)
-        # The query heads that share a key head stand where SDPA expects tokens: no key is copied for them.
-        q_BGHK = q_THK.unflatten(1, (self.k_BGNK.shape[1], -1))
-        outputs = []
-        for rows, mask in self.masks:
-            k, v = (x_BGNK[rows, :, : mask.shape[-1]] for x_BGNK in (self.k_BGNK, self.v_BGNK))
-            outputs.append(F.scaled_dot_product_attention(q_BGHK[rows], k, v, attn_mask=mask))
-        return torch.cat(outputs).flatten(1, 2)
+Masks = list[tuple[slice, Tensor]]  # rows, and their additive mask of shape (rows, 1, 1, keys)
 
 
 class Cache:
-    """Keys and values of B sequences of at most N tokens, for every layer, allocated once. Row b holds one sequence
-    from its first token on; rows are of any length, and what lies beyond a row's end is masked."""
+    """Keys and values of B sequences of at most N tokens, for every layer, allocated once.
+
+    Row b holds one sequence from its first token on. Rows may differ in length; attention masks
+    what lies beyond a row's end.
+    """
 
     def __init__(self, model: Llama, rows: int, tokens: int):
-        c, weight = model.config, model.model["embed_tokens"].weight
-        shape = (c.num_hidden_layers, 2, rows, c.num_key_value_heads, tokens, c.head_dim)
-        # Zeros, since a masked value counts 0 times what it is, and memory as it comes may hold NaN.
-        self.layers = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        config, weight = model.config, model.model["embed_tokens"].weight
+        shape = (rows, config.num_key_value_heads, tokens, config.head_dim)  # BGNK
+        # Zeros: a masked value is multiplied by 0, and fresh memory may hold NaN.
+        self.layers = torch.zeros(
+            (config.num_hidden_layers, 2, *shape), dtype=weight.dtype, device=weight.device
+        )
         self.k_and_v = [tuple(layer) for layer in self.layers]  # views, made once
 
-    def attends(
-        self, row_T: Tensor, position_T: Tensor, masks: list[tuple[slice, Tensor]]
-    ) -> list[Callable]:
-        """What each block takes in one pass."""
-        return [
-            Past(k_BGNK, v_BGNK, row_T, position_T, masks).attend for k_BGNK, v_BGNK in self.k_and_v
-        ]
+    def attends(self, attend: Callable, *arguments) -> list[Callable]:
+        """For each layer the `attend` of model.Block, which has this layer's keys and values."""
+        return [partial(attend, k_and_v, *arguments) for k_and_v in self.k_and_v]
 
     def move(self, source: int, target: int) -> None:
-        """Puts a row in the place of another."""
+        """Copies row `source` over row `target`."""
         self.layers[:, :, target] = self.layers[:, :, source]
 
 
+def attend_packed(
+    k_and_v: tuple[Tensor, Tensor],
+    row_T: Tensor,
+    position_T: Tensor,
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGK: Tensor,
+    segments: Segments,
+) -> Tensor:
+    """`model.attention` over packed prompts, after storing their keys and values in the cache."""
+    k_BGNK, v_BGNK = k_and_v
+    k_BGNK[row_T, :, position_T] = k_TGK
+    v_BGNK[row_T, :, position_T] = v_TGK
+    return attention(q_THK, k_TGK, v_TGK, segments)
+
+
+def attend_cached(
+    k_and_v: tuple[Tensor, Tensor],
+    row_B: Tensor,
+    position_B: Tensor,
+    masks: Masks,
+    q_BHK: Tensor,
+    k_BGK: Tensor,
+    v_BGK: Tensor,
+    segments: None,
+) -> Tensor:
+    """Attention of one new token per row to all that its row holds, itself included. (B, H, K)."""
+    k_BGNK, v_BGNK = k_and_v
+    k_BGNK[row_B, :, position_B] = k_BGK
+    v_BGNK[row_B, :, position_B] = v_BGK
+    # SDPA sees the query heads that share a key head as its tokens, so no key is copied for them.
+    q_BGHK = q_BHK.unflatten(1, (k_BGNK.shape[1], -1))
+    outputs = []
+    for rows, mask in masks:
+        k, v = k_BGNK[rows, :, : mask.shape[-1]], v_BGNK[rows, :, : mask.shape[-1]]
+        outputs.append(F.scaled_dot_product_attention(q_BGHK[rows], k, v, attn_mask=mask))
+    return torch.cat(outputs).flatten(1, 2)
+
+
 def prefill(model: Llama, prompts: list[list[int]], cache: Cache, row: int) -> Tensor:
-    """Logits (B, V) of the token after each of B prompts, of at least one token id each. One packed pass, without
-    padding; the prompts' keys and values go to the cache's rows row, row + 1, ..."""
-    device, lengths = cache.layers.device, torch.tensor([len(prompt) for prompt in prompts])
+    """Logits (B, V) of the token that follows each of B prompts of at least one token id.
+
+    One packed pass without padding. Keys and values go to the cache's rows row, row + 1, ...
+    """
+    device = cache.layers.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
     ends = F.pad(lengths.cumsum(0), (1, 0))
     starts = ends.int().to(device)
+    segments = Segments(starts, starts, None, int(lengths.max()))
+    tokens_T = torch.tensor([token for prompt in prompts for token in prompt], device=device)
     position_T = torch.cat([torch.arange(n) for n in lengths]).to(device)
     row_T = (row + torch.repeat_interleave(lengths)).to(device)
-    tokens_T = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-    segments = Segments(starts, starts, None, int(lengths.max()))
-    hidden_TD = model.hidden(tokens_T, position_T, segments, cache.attends(row_T, position_T, []))
+    attends = cache.attends(attend_packed, row_T, position_T)
+    hidden_TD = model.hidden(tokens_T, position_T, segments, attends)
     return model.head(hidden_TD.index_select(0, ends[1:].to(device) - 1))
 
 
 def step(model: Llama, tokens: list[int], lengths: list[int], cache: Cache) -> Tensor:
-    """Logits (B, V) of the next token of the cache's first B rows, once row b, which holds lengths[b] tokens, has
-    got tokens[b] as well."""
+    """Logits (B, V) of the next token of the cache's first B rows, after appending tokens[b] to
+    row b, which holds lengths[b] tokens so far."""
     device, rows = cache.layers.device, len(tokens)
     tokens_B, position_B = torch.tensor([tokens, lengths], device=device)
     beyond_BN = torch.arange(max(lengths) + 1, device=device) > position_B[:, None]
     mask_BN = cache.layers.new_zeros(beyond_BN.shape).masked_fill(beyond_BN, -math.inf)
-    at_once = rows if device.type == "cuda" else ROWS_AT_ONCE
-    parts = [slice(i, min(i + at_once, rows)) for i in range(0, rows, at_once)]
-    masks = [(part, mask_BN[part, None, None, : max(lengths[part]) + 1]) for part in parts]
-    past = cache.attends(torch.arange(rows, device=device), position_B, masks)
-    return model.head(model.hidden(tokens_B, position_B, None, past))
-
-
-CACHE_TOKENS = 65_536  # 8 GiB for Llama-3-8B in bf16, at 128 KiB a token
-
-
-MAX_ROWS = 256  # of a batch: above, a step's logits take more memory than they save time
-
-
-PREFILL_TOKENS = 8192  # of prompts in one pass, which bounds its activations
+    per_call = rows if device.type == "cuda" else ROWS_PER_CALL
+    masks = []
+    for first in range(0, rows, per_call):
+        part = slice(first, min(first + per_call, rows))
+        masks.append((part, mask_BN[part, None, None, : max(lengths[part]) + 1]))
+    row_B = torch.arange(rows, device=device)
+    attends = cache.attends(attend_cached, row_B, position_B, masks)
+    return model.head(model.hidden(tokens_B, position_B, None, attends))
 
 
 class Request(NamedTuple):
-    """A prompt to go on with."""
+    """A prompt to continue."""
 
-    number: int  # of its row in its file: what is drawn depends on (seed, number, position in the answer) alone
+    number: int  # its row in its file; samples depend only on seed, number and position
     prompt: list[int]  # token ids, BOS included
-    temperature: float = 0.0  # 0: the likeliest token, always
+    temperature: float = 0.0  # 0: always the likeliest token
     max_new_tokens: int = 512
 
 
 @dataclass
 class _Row:
-    """A request in the cache, and what it got so far."""
+    """A request that is in the cache, and its answer so far."""
 
     index: int
     request: Request
-    new: list[int]
-    uniforms: np.ndarray  # one number in [0, 1) for each new token
+    uniforms: np.ndarray  # a number in [0, 1) for each new token that the row may get
+    new: list[int] = field(default_factory=list)
 
 
 @torch.inference_mode()
@@ -138,81 +165,82 @@ def generate(
     seed: int = 0,
     cache_tokens: int = CACHE_TOKENS,
 ) -> Iterator[tuple[int, list[int], str]]:
-    """Continues each request until it draws one of stop_ids or has max_new_tokens or as many as the model's context
-    takes. Yields (index into requests, new token ids without the stop token, and "stop", "length", or "overlong" for a
-    prompt that fills the context) as they finish.
+    """Continues each request until it draws one of stop_ids, has max_new_tokens new tokens, or
+    fills the model's context.
 
-    A batch is as many rows as fit in a cache of cache_tokens tokens when each may grow to its full length (one at
-    least): longest first, so that rows of a batch are alike, and those that wait always fit in the place of one that
-    finished. A row's numbers depend on its neighbours by nothing but the rounding of matrix products, whose order of
-    summation differs with the number of rows.
+    Yields (index into requests, new token ids, finish) as answers finish. The stop token is not
+    among the ids. finish is "stop", "length", or "overlong" for a prompt that leaves no room in
+    the context, which is not answered.
 
-    top_p and top_k (0: off) as in `probabilities`. Two requests of equal number draw with the same random numbers."""
+    The cache holds as many rows as fit into cache_tokens if each grows to its full length, but at
+    least one. Longest first: rows of a batch are then alike, and those that wait always fit into
+    the place of one that finished. Neighbours change a row's numbers only by rounding, since a
+    matrix product's order of summation depends on its number of rows.
+
+    top_p and top_k (0: off) as in `probabilities`. Requests of equal number draw with the same
+    random numbers.
+    """
     context = model.config.max_position_embeddings
 
     def full_length(i: int) -> int:
         return min(len(requests[i].prompt) + requests[i].max_new_tokens, context)
 
-    overlong = [i for i, request in enumerate(requests) if len(request.prompt) >= context]
-    yield from ((i, [], "overlong") for i in overlong)
-    waiting = sorted(
-        set(range(len(requests))) - set(overlong), key=full_length
-    )  # taken from the end
-    rows: list[_Row] = []  # row b of the cache is rows[b]'s
+    waiting = []
+    for i, request in enumerate(requests):
+        if len(request.prompt) < context:
+            waiting.append(i)
+        else:
+            yield i, [], "overlong"
+    waiting.sort(key=full_length)  # taken from the end
+    rows: list[_Row] = []  # rows[b] is in row b of the cache
+
+    def take(room: int, least: float) -> list[_Row]:
+        """The next requests: at most `room`, of full length `least` or more."""
+        taken, tokens = [], 0
+        while waiting and len(taken) < room and tokens < PREFILL_TOKENS:
+            i = waiting[-1]
+            if full_length(i) < least:
+                break
+            waiting.pop()
+            rng = np.random.default_rng([seed, requests[i].number])
+            uniforms = rng.random(full_length(i) - len(requests[i].prompt))
+            taken.append(_Row(i, requests[i], uniforms))
+            tokens += len(requests[i].prompt)
+        return taken
+
     while waiting or rows:
         if not rows:
-            cache, width = (
-                None,
-                full_length(waiting[-1]),
-            )  # the old one is freed before there is a new one
+            width = full_length(waiting[-1])
             slots = max(1, min(len(waiting), cache_tokens // width, MAX_ROWS))
-            cache, filling = Cache(model, slots, width), True
+            cache = None  # frees the old one first
+            cache = Cache(model, slots, width)
+            # Rows much shorter than the cache is wide wait for a narrower one with more rows.
             least = 0 if slots == len(waiting) else width / 2
-        # Refilled some rows at a time, since each time is a pass over the weights; and, unless there is room for all,
-        # not with rows much shorter than the cache is wide, which wait for a narrower one with more rows.
-        filling, fresh = filling or 8 * len(rows) <= 7 * slots, []
-        while (
-            filling
-            and waiting
-            and len(rows) + len(fresh) < slots
-            and full_length(waiting[-1]) >= least
-            and sum(len(row.request.prompt) for row in fresh) < PREFILL_TOKENS
-        ):
-            index = waiting.pop()
-            rng = np.random.default_rng([seed, requests[index].number])
-            fresh.append(
-                _Row(
-                    index,
-                    requests[index],
-                    [],
-                    rng.random(full_length(index) - len(requests[index].prompt)),
-                )
-            )
+            filling = True
+        # A prefill is a pass over all weights, so it waits until an eighth of the rows is free.
+        filling = filling or len(rows) <= 7 / 8 * slots
+        fresh = take(slots - len(rows), least) if filling else []
         filling = bool(fresh)
-
         if fresh:
             logits_BV = prefill(model, [row.request.prompt for row in fresh], cache, len(rows))
             rows += fresh
         else:
             lengths = [len(row.request.prompt) + len(row.new) - 1 for row in rows]
             logits_BV = step(model, [row.new[-1] for row in rows], lengths, cache)
-        first = len(rows) - len(logits_BV)  # the rows that were computed: the last ones
-        tokens = choose(
-            logits_BV,
-            [row.request.temperature for row in rows[first:]],
-            [row.uniforms[len(row.new)] for row in rows[first:]],
-            top_p,
-            top_k,
-        )
-        for b in reversed(
-            range(first, len(rows))
-        ):  # from the end: the last row takes the place of a finished one
-            row, stop = rows[b], tokens[b - first] in stop_ids
+
+        first = len(rows) - len(logits_BV)  # the computed rows are the last ones
+        temperatures = [row.request.temperature for row in rows[first:]]
+        uniforms = [row.uniforms[len(row.new)] for row in rows[first:]]
+        tokens = choose(logits_BV, temperatures, uniforms, top_p, top_k)
+        # From the end, so that the last row can take the place of a finished one.
+        for b in reversed(range(first, len(rows))):
+            row, token = rows[b], tokens[b - first]
+            stop = token in stop_ids
             if not stop:
-                row.new.append(tokens[b - first])
+                row.new.append(token)
             if stop or len(row.request.prompt) + len(row.new) == full_length(row.index):
                 last = rows.pop()
-                if b < len(rows):
+                if last is not row:
                     rows[b] = last
                     cache.move(len(rows), b)
                 yield row.index, row.new, "stop" if stop else "length"
@@ -221,45 +249,47 @@ def generate(
 def choose(
     logits_BV: Tensor, temperatures: list[float], uniforms: list[float], top_p: float, top_k: int
 ) -> list[int]:
-    """A token id for each row: the likeliest where its temperature is 0, else the one at the row's uniform number in
-    [0, 1) of the cumulated `probabilities`, which are summed in the vocabulary's order: a sum in order of probability
-    would jump where rounding swaps two tokens."""
+    """A token id for each row: the likeliest at temperature 0, otherwise the first token whose
+    cumulated `probabilities` exceed the row's uniform number in [0, 1).
+
+    They are cumulated in the vocabulary's order: in order of probability, the drawn token would
+    change when rounding swaps two tokens.
+    """
     best_B = logits_BV.argmax(-1)
     if not any(temperatures):
         return best_B.tolist()
     temperature_B = torch.tensor(temperatures, device=best_B.device)
+    uniform_B = torch.tensor(uniforms, dtype=torch.float64, device=best_B.device)
     greedy_B = temperature_B == 0
-    total_BV = probabilities(logits_BV, temperature_B + greedy_B, top_p, top_k).double().cumsum(-1)
-    at_B1 = (
-        torch.tensor(uniforms, dtype=torch.float64, device=best_B.device)[:, None]
-        * total_BV[:, -1:]
-    )
-    drawn_B = torch.searchsorted(total_BV, at_B1, right=True)[:, 0].clamp(
-        max=total_BV.shape[-1] - 1
-    )
+    # A greedy row's draw is not used; 1 keeps it finite.
+    p_BV = probabilities(logits_BV, temperature_B + greedy_B, top_p, top_k)
+    total_BV = p_BV.double().cumsum(-1)
+    at_B = uniform_B * total_BV[:, -1]
+    drawn_B = torch.searchsorted(total_BV, at_B[:, None], right=True)[:, 0]
+    drawn_B = drawn_B.clamp(max=total_BV.shape[-1] - 1)
     return torch.where(greedy_B, best_B, drawn_B).tolist()
 
 
 def probabilities(
     logits_BV: Tensor, temperature_B: Tensor, top_p: float = 1.0, top_k: int = 0
 ) -> Tensor:
-    """What sampling draws from, at least fp32: the softmax at a temperature above 0, then its top_k likeliest tokens
-    (ties with the last one too; 0: all), then of these the fewest likeliest ones that together have top_p, each time
-    made to sum to 1 again. The order and the meaning are transformers' (TemperatureLogitsWarper, TopKLogitsWarper,
-    TopPLogitsWarper)."""
-    logits_BV = asft.at_least_fp32(logits_BV)
-    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature_B[
-        :, None
-    ]  # at most 0: never infinite
+    """The distribution that sampling draws from, (B, V), at least fp32, for temperatures above 0.
+
+    The softmax at the temperature; then its top_k likeliest tokens (0: all; tokens tied with the
+    last one stay too); then the fewest likeliest of these that together have top_p. After each
+    cut the rest is made to sum to 1. Same order and meaning as transformers'
+    TemperatureLogitsWarper, TopKLogitsWarper and TopPLogitsWarper.
+    """
+    logits_BV = at_least_fp32(logits_BV)
+    # With the largest logit at 0, a tiny temperature cannot give infinity minus infinity.
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature_B[:, None]
     if 0 < top_k < logits_BV.shape[-1]:
-        logits_BV = logits_BV.masked_fill(
-            logits_BV < logits_BV.topk(top_k).values[:, -1:], -math.inf
-        )
+        least_B1 = logits_BV.topk(top_k).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -math.inf)
     if top_p < 1:
         sorted_BV, order_BV = logits_BV.sort(-1, descending=True)
         sorted_BV = sorted_BV.softmax(-1)
-        beyond_BV = (
-            sorted_BV.cumsum(-1) - sorted_BV >= top_p
-        )  # those before a token have top_p already
+        # A token goes if the likelier ones before it have top_p already.
+        beyond_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p
         logits_BV = logits_BV.masked_fill(beyond_BV.scatter(-1, order_BV, beyond_BV), -math.inf)
     return logits_BV.softmax(-1)

@@ -1,9 +1,15 @@
-""" """
+"""`eval.py likelihood`: log-probs of both responses of preference pairs, under one model or two.
+
+In reading order
+    pair_logps, pair_rows     one row per pair
+    MEASURES, summarise       their means, with 95% intervals; of two models, the differences too
+    same_pairs                refuses two models whose tokenizers differ
+    run, add_flags            the command
+"""
 
 import argparse
 import itertools
 import json
-import os
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -22,16 +28,29 @@ from data import (
     split_pairs,
 )
 from evaluation.intervals import RESAMPLES, bootstrap
-from evaluation.rows import add_model_flags, between, share
+from evaluation.rows import add_model_flags, between, is_first, share, torchrun_group
 from model import Llama, LlamaConfig, load_model
 from support.files import InputError, naming
 from support.processes import choose_device
+
+# Each line of the table, in the order of the rows' columns.
+MEASURES = {
+    "logp_w": "mean token log-prob of the chosen response, nats; mean over pairs",
+    "logp_l": "of the rejected one",
+    "sum_logp_w": "summed log-prob of the chosen response, nats; mean over pairs",
+    "sum_logp_l": "of the rejected one",
+    "margin": "logp_w - logp_l, mean over pairs",
+    "accuracy": "share of pairs with a margin above 0",
+    "perplexity_w": "exp(-nats of all chosen responses / their tokens): weighs tokens alike",
+}
+COLUMNS = [*list(MEASURES)[:-1], "tokens_w"]  # of a row; C in shapes
 
 
 def encode_pairs(
     flags: argparse.Namespace, directory: str, max_tokens: int
 ) -> tuple[list[Pair], Counter]:
-    """The pairs of --data under a model's tokenizer, as train.py reads them, and what was dropped."""
+    """The pairs of --data under a model's tokenizer, as train.py reads them, and counts of what was
+    read and dropped."""
     counts = Counter()
     preferences = read_preferences(flags.data, counts, flags.skip_bad_lines)
     chat = ChatFormat(directory) if any(isinstance(p.chosen, str) for p in preferences) else None
@@ -46,181 +65,159 @@ def encode_pairs(
 def pair_logps(
     model: Llama, pairs: list[Pair], max_tokens_per_gpu: int, device: torch.device
 ) -> np.ndarray:
-    """Log-probs of shape (pairs, 2, 2), float64, in nats: [pair, chosen or rejected, mean or sum]; all of them in every
-    process. Micro-batches are made as if there were one process, and shared, so that the numbers do not depend on how
-    many there are. Raises InputError where a pair alone is over max_tokens_per_gpu."""
+    """Log-probs (pairs, 2, 2) in nats, float64: [pair, chosen or rejected, mean or sum]. Every
+    process returns all of them.
+
+    Micro-batches are made as for one process and then shared out, so the numbers do not depend on
+    the number of processes. Raises InputError if one pair exceeds max_tokens_per_gpu.
+    """
     sizes = np.array([pair.packed_tokens() for pair in pairs])
     logps = torch.zeros(len(pairs), 2, 2, dtype=torch.float64)
     for indexes in share(split_pairs(np.arange(len(pairs)), sizes, 1, max_tokens_per_gpu)[0]):
-        batch = pack([pairs[i] for i in indexes]).to(device)
-        logps[indexes] = torch.stack(model(batch), -1).unflatten(0, (-1, 2)).double().cpu()
+        mean_R, sum_R = model(pack([pairs[i] for i in indexes]).to(device))
+        logps[indexes] = torch.stack([mean_R, sum_R], -1).unflatten(0, (-1, 2)).double().cpu()
     if dist.is_initialized():
         dist.all_reduce(logps)
     return logps.numpy()
 
 
 def pair_rows(pairs: list[Pair], logps: np.ndarray) -> list[dict]:
-    """What is written of each pair. margin is l_w - l_l, in nats per token; accuracy is 1 where that is above 0."""
+    """The rows of pairs.jsonl. margin is logp_w - logp_l, in nats per token; accuracy is 1 if the
+    margin is above 0, otherwise 0."""
     rows = []
     for pair, ((mean_w, sum_w), (mean_l, sum_l)) in zip(pairs, logps.tolist(), strict=True):
-        rows.append(
-            {
-                "place": pair.place,
-                "tokens_w": len(pair.chosen),
-                "tokens_l": len(pair.rejected),
-                "logp_w": mean_w,
-                "logp_l": mean_l,
-                "sum_logp_w": sum_w,
-                "sum_logp_l": sum_l,
-                "margin": mean_w - mean_l,
-                "accuracy": float(mean_w > mean_l),
-            }
-        )
+        row = {"place": pair.place, "tokens_w": len(pair.chosen), "tokens_l": len(pair.rejected)}
+        row |= {"logp_w": mean_w, "logp_l": mean_l, "sum_logp_w": sum_w, "sum_logp_l": sum_l}
+        row |= {"margin": mean_w - mean_l, "accuracy": float(mean_w > mean_l)}
+        rows.append(row)
     return rows
 
 
-# What each line of the table is, in the order of the rows' columns.
-MEASURES = {
-    "logp_w": "mean token log-prob of the chosen response, nats; mean over pairs",
-    "logp_l": "of the rejected one",
-    "sum_logp_w": "summed log-prob of the chosen response, nats; mean over pairs",
-    "sum_logp_l": "of the rejected one",
-    "margin": "logp_w - logp_l, mean over pairs",
-    "accuracy": "share of pairs with a margin above 0",
-    "perplexity_w": "exp(-nats of all chosen responses / their tokens): a long response weighs more",
-}
-
-
 def measures(columns_MPC: np.ndarray, weight_P: np.ndarray) -> np.ndarray:
-    """MEASURES of each model over pairs that count weight_P times each, and the first's less the second's. Columns:
-    MEASURES without its last, tokens_w."""
+    """MEASURES of each of M models over P pairs, pair p counted weight_P[p] times; then those of
+    the first model less those of the second, if there are two."""
     mean_MC = weight_P @ columns_MPC / weight_P.sum()
-    of_each = np.column_stack([mean_MC[:, :-1], np.exp(-mean_MC[:, 2] / mean_MC[:, -1])])
-    return np.vstack([of_each, of_each[:1] - of_each[1:]])
+    nats_M, tokens_M = mean_MC[:, COLUMNS.index("sum_logp_w")], mean_MC[:, -1]
+    found = np.column_stack([mean_MC[:, :-1], np.exp(-nats_M / tokens_M)])
+    return np.vstack([found, found[:1] - found[1:]])
 
 
 def summarise(rows: list[dict], other: list[dict] | None = None, seed: int = 0) -> list[dict]:
-    """The measures of one model; of two on the same pairs, both and the differences (the first's less the other's).
-    Each is {"value", "low", "high"}; both models have the same resamples, so a difference's interval is paired."""
-    names = [*list(MEASURES)[:-1], "tokens_w"]
-    columns_MPC = np.array(
-        [[[row[name] for name in names] for row in part] for part in (rows, other) if part]
-    )
-    found = np.stack(
-        bootstrap(lambda weight_P: measures(columns_MPC, weight_P), len(rows), seed), -1
-    )
-    return [
-        {
-            name: dict(zip(("value", "low", "high"), limits, strict=True))
-            for name, limits in zip(MEASURES, of_one, strict=True)
-        }
-        for of_one in found.tolist()
-    ]
+    """The measures of one model, or of two on the same pairs and their differences (the first's
+    less the other's), each {"value", "low", "high"}.
+
+    Both models get the same resamples, so the interval of a difference is that of paired data.
+    """
+    columns_MPC = np.array([[[row[c] for c in COLUMNS] for row in m] for m in (rows, other) if m])
+    found = bootstrap(lambda weight_P: measures(columns_MPC, weight_P), len(rows), seed)
+    summaries = []
+    for values, lows, highs in zip(*(part.tolist() for part in found), strict=True):
+        summary = {}
+        for name, value, low, high in zip(MEASURES, values, lows, highs, strict=True):
+            summary[name] = {"value": value, "low": low, "high": high}
+        summaries.append(summary)
+    return summaries
+
+
+def same_pairs(flags: argparse.Namespace, pairs: list[Pair], others: list[Pair]) -> None:
+    """Raises InputError, naming the first pair, if --compare's tokenizer gives other ids."""
+    # The lengths differ if one tokenizer makes an answer empty, or two equal: that pair is dropped.
+    for pair, other in itertools.zip_longest(pairs, others):
+        if pair and other:
+            sides = zip(ids_of(pair), ids_of(other), strict=True)
+            if all(np.array_equal(mine, theirs) for mine, theirs in sides):
+                continue
+        raise InputError(
+            f"--compare {flags.compare}: its tokenizer gives other ids than {flags.model}'s, first "
+            f"for {(pair or other).place}; log-probs of other tokens do not compare"
+        )
+
+
+def ids_of(pair: Pair) -> tuple[np.ndarray, ...]:
+    """Token ids of the prompt and both responses."""
+    return pair.prompt, pair.chosen, pair.rejected
+
+
+def claim_out(flags: argparse.Namespace) -> tuple[list[Path], Path]:
+    """The files of rows, one per model, and that of the summary. Raises InputError if one exists or
+    cannot be written, before the work."""
+    out, single = Path(flags.out), flags.out.endswith(".jsonl")
+    first = out if single else out / "pairs.jsonl"
+    paths = [first]
+    if flags.compare is not None:
+        paths.append(first.with_name(f"{first.stem}-compare.jsonl"))
+    summary = out.with_suffix(".json") if single else out / "summary.json"
+    if is_first():
+        for path in [*paths, summary]:
+            if path.exists():
+                raise InputError(f"--out: {path} exists; name another")
+        home = next(home for home in first.absolute().parents if home.exists())
+        with naming(f"--out {out}"):
+            tempfile.TemporaryFile(dir=home).close()
+    return paths, summary
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Writes OUT/pairs.jsonl (and pairs-compare.jsonl) and OUT/summary.json, and prints the summary."""
-    directories = [flags.model] + [flags.compare] * (flags.compare is not None)
-    out, single = Path(flags.out), flags.out.endswith(".jsonl")
-    first = out if single else out / "pairs.jsonl"
-    paths = [first, first.with_name(f"{first.stem}-compare.jsonl")][: len(directories)]
-    summary_path = out.with_suffix(".json") if single else out / "summary.json"
-    talks = os.environ.get("RANK", "0") == "0"
-    for path in [*paths, summary_path] if talks else []:
-        if path.exists():
-            raise InputError(f"--out: {path} exists; name another")
-        with naming(
-            f"--out {out}"
-        ):  # before the work: is there room, and a right, to write in what will hold it?
-            tempfile.TemporaryFile(
-                dir=next(home for home in path.absolute().parents if home.exists())
-            ).close()
-    configs = [LlamaConfig.load(directory) for directory in directories]
-    max_tokens = min(resolve_max_tokens(flags.max_tokens, config) for config in configs)
-    (pairs, counts), *others = [
-        encode_pairs(flags, directory, max_tokens) for directory in directories
-    ]
-    for directory, (of_other, _) in zip(directories[1:], others, strict=True):
-        # One is longer where the other's tokenizer makes an answer empty, or two equal: that pair was dropped.
-        for pair, same in itertools.zip_longest(pairs, of_other):
-            if not (
-                pair
-                and same
-                and np.array_equal(pair.prompt, same.prompt)
-                and np.array_equal(pair.chosen, same.chosen)
-                and np.array_equal(pair.rejected, same.rejected)
-            ):
-                raise InputError(
-                    f"--compare {directory}: its tokenizer gives other ids than {flags.model}'s, first "
-                    f"for {(pair or same).place}; log-probs of other tokens do not compare"
-                )
+    """Writes OUT/pairs.jsonl (and pairs-compare.jsonl) and OUT/summary.json; prints the summary."""
+    paths, summary_path = claim_out(flags)
+    models = [flags.model] if flags.compare is None else [flags.model, flags.compare]
+    limits = [resolve_max_tokens(flags.max_tokens, LlamaConfig.load(name)) for name in models]
+    pairs, counts = encode_pairs(flags, flags.model, min(limits))
+    if flags.compare is not None:
+        same_pairs(flags, pairs, encode_pairs(flags, flags.compare, min(limits))[0])
 
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
-    device, dtype = choose_device(flags.device, flags.precision)
-    of_models = []
-    for directory in directories:  # one after the other, each freed before the next
-        model = load_model(directory, dtype, device).requires_grad_(False)
-        of_models.append(
-            pair_rows(pairs, pair_logps(model, pairs, flags.max_tokens_per_gpu, device))
-        )
-        del model
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if not talks:
+    with torchrun_group():
+        device, dtype = choose_device(flags.device, flags.precision)
+        rows = []
+        for directory in models:  # one after the other: two may not fit into memory
+            model = load_model(directory, dtype, device).requires_grad_(False)
+            logps = pair_logps(model, pairs, flags.max_tokens_per_gpu, device)
+            rows.append(pair_rows(pairs, logps))
+            del model
+    if not is_first():
         return
-    found = summarise(*of_models, seed=flags.seed)
-    facts = {
-        "model": flags.model,
-        "compare": flags.compare,
-        "data": flags.data,
-        "counts": counts,
-        "pairs": len(pairs),
-        "tokens_w": sum(len(pair.chosen) for pair in pairs),
-        "tokens_l": sum(len(pair.rejected) for pair in pairs),
-        "max_tokens": max_tokens,
-        "dtype": str(dtype),
-        "seed": flags.seed,
-        "resamples": RESAMPLES,
-        **dict(
-            zip(("measures", "compare_measures", "difference")[: len(found)], found, strict=True)
-        ),
-    }
-    with naming(f"--out {out}"):
+    summaries = summarise(*rows, seed=flags.seed)
+    facts = {name: getattr(flags, name) for name in ("model", "compare", "data")}
+    facts |= {"counts": counts, "pairs": len(pairs)}
+    facts |= {f"tokens_{side}": sum(row[f"tokens_{side}"] for row in rows[0]) for side in "wl"}
+    facts |= {"max_tokens": min(limits), "dtype": str(dtype)}
+    facts |= {"seed": flags.seed, "resamples": RESAMPLES}
+    facts |= dict(zip(("measures", "compare_measures", "difference"), summaries, strict=False))
+    with naming(f"--out {flags.out}"):
         summary_path.parent.mkdir(parents=True, exist_ok=True)
-        for path, rows in zip(paths, of_models, strict=True):
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for path, of_model in zip(paths, rows, strict=True):
+            path.write_text("".join(json.dumps(row) + "\n" for row in of_model))
         summary_path.write_text(json.dumps(facts, indent=2) + "\n")
     print(
-        f"{flags.data}: {len(pairs):,} pairs of {counts['read']:,} read; {facts['tokens_w']:,} chosen and "
-        f"{facts['tokens_l']:,} rejected tokens\n"
+        f"{flags.data}: {len(pairs):,} pairs of {counts['read']:,} read; {facts['tokens_w']:,} "
+        f"chosen and {facts['tokens_l']:,} rejected tokens\n"
     )
-    heads = [flags.model, flags.compare, "difference"][: len(found)]
-    width = max(30, *map(len, heads))
-    print(" " * 14 + "".join(f"{head:<{width + 2}}" for head in heads) + "[95% of resampled pairs]")
+    print(table(models, summaries))
+
+
+def table(models: list[str], summaries: list[dict]) -> str:
+    """The measures as text: a line each, a column per model and one of their differences."""
+    heads = [*models, "difference"][: len(summaries)]
+    width = max(30, *map(len, heads)) + 2
+    lines = [" " * 14 + "".join(head.ljust(width) for head in heads) + "[95% of resampled pairs]"]
     for name, text in MEASURES.items():
-        cells = ("{value:+.4f} [{low:+.4f}, {high:+.4f}]".format(**of[name]) for of in found)
-        print(f"{name:<14}" + "".join(f"{cell:<{width + 2}}" for cell in cells) + text)
+        line = f"{name:<14}"
+        for summary in summaries:
+            cell = "{value:+.4f} [{low:+.4f}, {high:+.4f}]".format(**summary[name])
+            line += cell.ljust(width)
+        lines.append(line + text)
+    return "\n".join(lines)
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     add = command.add_argument
     add_model_flags(command, "the bootstrap")
+    kinds, out = ("truncate", "drop"), "a directory, or NAME.jsonl, with NAME.json beside it"
     add("--compare", metavar="DIR", help="a second model, on the same pairs")
     add("--data", required=True, metavar="FILE", help="preference pairs (formats: README)")
-    add(
-        "--out",
-        required=True,
-        metavar="OUT",
-        help="a directory, for pairs.jsonl and summary.json, or NAME.jsonl, "
-        "with NAME.json beside it",
-    )
-    add(
-        "--max-tokens",
-        type=between(int, 2),
-        help="as in train.py [2048, or what the model takes if less]",
-    )
-    add("--overlong", default="truncate", choices=("truncate", "drop"), help="as in train.py")
+    add("--out", required=True, metavar="OUT", help=out)
+    add("--max-tokens", type=between(int, 2), help="of a pair [2048, or the model's limit if less]")
+    add("--overlong", default="truncate", choices=kinds, help="as in train.py")
     add("--skip-bad-lines", action="store_true", help="as in train.py")
     add("--max-tokens-per-gpu", type=between(int, 1), default=8192, help="as in train.py [8192]")

@@ -1,67 +1,156 @@
-""" """
+"""Files of JSON lines, and what the evaluation commands have in common.
+
+In reading order
+    share, is_first, torchrun_group, wait_for_all, on_first    the processes of torchrun
+    append_row, read_rows, join_parts    a file that several processes write
+    json_rows, write_json                checked reading; writing of results
+    named, between, add_model_flags      flags that several commands share
+
+A file that several processes write: each process appends to a part of its own, FILE.part-00000 and
+so on, and once all are done the parts are joined into FILE. A killed call leaves its parts, and
+the next one begins by joining them, whatever the number of processes was.
+"""
 
 import argparse
 import contextlib
-import fcntl
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import IO
+
+import torch.distributed as dist
 
 from data import read_records
-from support.files import InputError, naming, shown
+from support.files import InputError, naming, shown, write_whole
+from support.processes import on_first_process
+
+# ---------------------------------------------------------------------------------------- processes
 
 
-def share(items: list) -> list:
-    """The items of this process: every n-th under torchrun with n processes, all of them without."""
+def share(items: Sequence) -> Sequence:
+    """This process's items: every n-th one under torchrun with n processes, otherwise all."""
     return items[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
 
 
-FIRST_KEYS = (b'{"index": ', b'{"question_id": ')  # what each row that is written here begins with
+def is_first() -> bool:
+    """True on process 0, which prints and joins; always true without torchrun."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 @contextlib.contextmanager
-def locked(path: str | Path) -> Iterator[IO[bytes]]:
-    """A file of JSON lines, made with its directory if it is not there, that no other process holds meanwhile. What is
-    written goes to its end. A last row without its end is completed if it is whole, and else cut off, since whoever
-    wrote it was killed; what no command here writes stays, and is an InputError."""
-    with naming(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 1))
-            if size and file.read() != b"\n":
-                file.seek(0)
-                last = file.read().split(b"\n")[-1]
-                if not any(last.startswith(start[: len(last)]) for start in FIRST_KEYS):
-                    raise InputError(
-                        f"{path}: its last line is no row of this command; name another file"
-                    )
-                try:
-                    json.loads(last)
-                    file.write(b"\n")
-                except ValueError:
-                    file.truncate(size - len(last))
-            file.seek(0)
-            yield file
+def torchrun_group() -> Iterator[None]:
+    """The process group of torchrun's processes; nothing without torchrun.
+
+    One process may have to wait for another that still has hours of answers to make.
+    """
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def append_row(path: str | Path, row: dict) -> None:
-    """Adds a row to a file of JSON lines, whole and at once, whatever other processes add to it."""
-    with locked(path) as file:
-        file.write(json_line(row))
+def wait_for_all() -> None:
+    """Returns when all processes have called it. Raises InputError if one of them ended before."""
+    try:
+        if dist.is_initialized():
+            dist.barrier()
+    except RuntimeError:
+        raise InputError("another process ended early; the same call continues") from None
+
+
+def on_first(action: Callable):
+    """What action() returns when process 0 runs it; its InputError is raised on every process."""
+    return on_first_process(action) if dist.is_initialized() else action()
+
+
+# --------------------------------------------------------------------------------------------- rows
 
 
 def json_line(row: dict) -> bytes:
-    """A row as it is written. Half a surrogate pair, as a reply cut short may end in, stays JSON's escape of it."""
+    """A row as it is written. Half a surrogate pair, at the end of a reply that was cut, is written
+    as JSON escapes it."""
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
+def append_row(out: str | Path, row: dict) -> None:
+    """Appends a row to this process's part of `out`."""
+    part = f"{out}.part-{int(os.environ.get('RANK', 0)):05d}"
+    with naming(part), open(part, "ab") as file:
+        file.write(json_line(row))
+
+
+def parts_of(out: Path) -> list[Path]:
+    """The parts of `out`, of this call or of one that was killed."""
+    return sorted(p for p in out.parent.iterdir() if p.name.startswith(f"{out.name}.part-"))
+
+
+def read_rows(out: Path, key: str, order: Sequence) -> dict:
+    """row[key] -> row, of all rows in `out` and its parts.
+
+    Raises InputError, naming the line, if it is not a JSON object whose `key` is one of `order`.
+    """
+    paths = [out] if out.exists() else []
+    rows = {}
+    for path in [*paths, *parts_of(out)]:
+        for place, row in json_rows(path, key, torn=path != out):
+            if row[key] not in order:
+                raise InputError(f"{place}: {key} {shown(row[key])} is unknown; name another file")
+            rows[row[key]] = row
+    return rows
+
+
+def join_parts(out: Path, key: str, order: Sequence) -> list[dict]:
+    """Moves all rows into `out`, in the order of their keys, and returns them.
+
+    For process 0 while no process appends. A row is never lost: `out` is replaced whole before the
+    parts are removed.
+    """
+    parts, rows = parts_of(out), read_rows(out, key, order)
+    ordered = [rows[value] for value in order if value in rows]
+    if parts or not out.exists():
+        write_whole(out, b"".join(map(json_line, ordered)))
+    for part in parts:
+        part.unlink()
+    return ordered
+
+
+def json_rows(
+    path: str | Path, *keys: str, questions: dict | None = None, torn: bool = False
+) -> list[tuple[str, dict]]:
+    """("file:line", row) of a JSONL file. Raises InputError, naming the line, if it is not a JSON
+    object with these keys, or if its question_id is not one of `questions`. With `torn` a last line
+    that is not JSON is left out: whoever wrote it was killed."""
+    records = list(read_records(Path(path)))
+    if torn and records and isinstance(records[-1][1], ValueError):
+        records.pop()
+    rows = []
+    for line, row in records:
+        place = f"{path}:{line}"
+        if isinstance(row, ValueError):
+            raise InputError(f"{place}: {row}")
+        if lacks := [key for key in keys if not isinstance(row, dict) or key not in row]:
+            raise InputError(
+                f"{place}: {', '.join(lacks)} is missing; wanted a JSON object with "
+                f"{', '.join(keys)}; found {shown(row)}"
+            )
+        if "question_id" in keys:
+            number = row["question_id"]
+            if not isinstance(number, int | str) or (questions and number not in questions):
+                raise InputError(
+                    f"{place}: question_id {shown(number)} is not one of the questions"
+                )
+        rows.append((place, row))
+    return rows
+
+
 def write_json(path: str | Path, value: dict, *read: str | Path) -> None:
-    """Writes --json, making its directory. InputError where that fails, or would replace a file that was read."""
+    """Writes the file of --json, and makes its directory. Raises InputError if that fails or would
+    replace one of the files that were read."""
     path = Path(path)
     with naming(f"--json {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,37 +159,17 @@ def write_json(path: str | Path, value: dict, *read: str | Path) -> None:
         path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def json_rows(
-    path: str | Path, *keys: str, questions: dict | None = None
-) -> list[tuple[str, dict]]:
-    """("file:line", row) of a JSONL file. InputError, naming the line, where it is no JSON object with these keys, or
-    its question_id is none of the questions."""
-    rows = []
-    for line, row in read_records(Path(path)):
-        place = f"{path}:{line}"
-        if isinstance(row, ValueError):
-            raise InputError(f"{place}: {row}")
-        if lacks := [key for key in keys if not isinstance(row, dict) or key not in row]:
-            raise InputError(
-                f"{place}: {', '.join(lacks)} is missing; wanted a JSON object with {', '.join(keys)}; "
-                f"found {shown(row)}"
-            )
-        if "question_id" in keys:
-            number = row["question_id"]
-            if not isinstance(number, int | str) or (questions and number not in questions):
-                raise InputError(f"{place}: question_id {shown(number)} is none of the questions'")
-        rows.append((place, row))
-    return rows
+# -------------------------------------------------------------------------------------------- flags
 
 
 def named(text: str) -> tuple[str, Path]:
-    """NAME=DIR, or a directory without a name of its own ("")."""
+    """(NAME, DIR) of NAME=DIR, or ("", DIR) of a plain directory."""
     name, _, rest = text.partition("=")
     return (name, Path(rest)) if rest and not Path(text).is_dir() else ("", Path(text))
 
 
 def between(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """What reads a flag's number: finite, from low to high."""
+    """An argparse type: a finite number from low to high."""
 
     def read(text: str) -> float:
         try:
@@ -119,17 +188,8 @@ def between(kind: type, low: float, high: float = math.inf) -> Callable[[str], f
 def add_model_flags(command: argparse.ArgumentParser, seed_of: str) -> None:
     """--model, --device, --precision and --seed, the same for every command that loads a model."""
     add = command.add_argument
+    devices, precisions = ("auto", "cpu", "cuda"), ("auto", "fp32", "bf16")
     add("--model", required=True, metavar="DIR", help="Hugging Face directory of a Llama")
-    add(
-        "--device",
-        default="auto",
-        choices=("auto", "cpu", "cuda"),
-        help="cuda if each process has one",
-    )
-    add(
-        "--precision",
-        default="auto",
-        choices=("auto", "fp32", "bf16"),
-        help="of all weights: bf16 on CUDA, fp32 on a CPU",
-    )
+    add("--device", default="auto", choices=devices, help="auto: cuda if each process has a GPU")
+    add("--precision", default="auto", choices=precisions, help="auto: bf16 on CUDA, fp32 on CPU")
     add("--seed", type=between(int, 0), default=0, help=f"of {seed_of} [0]")
