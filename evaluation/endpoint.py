@@ -186,10 +186,10 @@ def send(judge: Judge, messages: list[dict], parameters: dict, about: dict) -> t
 
 
 def ask(judge: Judge, talk: list[tuple[str, str]], about: dict) -> str:
-    """The judge's answer to a talk of (role, text). A request whose reply is in judge.raw is not sent again.
+    """The judge's reply to a talk of (role, text). A request that judge.raw has a text for is not
+    sent again, and one that was answered without a text is not tried again in this run.
 
-    A reply without text is not asked for again: it was paid for. Raises UnjudgedError if this
-    request fails, and InputError if every other one would fail as well."""
+    Raises UnjudgedError if this request fails, InputError if every other one would fail as well."""
     messages = [{"role": role, "content": text} for role, text in talk]
     whole = {"model": judge.model, "messages": messages} | judge.settings
     digest = hashlib.sha256(json.dumps(whole).encode()).hexdigest()

@@ -86,7 +86,8 @@ def judge_all(
         try:
             futures = [pool.submit(do, waiting[0])]
             wait(futures)  # the first job teaches the parameters, and a wrong key costs one request
-            futures += [pool.submit(do, work) for work in waiting[1:]]
+            if not judge.stop.is_set():
+                futures += [pool.submit(do, work) for work in waiting[1:]]
             for count, future in enumerate(as_completed(futures), 1):
                 try:
                     future.result()
