@@ -178,8 +178,10 @@ def send(judge: Judge, messages: list[dict], parameters: dict, about: dict) -> t
     except (openai.APIConnectionError, UnicodeError) as error:
         cause = error.__cause__ or error
         failed = hide(str(cause), judge.key) or type(cause).__name__
-    for status, body in replies:
-        append(judge, judge.raw, about | {"status": status, "body": body, "tstamp": time.time()})
+    finally:  # before_request may have ended the tries
+        for status, body in replies:
+            row = about | {"status": status, "body": body, "tstamp": time.time()}
+            append(judge, judge.raw, row)
     if failed:
         raise UnjudgedError(failed)
     return replies[-1]
@@ -208,7 +210,7 @@ def ask(judge: Judge, talk: list[tuple[str, str]], about: dict) -> str:
         raise UnjudgedError(f"HTTP {status}: {words(body)}".rstrip(": "))
     if parameters != judge.parameters:
         judge.parameters = parameters
-        print(f"{judge.address} is sent {json.dumps(parameters)}: it refused others", flush=True)
+        print(f"{judge.address} refused parameters; now sent: {json.dumps(parameters)}", flush=True)
     return reply_of(body)
 
 
@@ -233,7 +235,7 @@ def append(judge: Judge, path: Path, row: dict) -> None:
 
 def end_in_whole_line(path: Path) -> None:
     """Makes the file if it is missing. A last row that a killed run left unfinished is dropped with
-    a word; raises InputError if the last line is no row of this command."""
+    a word; raises InputError if the last line is not a row of this command."""
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:

@@ -439,7 +439,7 @@ def test_parameters_that_the_endpoint_refuses_are_replaced_once_and_for_all(mt, 
     assert sent[:2] == [{"temperature", "max_tokens"}, {"temperature", "max_completion_tokens"}]
     assert sent[2:] == [{"max_completion_tokens"}] * 6
     assert {payload.get("max_completion_tokens") for payload in service.asked[1:]} == {2048}
-    assert 'is sent {"max_completion_tokens": 2048}' in capsys.readouterr().out
+    assert 'now sent: {"max_completion_tokens": 2048}' in capsys.readouterr().out
     mt.out.unlink()
     assert mt.judge(service) == 0 and len(service.asked) == 8  # kept replies, asked in other words
 
@@ -531,7 +531,7 @@ def test_when_a_run_stops_a_request_that_waits_for_its_next_try_is_not_sent(mt, 
     service = serve(act)
     assert "HTTP 401" in complaint(capsys, mt.judge(service, "--concurrency", 3))
     asked = Counter(user_of(payload) for payload in service.asked)
-    assert set(asked.values()) == {1}
+    assert set(asked.values()) == {1} and len(rows_of(mt.raw)) == len(service.asked)
 
 
 def test_a_redirect_is_refused_and_the_key_is_not_sent_on(mt, serve, capsys):
