@@ -6,6 +6,7 @@ means is left to judge.py.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -96,12 +97,9 @@ def open_judge(flags: argparse.Namespace, settings: dict) -> Judge:
         reason = error.__cause__ or error
         raise InputError(f"--endpoint {flags.endpoint}: not reachable ({reason})") from None
     end_in_whole_line(raw)
-    for _, row in json_rows(raw, "request", "status", "body"):
-        if row["status"] == 200:
-            try:
-                judge.kept[row["request"]] = reply_of(row["body"])
-            except UnjudgedError:
-                pass
+    for _, row in json_rows(raw, "request", "body"):
+        with contextlib.suppress(UnjudgedError):  # an error, or a reply without text
+            judge.kept[str(row["request"])] = reply_of(str(row["body"]))
     return judge
 
 
