@@ -1,281 +1,93 @@
-""" """
+"""A judge's verdicts on a model's answers, in FastChat's and Arena-Hard's own forms.
+
+Reading order: `judge_all` (many requests at once, resumed where they stopped), then the benchmarks:
+`judge_mt_bench` with `rate`, `judge_arena_hard` with `play`. How one request is made is in
+endpoint.py, the reports are in reports.py.
+"""
 
 import argparse
-import email.utils
 import functools
-import hashlib
-import http.client
-import json
-import os
-import random
 import re
 import sys
-import threading
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
-from typing import NamedTuple
 
 from evaluation.benchmarks import ARENA_HARD, MT_BENCH, Bench, read_answers, read_questions
-from evaluation.rows import append_row, between, json_rows, locked
-from support.files import InputError
+from evaluation.endpoint import Judge, UnjudgedError, append, ask, end_in_whole_line, open_judge
+from evaluation.rows import between, json_rows
+from support.files import JSON_BYTES, InputError, read_start
+from support.processes import StoppedError
 
 MT_WITH_REFERENCE = ("math", "reasoning", "coding")
-
-
-MT_MAX_TOKENS = 2048  # of a judgment, at temperature 0; Arena-Hard's configuration says both itself
-
-
-RATINGS = [
-    r"\[\[(\d{1,9}(?:\.\d*)?)\]\]",
-    r"\[(\d{1,9}(?:\.\d*)?)\]",
-]  # the second where the first finds none
-
-
-LABEL = re.compile(r"\[\[([AB<>=]+)\]\]")
-
-
+MT_MAX_TOKENS = 2048  # of a judgment, at temperature 0; Arena-Hard's configuration has its own
+RATINGS = (r"\[\[(\d{1,9}(?:\.\d*)?)\]\]", r"\[(\d{1,9}(?:\.\d*)?)\]")  # the first that is found
+LABEL = r"\[\[([AB<>=]+)\]\]"
 SECOND_TRY = "continue your judgment and finish by outputting a final verdict label"
+SYSTEM_PROMPT = Path(__file__).with_name("arena_hard_system_prompt.txt")  # of Arena-Hard v0.1
+
+# The user prompts that the judge sees, and the function that makes the row.
+Job = tuple[list[str], Callable[[Judge], dict]]
 
 
-LONGEST_WAIT = 60.0  # seconds between two tries, unless the endpoint asks for more
-
-
-HOPELESS = (
-    401,
-    402,
-    403,
-    404,
-)  # HTTP statuses that all requests would get: key, money, right, address or model
-
-
-class Judge(NamedTuple):
-    """An OpenAI-compatible endpoint, and how patiently it is asked."""
-
-    url: str
-    model: str
-    key: str
-    temperature: float
-    max_tokens: int
-    timeout: float  # seconds
-    tries: int
-    wait: float  # seconds after the first failed try, twice as many after each further one
-    raw: Path  # every reply, as it came
-    kept: dict[str, str]  # digest of a request -> reply, from `raw`
-    opener: urllib.request.OpenerDirector
-    stop: threading.Event
-
-
-class UnjudgedError(Exception):
-    """A question that the endpoint did not judge, and why. The next run asks again."""
-
-
-def open_judge(flags: argparse.Namespace, temperature: float, max_tokens: int) -> Judge:
-    """Checks key and endpoint before anything is asked: InputError where one is missing."""
-    key = os.environ.get(flags.key_variable, "").strip()
-    if not re.fullmatch(
-        r"https?://([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?(/[^\s@?#]*)?", flags.endpoint, re.ASCII | re.I
-    ):
-        raise InputError(
-            "--endpoint: wanted a plain http:// or https:// address, such as https://api.openai.com/v1"
-        )
-    if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise InputError(
-            f"environment variable {flags.key_variable} (--key-variable) is "
-            f"{'not a key' if key else 'not set'}; wanted the endpoint's key in it, or any word for an "
-            "endpoint that needs none"
-        )
-    address = flags.endpoint.rstrip("/")
-    address += "" if address.endswith("/chat/completions") else "/chat/completions"
-    opener = (
-        urllib.request.OpenerDirector()
-    )  # without urllib's redirects, which would carry the key to another host
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-    ):
-        opener.add_handler(handler())
-    try:
-        opener.open(
-            address, timeout=min(flags.timeout, 10)
-        ).close()  # GET, without the key: any status will do
-    except (
-        urllib.error.URLError,
-        ValueError,
-        OverflowError,
-    ) as error:  # the latter two of odd hosts and ports
-        raise InputError(
-            f"--endpoint {flags.endpoint}: not reachable ({getattr(error, 'reason', error)})"
-        ) from None
-    except (OSError, http.client.HTTPException):
-        pass  # it was reached; the requests themselves are tried again
-    raw = Path(f"{flags.out}.raw")
-    with locked(raw):  # mended, made
-        pass
-    kept = {
-        row["request"]: reply
-        for _, row in json_rows(raw, "request", "body")
-        if (reply := reply_of(row["body"]))
-    }
-    return Judge(
-        address,
-        flags.judge_model,
-        key,
-        temperature,
-        max_tokens,
-        flags.timeout,
-        flags.tries,
-        flags.wait,
-        raw,
-        kept,
-        opener,
-        threading.Event(),
-    )
-
-
-def hide(text: str, key: str) -> str:
-    """Without the key, which some endpoints quote; one shorter than 8 is no secret, but may be a word of a reply."""
-    for form in (key, key.replace("/", r"\/"), json.dumps(key)[1:-1]) if len(key) >= 8 else ():
-        text = text.replace(form, "[key]")
-    return text
-
-
-def reply_of(body: str) -> str | None:
-    """The text in a body of the chat protocol, or None."""
-    try:
-        content = json.loads(body)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return None
-    return content if isinstance(content, str) and content.strip() else None
-
-
-def seconds_asked(header: str | None) -> float:
-    """Of a Retry-After header, seconds or a date; at most an hour. 0 for none and for nonsense."""
-    try:
-        date = email.utils.parsedate_tz(header or "")
-        return min(
-            max(0.0, email.utils.mktime_tz(date) - time.time() if date else float(header or 0)),
-            3600.0,
-        )
-    except (ValueError, OverflowError):
-        return 0.0
-
-
-def ask(judge: Judge, messages: list[dict], about: dict) -> str:
-    """The judge's reply. A request that `raw` has the reply to is not sent again.
-
-    Tried again, after a wait that doubles and is spread by chance: no connection, time-outs, HTTP 408, 429 and 5xx,
-    bodies without a reply. Raises UnjudgedError when that was of no use or judge.stop is set; InputError for a status
-    that every request would get."""
-    data = json.dumps(
-        {
-            "model": judge.model,
-            "messages": messages,
-            "temperature": judge.temperature,
-            "max_tokens": judge.max_tokens,
-        }
-    ).encode()
-    digest = hashlib.sha256(data).hexdigest()
-    if digest in judge.kept:
-        return judge.kept[digest]
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {judge.key}"}
-    for attempt in range(judge.tries):
-        if judge.stop.is_set():
-            raise UnjudgedError("stopped")
-        wait = 0.0
-        try:
-            request = urllib.request.Request(judge.url, data, headers)
-            with judge.opener.open(request, timeout=judge.timeout) as response:
-                body = hide(response.read().decode(errors="replace"), judge.key)
-            status, wait = response.status, seconds_asked(response.headers["Retry-After"])
-        except (OSError, http.client.HTTPException) as error:
-            reason = hide(str(getattr(error, "reason", error)), judge.key) or type(error).__name__
-        else:
-            append_row(
-                judge.raw,
-                about | {"request": digest, "status": status, "body": body, "tstamp": time.time()},
+def done_jobs(flags: argparse.Namespace, model: str, jobs: dict[tuple, Job], names: tuple) -> set:
+    """The keys of the jobs that --out has rows of. Raises InputError if another judge wrote it, or
+    if it judges other answers of the same model."""
+    done = set()
+    end_in_whole_line(Path(flags.out))
+    for place, row in json_rows(flags.out, "question_id", "model", "judge", *names):
+        judge = row["judge"][0] if isinstance(row["judge"], list) and row["judge"] else row["judge"]
+        if judge != flags.judge_model:
+            raise InputError(
+                f"{place}: judged by {judge!r}, wanted {flags.judge_model!r} (--judge-model)"
             )
-            if status == 200 and (reply := reply_of(body)):
-                return reply
-            if status in HOPELESS or 300 <= status < 400:
-                raise InputError(f"{judge.url}: HTTP {status}: {' '.join(body.split())[:200]}")
-            if status not in (200, 408, 429) and status < 500:
-                raise UnjudgedError(f"HTTP {status}: {' '.join(body.split())[:100]}")
-            reason = "no reply in a body of HTTP 200" if status == 200 else f"HTTP {status}"
-        if attempt + 1 < judge.tries:
-            spread = min(judge.wait * 2 ** min(attempt, 20), LONGEST_WAIT) * random.uniform(
-                0.5, 1.5
+        key = tuple(row[name] for name in names)
+        if row["model"] != model or key not in list(jobs):  # a list: a key may not be hashable
+            continue
+        games = row["games"] if isinstance(row.get("games"), list) else [row]
+        prompts = [game.get("user_prompt") for game in games if isinstance(game, dict)]
+        if prompts != jobs[key][0]:
+            raise InputError(
+                f"{place}: what was judged is not {model}'s answer to question {key[0]} in "
+                "--answers; wanted the same answers, or a fresh file"
             )
-            judge.stop.wait(max(wait, spread))
-    raise UnjudgedError(reason)
-
-
-Job = tuple[
-    list[str], Callable[[Judge], dict]
-]  # the prompts that the judge sees, and what makes the row
+        done.add(key)
+    return done
 
 
 def judge_all(
-    flags: argparse.Namespace,
-    model: str,
-    jobs: dict[tuple, Job],
-    keys: tuple[str, ...],
-    temperature: float,
-    max_tokens: int,
+    flags: argparse.Namespace, model: str, jobs: dict[tuple, Job], names: tuple, settings: dict
 ) -> None:
-    """Does the jobs that --out lacks, several at once, and writes each row when it is there.
+    """Does the jobs that --out lacks, several at once, and writes each row when it is complete.
 
-    A job's key is its row's values of `keys`. Interrupted, it waits for the replies under way, so that all that was
-    paid for is kept. Raises InputError where --out is another judge's or judges other answers."""
-    out, done = Path(flags.out), set()
-    with locked(out):
-        pass
-    for place, row in json_rows(out, "model", "judge", *keys):
-        found = row["judge"][0] if isinstance(row["judge"], list) and row["judge"] else row["judge"]
-        if found != flags.judge_model:
-            raise InputError(
-                f"{place}: judged by {found!r}, wanted {flags.judge_model!r} (--judge-model)"
-            )
-        key = tuple(row[name] for name in keys)
-        if row["model"] == model and key in list(
-            jobs
-        ):  # a list: what cannot be hashed is not in it either
-            games = row["games"] if isinstance(row.get("games"), list) else [row]
-            if [isinstance(game, dict) and game.get("user_prompt") for game in games] != jobs[key][
-                0
-            ]:
-                raise InputError(
-                    f"{place}: what was judged is not {model}'s answer to question {key[0]} in --answers; "
-                    "wanted the same answers, or a fresh file"
-                )
-            done.add(key)
-    waiting, failed, made = (
-        [work for key, (_, work) in jobs.items() if key not in done],
-        Counter(),
-        0,
-    )
+    A job's key is its row's values of `names`. When interrupted, it waits for the replies under
+    way, so that all that was paid for is kept. Raises StoppedError (exit code 1) if nothing was
+    judged at all."""
+    out = Path(flags.out)
+    done = done_jobs(flags, model, jobs, names)
+    waiting = [work for key, (_, work) in jobs.items() if key not in done]
+    before = f"{len(done)} there before"
     if not waiting:
-        print(
-            f"{out}: {len(done)} judgments of {model} by {flags.judge_model} there before, none left to make"
-        )
+        print(f"{out}: judgments of {model} by {flags.judge_model}: {before}, none left to make")
         return
-    judge = open_judge(flags, temperature, max_tokens)
+    judge = open_judge(flags, settings)
 
     def do(work: Callable[[Judge], dict]) -> None:
         try:
-            append_row(out, work(judge))
+            append(judge, out, work(judge))
         except InputError:
-            judge.stop.set()  # here: this thread's next job begins before any other thread hears of it
+            judge.stop.set()  # here, since this thread's next job begins before others hear of it
             raise
 
+    made, failed = 0, Counter()
     with ThreadPoolExecutor(flags.concurrency) as pool:
-        futures = [pool.submit(do, work) for work in waiting]
         try:
+            futures = [pool.submit(do, waiting[0])]
+            wait(futures)  # the first job teaches the parameters, and a wrong key costs one request
+            if not judge.stop.is_set():
+                futures += [pool.submit(do, work) for work in waiting[1:]]
             for count, future in enumerate(as_completed(futures), 1):
                 try:
                     future.result()
@@ -285,90 +97,84 @@ def judge_all(
                 if count % max(1, len(waiting) // 10) == 0:
                     print(f"{count} of {len(waiting)}", flush=True)
         except BaseException as error:
-            judge.stop.set()  # nothing more is asked; leaving the pool waits for the replies under way
+            judge.stop.set()  # leaving the pool waits for the replies under way
             if isinstance(error, KeyboardInterrupt):
                 print(
-                    f"stopping: waiting for what is under way; {out} keeps what is judged, the same command goes on",
+                    f"stopping after the replies under way; {out} keeps what is judged, and the "
+                    "same command resumes. A second Ctrl-C stops at once",
                     file=sys.stderr,
                     flush=True,
                 )
             raise
-    reasons = "; ".join(f"{count} x {reason}" for reason, count in failed.most_common(5))
-    print(
-        f"{out}: {made} judgments of {model} by {judge.model}, {len(done)} there before, {failed.total()} failed"
-        + (f" ({reasons}); the same command tries them again" if failed else "")
-        + f"; raw replies in {judge.raw}"
-    )
+    said = f"{out}: {made} judgments of {model} by {judge.model}, {before}, {failed.total()} failed"
+    if failed:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in failed.most_common(5))
+        said += f" ({reasons}); the same command tries them again"
+    said += f"; raw replies in {judge.raw}"
+    if not made and not done:
+        raise StoppedError(said)
+    print(said)
 
 
-def fill(template: object, fields: dict[str, str], where: str) -> str:
+def fill(template: object, fields: dict[str, str], place: str) -> str:
     """A judge prompt with its fields put in."""
     try:
         return template.format(**fields)
     except (AttributeError, KeyError, IndexError, ValueError) as error:
         raise InputError(
-            f"{where}: wanted a text with fields among {', '.join(fields)} ({error})"
+            f"{place}: wanted a text with fields among {', '.join(fields)} ({error})"
         ) from None
 
 
 def judge_mt_bench(flags: argparse.Namespace) -> None:
-    """Single-answer grading, one request a turn; with reference answers where the category needs them."""
+    """Single-answer grading, one request a turn. Math, reasoning and coding show the judge
+    reference answers."""
     questions = read_questions(flags.questions, MT_BENCH)
     model, answers = read_answers(flags.answers, MT_BENCH, questions)
     references = read_answers(flags.references, MT_BENCH, questions)[1]
-    prompts = {
-        str(row["name"]): row
-        for _, row in json_rows(flags.prompts, "name", "system_prompt", "prompt_template")
-    }
+    rows = json_rows(flags.prompts, "name", "system_prompt", "prompt_template")
+    prompts = {str(row["name"]): row for _, row in rows}
     jobs = {}
     for number, (one, two) in answers.items():
         question = questions[number]
-        fields = {
-            "question": question.turns[0],
-            "question_1": question.turns[0],
-            "question_2": question.turns[1],
-            "answer": one,
-            "answer_1": one,
-            "answer_2": two,
-        }
-        with_reference = question.category in MT_WITH_REFERENCE
-        if with_reference:
+        first, second = question.turns
+        fields = {"question": first, "question_1": first, "question_2": second}
+        fields |= {"answer": one, "answer_1": one, "answer_2": two}
+        name = "single-v1"
+        if question.category in MT_WITH_REFERENCE:
+            name = "single-math-v1"
             if number not in references:
                 raise InputError(
-                    f"{flags.references}: no answer to question {number}, {question.category} wants one"
+                    f"{flags.references}: no answer to question {number}, "
+                    f"{question.category} needs one"
                 )
             fields["ref_answer_1"], fields["ref_answer_2"] = references[number]
-        for turn in (1, 2):
-            name = "single-math-v1" if with_reference else "single-v1"
-            name += "-multi-turn" * (turn == 2)
-            if name not in prompts:
+        for turn, prompt in ((1, name), (2, f"{name}-multi-turn")):
+            if prompt not in prompts:
                 raise InputError(
-                    f"{flags.prompts}: no prompt {name}; wanted FastChat's judge_prompts.jsonl"
+                    f"{flags.prompts}: no prompt {prompt}; wanted FastChat's judge_prompts.jsonl"
                 )
-            user = fill(prompts[name]["prompt_template"], fields, f"{flags.prompts}: {name}")
-            jobs[number, turn] = (
-                [user],
-                functools.partial(rate, model, number, turn, name, prompts[name], user),
-            )
+            template = prompts[prompt]["prompt_template"]
+            user = fill(template, fields, f"{flags.prompts}: {prompt}")
+            work = functools.partial(rate, model, number, turn, prompts[prompt], user)
+            jobs[number, turn] = [user], work
     print(f"{model}: {len(answers)} of {len(questions)} questions have an answer", flush=True)
-    judge_all(flags, model, jobs, ("question_id", "turn"), 0.0, MT_MAX_TOKENS)
+    settings = {"temperature": 0.0, "max_tokens": flags.max_tokens or MT_MAX_TOKENS}
+    judge_all(flags, model, jobs, ("question_id", "turn"), settings)
 
 
-def rate(
-    model: str, number: int | str, turn: int, name: str, prompt: dict, user: str, judge: Judge
-) -> dict:
-    """A row of FastChat's judgments: the score is -1 where the judge gave none."""
-    messages = [
-        {"role": "system", "content": prompt["system_prompt"]},
-        {"role": "user", "content": user},
-    ]
-    reply = ask(judge, messages, {"question_id": number, "model": model, "turn": turn})
-    found = [match[1] for match in (re.search(pattern, reply) for pattern in RATINGS) if match]
-    score = (float(found[0]) if "." in found[0] else int(found[0])) if found else -1
+def rate(model: str, number: int | str, turn: int, prompt: dict, user: str, judge: Judge) -> dict:
+    """A row of FastChat's judgments. The score is -1 if the judge gave none."""
+    about = {"question_id": number, "model": model, "turn": turn}
+    reply = ask(judge, [("system", prompt["system_prompt"]), ("user", user)], about)
+    found = re.search(RATINGS[0], reply) or re.search(RATINGS[1], reply)
+    score = -1
+    if found:
+        score = float(found[1]) if "." in found[1] else int(found[1])
     return {
         "question_id": number,
         "model": model,
-        "judge": [judge.model, name],
+        "judge": [judge.model, prompt["name"]],
         "user_prompt": user,
         "judgment": reply,
         "score": score,
@@ -377,40 +183,52 @@ def rate(
     }
 
 
-def read_setting(path: str | Path, key: str, *kinds: type):
-    """The value of `key: VALUE` in a YAML file, where it is one line and JSON too: a double-quoted text, a list of
-    them, a number. InputError for all else that YAML allows."""
+CONFIG = {  # Arena-Hard's configuration: the types of the keys that are used
+    "temperature": (int, float),
+    "max_tokens": (int,),
+    "prompt_template": (str, list),
+    "system_prompt": (str, type(None)),  # the repository's present form has none
+    "regex_patterns": (list, type(None)),  # labels; the first release's form has none
+}
+
+
+def read_config(path: str | Path) -> dict:
+    """Raises InputError if a key is missing or of another type."""
     try:
-        (text,) = re.findall(rf"^{key}:[ ]+(.*)$", Path(path).read_text(encoding="utf-8"), re.M)
-        value, end = json.JSONDecoder().raw_decode(text)
-        if type(value) in kinds and re.fullmatch(r"\s*(\s#.*)?", text[end:]):
-            return value
-    except OSError as error:
-        raise InputError(
-            f"{path}: {error.strerror}; wanted Arena-Hard's judge_config.yaml"
-        ) from None
-    except ValueError:
-        pass
-    raise InputError(
-        f"{path}: wanted one line `{key}: VALUE`, VALUE of type "
-        f"{' or '.join(kind.__name__ for kind in kinds)}, in JSON's form"
-    )
+        import yaml
+    except ImportError:
+        raise InputError(f"{path}: reading YAML needs pyyaml: pip install pyyaml") from None
+    text = read_start(Path(path), JSON_BYTES, "Arena-Hard's judge_config.yaml")
+    try:
+        config = yaml.safe_load(text)
+        found = {key: config.get(key) for key in CONFIG}
+        patterns = [re.compile(pattern) for pattern in found["regex_patterns"] or ()]
+    except (yaml.YAMLError, re.error, ValueError, TypeError, AttributeError, RecursionError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"{path}: wanted Arena-Hard's judge_config.yaml ({reason})") from None
+    for key, kinds in CONFIG.items():
+        if type(found[key]) not in kinds:
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise InputError(f"{path}: {key} is a {type(found[key]).__name__}, wanted {names}")
+    if isinstance(found["prompt_template"], list):
+        if len(found["prompt_template"]) != 1:
+            raise InputError(f"{path}: prompt_template: wanted one text")
+        (found["prompt_template"],) = found["prompt_template"]
+    if any(pattern.groups != 1 for pattern in patterns):
+        raise InputError(f"{path}: regex_patterns: wanted one group in each")
+    return found
 
 
 def judge_arena_hard(flags: argparse.Namespace) -> None:
-    """Two games a question: the baseline's answer first, then the model's."""
+    """Two games a question: the baseline's answer comes first, then the model's."""
     questions = read_questions(flags.questions, ARENA_HARD)
     model, answers = read_answers(flags.answers, ARENA_HARD, questions)
     baseline, theirs = read_answers(flags.baseline, ARENA_HARD, questions)
-    system, templates, temperature, max_tokens = (
-        read_setting(flags.config, *of)
-        for of in (
-            ("system_prompt", str),
-            ("prompt_template", list),
-            ("temperature", int, float),
-            ("max_tokens", int),
-        )
-    )
+    config = read_config(flags.config)
+    if config["system_prompt"] is None:
+        if any(question.category != "arena-hard-v0.1" for question in questions.values()):
+            raise InputError(f"{flags.config}: no system_prompt; only arena-hard-v0.1's is known")
+        config["system_prompt"] = SYSTEM_PROMPT.read_text(encoding="utf-8").removesuffix("\n")
     jobs = {}
     for number, (mine,) in answers.items():
         if number not in theirs:
@@ -419,43 +237,53 @@ def judge_arena_hard(flags: argparse.Namespace) -> None:
             )
         users = []
         for one, two in ((theirs[number][0], mine), (mine, theirs[number][0])):
-            fields = {"question_1": questions[number].turns[0], "answer_1": one, "answer_2": two}
-            users += [
-                fill(template, fields, f"{flags.config}: prompt_template") for template in templates
-            ]
-        if len(users) != 2:
-            raise InputError(
-                f"{flags.config}: prompt_template has {len(templates)} texts, wanted one"
+            question = questions[number].turns[0]
+            fields = {"question_1": question, "answer_1": one, "answer_2": two}
+            fields |= {"QUESTION": question, "ANSWER_A": one, "ANSWER_B": two}
+            users.append(
+                fill(config["prompt_template"], fields, f"{flags.config}: prompt_template")
             )
-        jobs[number,] = users, functools.partial(play, model, number, system, users)
+        jobs[number,] = users, functools.partial(play, model, number, config, users)
     print(
         f"{model} against {baseline}: {len(answers)} of {len(questions)} questions have an answer",
         flush=True,
     )
-    judge_all(flags, model, jobs, ("question_id",), temperature, max_tokens)
+    limit = flags.max_tokens or config["max_tokens"]
+    settings = {"temperature": config["temperature"], "max_tokens": limit}
+    judge_all(flags, model, jobs, ("question_id",), settings)
 
 
-def play(model: str, number: int | str, system: str, users: list[str], judge: Judge) -> dict:
-    """A row of Arena-Hard's judgments: each game's label, None where there are several or, after a second try, none."""
+def label_of(judgment: str, patterns: list[str] | None) -> str | None:
+    """The verdict's label. In the first release's rule all labels must be the same one; in the
+    present one (with regex_patterns) the last match of the first pattern that matches counts."""
+    if patterns is None:
+        labels = set(re.findall(LABEL, judgment))
+        return labels.pop() if len(labels) == 1 else None
+    for pattern in patterns:
+        if labels := [label for label in re.findall(pattern, judgment.upper()) if label]:
+            return labels[-1].strip("\n")
+    return None
+
+
+def play(model: str, number: int | str, config: dict, users: list[str], judge: Judge) -> dict:
+    """A row of Arena-Hard's judgments. In the first release's rule a judge that gives no label is
+    asked once more."""
     games = []
     for game, user in enumerate(users, 1):
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-        judgment, labels = "", set()
-        while not labels and len(messages) <= 4:
-            reply = ask(judge, messages, {"question_id": number, "model": model, "game": game})
-            judgment += f"\n{reply}"
-            labels = set(LABEL.findall(judgment))
-            messages += [
-                {"role": "assistant", "content": reply},
-                {"role": "user", "content": SECOND_TRY},
-            ]
-        label = labels.pop() if len(labels) == 1 else None
-        games.append({"user_prompt": user, "judgment": judgment, "score": label})
+        about = {"question_id": number, "model": model, "game": game}
+        talk = [("system", config["system_prompt"]), ("user", user)]
+        reply = ask(judge, talk, about)
+        judgment = f"\n{reply}"
+        if config["regex_patterns"] is None and not re.search(LABEL, judgment):
+            talk += [("assistant", reply), ("user", SECOND_TRY)]
+            judgment += f"\n{ask(judge, talk, about)}"
+        score = label_of(judgment, config["regex_patterns"])
+        games.append({"user_prompt": user, "judgment": judgment, "score": score})
     return {"question_id": number, "model": model, "judge": judge.model, "games": games}
 
 
 def add_flags(command: argparse.ArgumentParser, bench: Bench) -> None:
-    """Flags of the command."""
+    """Adds the flags of the command."""
     add = command.add_argument
     add("--questions", required=True, metavar="FILE", help="the benchmark's question.jsonl")
     add("--answers", required=True, metavar="FILE", help="one model's answers")
@@ -469,26 +297,27 @@ def add_flags(command: argparse.ArgumentParser, bench: Bench) -> None:
         "--out",
         required=True,
         metavar="FILE",
-        help="judgments; those it has already are left. The replies as they came go to FILE.raw",
+        help="judgments; those it has already are kept. The replies as they came go to FILE.raw",
     )
     add(
         "--endpoint",
         default="",
         metavar="URL",
-        help="of an OpenAI-compatible chat service, such as "
-        "https://api.openai.com/v1; not needed where all is judged",
+        help="an OpenAI-compatible chat service, such as https://api.openai.com/v1; not needed if "
+        "all is judged",
     )
-    add(
-        "--judge-model",
-        required=True,
-        metavar="NAME",
-        help="the judge, as the endpoint calls it",
-    )
+    add("--judge-model", required=True, metavar="NAME", help="the judge, as the endpoint calls it")
     add(
         "--key-variable",
         default="OPENAI_API_KEY",
         metavar="NAME",
         help="environment variable that holds the endpoint's key [OPENAI_API_KEY]",
+    )
+    limit = MT_MAX_TOKENS if bench is MT_BENCH else "the configuration's"
+    add(
+        "--max-tokens",
+        type=between(int, 1),
+        help=f"limit of a judgment, with the judge's reasoning if it has any [{limit}]",
     )
     add("--concurrency", type=between(int, 1), default=8, help="requests under way at once [8]")
     add(
@@ -500,18 +329,15 @@ def add_flags(command: argparse.ArgumentParser, bench: Bench) -> None:
     add(
         "--tries",
         type=between(int, 1),
-        default=8,
-        help="of a request, before it counts as failed [8]",
-    )
-    add(
-        "--wait",
-        type=between(float, 0, 1e6),
-        default=1.0,
-        help="seconds before the second try, doubled before "
-        "each further one up to 60, times 0.5 to 1.5 by chance; Retry-After is heeded [1]",
+        default=12,  # waits of 0.5 to 8 seconds: more than a minute, in which rate limits pass
+        help="tries of a request before it counts as failed; the client waits between them, as "
+        "long as Retry-After says (up to two minutes) or longer each time (up to 8 s) [12]",
     )
 
 
 def run(flags: argparse.Namespace) -> None:
-    """The judge of the benchmark in flags.bench."""
-    (judge_mt_bench if flags.bench is MT_BENCH else judge_arena_hard)(flags)
+    """Runs the judge of the benchmark in flags.bench."""
+    if flags.bench is MT_BENCH:
+        judge_mt_bench(flags)
+    else:
+        judge_arena_hard(flags)

@@ -1,4 +1,4 @@
-""" """
+"""The paper's three tables, models side by side, from what other commands wrote with --json."""
 
 import argparse
 from pathlib import Path
@@ -7,110 +7,93 @@ from evaluation.reports import cell, table
 from evaluation.rows import named
 from support.files import InputError, read_json
 
+# Of score.json: the paper's family, the conventional one, the length.
 OVERLAP = (
-    "bleu4_lf",
-    "rouge1_lf",
-    "rouge2_lf",
-    "rougeL_lf",
-    "bleu4",
-    "rouge1",
-    "rouge2",
-    "rougeL",
+    *("bleu4_lf", "rouge1_lf", "rouge2_lf", "rougeL_lf"),
+    *("bleu4", "rouge1", "rouge2", "rougeL"),
     "mean_prediction_tokens",
-)  # of score.json: the paper's family, the conventional one, the length
+)
+BENCHMARKS = "Table 1. Arena-Hard (win rate, %) and MT-Bench, 95% intervals"
+HH = "Table 2. BLEU and ROUGE after training on HH-RLHF"
+ULTRAFEEDBACK = "Table 3. BLEU and ROUGE after training on UltraFeedback"
+LIKELIHOODS = "Likelihoods (not in the paper)"
+
+WRITERS = {  # a key that a file has -> the command that writes it
+    "bleu4_lf": "score",
+    "measures": "likelihood",
+    "models": "report (of one model, or {name} among several)",
+}
 
 
 def run(flags: argparse.Namespace) -> None:
-    """The paper's three tables, models side by side, from what other commands wrote with --json into a directory for
-    each model: arena_hard*.json and mt_bench*.json (a column for each judge), score.json. likelihood.json, where it is
-    there, makes a table of its own. What is not there is a dash."""
-    found = {
-        "Table 1. Arena-Hard (win rate, %) and MT-Bench, 95% intervals": {},
-        "Table 2. BLEU and ROUGE after training on HH-RLHF": {},
-        "Table 3. BLEU and ROUGE after training on UltraFeedback": {},
-        "Likelihoods (not in the paper)": {},
-    }
-    judged, after_hh, after_uf, likelihoods = found.values()
+    """Reads a directory for each model: arena_hard*.json and mt_bench*.json (a column for each
+    judge), score.json, likelihood.json. A missing file is a dash."""
     if not flags.runs and not flags.hh_runs:
         raise InputError("wanted --runs or --hh-runs")
-    for texts, overlap in ((flags.runs, after_uf), (flags.hh_runs, after_hh)):
+    tables = {BENCHMARKS: {}, HH: {}, ULTRAFEEDBACK: {}, LIKELIHOODS: {}}
+    for texts, title in ((flags.runs, ULTRAFEEDBACK), (flags.hh_runs, HH)):
         for text in texts:
             name, directory = named(text)
             name = name or str(directory)
-            if not directory.is_dir() or name in overlap:
+            if not directory.is_dir() or name in tables[title]:
                 raise InputError(
-                    f"{text}: {'a second' if name in overlap else 'no'} directory of that name; wanted "
-                    "NAME=DIR, with what the other commands wrote"
+                    f"{text}: {'a second' if name in tables[title] else 'no'} directory of that "
+                    "name; wanted NAME=DIR, with what the other commands wrote"
                 )
-            overlap[name] = dict.fromkeys(OVERLAP, "-") | cells_of(
-                directory / "score.json", "bleu4_lf", name
-            )
-            if overlap is after_uf:  # what the paper had judged
-                paths = sorted(
-                    [*directory.glob("arena_hard*.json"), *directory.glob("mt_bench*.json")]
-                )
-                paths = [
-                    path for path in paths if not path.name.endswith(".jsonl.json")
-                ]  # how answers were made
-                judged[name] = {
-                    head: score
-                    for path in paths
-                    for head, score in cells_of(path, "models", name).items()
-                }
+            scores = cells_of(directory / "score.json", "bleu4_lf", name)
+            tables[title][name] = dict.fromkeys(OVERLAP, "-") | scores
+            if title == ULTRAFEEDBACK:  # the paper judged only these models
+                tables[BENCHMARKS][name] = judged(directory, name)
             if likely := cells_of(directory / "likelihood.json", "measures", name):
-                likelihoods[name + " (HH-RLHF)" * (overlap is after_hh)] = likely
-    for title, models in found.items():
+                suffix = " (HH-RLHF)" if title == HH else ""
+                tables[LIKELIHOODS][name + suffix] = likely
+    for title, models in tables.items():
         if models:
             columns = list(dict.fromkeys(column for cells in models.values() for column in cells))
             columns = columns or ["Arena-Hard", "MT-Bench"]
-            rows = [
-                [name, *(cells.get(column, "-") for column in columns)]
-                for name, cells in models.items()
-            ]
+            rows = [[name, *(cells.get(c, "-") for c in columns)] for name, cells in models.items()]
             print(f"{title}\n\n{table(['model', *columns], rows)}\n")
 
 
-def cells_of(path: Path, kind: str, name: str) -> dict[str, str]:
-    """Column -> what a table shows of a file that `likelihood` ("measures"), `report` ("models"; its first score) or
-    `score` ("bleu4_lf") wrote; none where it is not there."""
+def judged(directory: Path, name: str) -> dict[str, str]:
+    """Column -> score, of a directory's reports on a model."""
+    cells = {}
+    for path in [
+        *sorted(directory.glob("arena_hard*.json")),
+        *sorted(directory.glob("mt_bench*.json")),
+    ]:
+        if not path.name.endswith(".jsonl.json"):  # those say how answers were made
+            cells |= cells_of(path, "models", name)
+    return cells
+
+
+def cells_of(path: Path, key: str, name: str) -> dict[str, str]:
+    """Column -> text, of a file that the command WRITERS[key] wrote; empty if it is missing."""
     if not path.is_file():
         return {}
-    of = read_json(path, "what eval.py wrote with --json")
+    found = read_json(path, "what eval.py wrote with --json")
     try:
-        if kind == "measures":
-            return {
-                key: "{value:.4f} [{low:.4f}, {high:.4f}]".format(**value)
-                for key, value in of[kind].items()
-            }
-        if kind == "models":
-            models = of[kind]
-            model = (
-                models[name] if name in models or len(models) > 1 else next(iter(models.values()))
-            )
-            return {
-                f"{of['benchmark']}, {of['judge'] or 'battles'}": cell(
-                    next(iter(model["scores"].values()))
-                )
-            }
-        return {kind: f"{of[kind]:.2f}"} | {key: f"{of[key]:.2f}" for key in OVERLAP if key in of}
+        if key == "measures":
+            form = "{value:.4f} [{low:.4f}, {high:.4f}]"
+            return {measure: form.format(**of) for measure, of in found[key].items()}
+        if key == "models":
+            models = found[key]
+            alone = len(models) == 1 and name not in models
+            model = next(iter(models.values())) if alone else models[name]
+            column = f"{found['benchmark']}, {found['judge'] or 'battles'}"
+            return {column: cell(next(iter(model["scores"].values())))}
+        cells = {column: f"{found[column]:.2f}" for column in OVERLAP if column in found}
+        return {key: f"{found[key]:.2f}"} | cells
     except (KeyError, TypeError, AttributeError, ValueError, StopIteration):
-        wrote = {
-            "measures": "likelihood",
-            "bleu4_lf": "score",
-            "models": f"report (of one model, or {name} among several)",
-        }
-        raise InputError(f"{path}: wanted what {wrote[kind]} wrote") from None
+        raise InputError(f"{path}: wanted what {WRITERS[key].format(name=name)} wrote") from None
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
-    add = command.add_argument
-    add(
-        "--runs",
-        nargs="+",
-        default=[],
-        metavar="NAME=DIR",
-        help="models trained on UltraFeedback: directories with "
-        "arena_hard*.json, mt_bench*.json, score.json, likelihood.json",
+    """Adds the flags of the command."""
+    uf = (
+        "models trained on UltraFeedback: directories with arena_hard*.json, mt_bench*.json, "
+        "score.json, likelihood.json"
     )
+    add = command.add_argument
+    add("--runs", nargs="+", default=[], metavar="NAME=DIR", help=uf)
     add("--hh-runs", nargs="+", default=[], metavar="NAME=DIR", help="models trained on HH-RLHF")

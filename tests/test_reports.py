@@ -1,0 +1,283 @@
+"""eval.py mt-bench report, arena-hard report and tables: scores of judgments that are at hand."""
+
+import json
+import re
+from math import exp
+
+import pytest
+from conftest import REAL, needs_real, tiny_model
+from judging import Files, complaint, run, write
+
+from model import save_model
+
+
+def report(capsys, tmp_path, *flags):
+    """(what --json has, what is printed)."""
+    assert run(*flags, "--json", tmp_path / "report.json") == 0
+    return json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
+
+
+def rating(number, turn, score, model="m", judge="gpt-4"):
+    row = {"question_id": number, "model": model, "judge": [judge, "single-v1"]}
+    return row | {"user_prompt": "", "judgment": "", "score": score, "turn": turn, "tstamp": 0.0}
+
+
+def games(number, *labels, model="m"):
+    played = [{"score": label} for label in labels]
+    return {"question_id": number, "model": model, "judge": "gpt-4", "games": played}
+
+
+def mt_report(capsys, tmp_path, *rows, more=()):
+    """(what --json has, what is printed) of MT-Bench judgments."""
+    path = write(tmp_path / "j.jsonl", rows)
+    return report(capsys, tmp_path, "mt-bench", "report", "--judgments", path, *more)
+
+
+def arena_report(capsys, tmp_path, *rows, flag="--judgments"):
+    path = write(tmp_path / "j.jsonl", rows)
+    return report(capsys, tmp_path, "arena-hard", "report", flag, path)
+
+
+def counts(of_model, *more):
+    return [of_model[kind] for kind in ("judged", "missing", "duplicate", "unparsed", *more)]
+
+
+def test_mt_bench_scores_are_means_of_judged_turns_and_what_does_not_count_is_counted(
+    tmp_path, capsys
+):
+    rows = [rating(81, 1, 8), rating(81, 2, 6), rating(82, 1, 9.5), rating(82, 2, -1)]
+    rows += [rating(111, 1, 3), rating(111, 1, 10), rating(111, 2, float("nan"))]
+    rows += [rating(112, 1, None), rating(112, 2, "7"), rating(113, 1, True)]
+    rows += [rating(81, 1, 1, "n"), rating(82, 1, 100, "n"), rating(83, 1, 0, "n")]
+    found, printed = mt_report(capsys, tmp_path, *rows)
+    m, n = found["models"]["m"], found["models"]["n"]
+    assert (found["benchmark"], found["judge"]) == ("MT-Bench", "gpt-4")
+    score = {line: of and of["score"] for line, of in m["scores"].items()}
+    assert score["overall"] == pytest.approx((8 + 6 + 9.5 + 3) / 4)
+    assert score["turn 1"] == pytest.approx((8 + 9.5 + 3) / 3) and score["turn 2"] == 6
+    assert score["writing"] == pytest.approx(23.5 / 3) and score["math"] == 3
+    assert score["coding"] is None
+    assert n["scores"]["overall"]["score"] == pytest.approx(101 / 3)
+    assert counts(m, "outside 1-10") == [4, 160 - 9, 1, 5, 0]
+    # 100 and 0 count in the score, as in FastChat, and the report says so.
+    assert counts(n, "outside 1-10") == [3, 157, 0, 0, 2]
+    assert re.search(r"\| overall +\| 6\.625 \[", printed)
+    assert re.search(r"\| coding +\| - +\| - +\|", printed)
+
+
+def test_of_several_judgments_of_a_turn_the_first_valid_one_counts_or_all_as_in_fastchat(
+    tmp_path, capsys
+):
+    rows = [rating(81, 1, -1), rating(81, 1, 10), rating(81, 1, 4), rating(82, 1, 1)]
+    found, _ = mt_report(capsys, tmp_path, *rows)
+    m = found["models"]["m"]
+    assert m["scores"]["overall"]["score"] == (10 + 1) / 2
+    assert counts(m) == [2, 158, 2, 0]
+    found, _ = mt_report(capsys, tmp_path, *rows, more=["--every-judgment"])
+    assert found["models"]["m"]["scores"]["overall"]["score"] == (10 + 4 + 1) / 3
+    assert counts(found["models"]["m"]) == [2, 158, 2, 0]
+    found, _ = mt_report(capsys, tmp_path, rating(81, 1, -1), rating(81, 1, -1), rows[3])
+    assert counts(found["models"]["m"]) == [1, 158, 1, 1]
+
+
+def test_without_its_file_mt_benchs_questions_are_the_published_ones_ten_a_category(
+    tmp_path, capsys
+):
+    rows = [rating(81 + i, 1, 1 + i // 10) for i in range(80)]
+    scores = mt_report(capsys, tmp_path, *rows)[0]["models"]["m"]["scores"]
+    order = "writing roleplay reasoning math coding extraction stem humanities".split()
+    assert [scores[category]["score"] for category in order] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_arena_hard_win_rate_is_the_bradley_terry_estimate_over_weighted_battles(tmp_path, capsys):
+    labels = [("A>>B", "A>B"), ("A=B", "B>>A"), ("B>A", None), ("A>>A", "A<B"), ("B>>A", [])]
+    rows = [games(f"q{i}", *of) for i, of in enumerate(labels)]
+    rows += [games("q0", "B>>A", "B>>A"), games("q9", "A>B")]
+    found, _ = arena_report(capsys, tmp_path, *rows)
+    m = found["models"]["m"]
+    # By hand: m is B in the first game and A in the second. Lost 3, won 1; half, lost 3; won 1;
+    # won 3; lost 1.
+    points, battles = 0 + 1 + 0.5 + 0 + 1 + 3 + 0, 3 + 1 + 1 + 3 + 1 + 3 + 1
+    assert m["scores"]["win rate"]["score"] == pytest.approx(100 * points / battles)
+    assert counts(m) == [7, 1000 - 11, 1, 4]
+    # Bradley-Terry: the strength whose sigmoid makes the battles likeliest, by Newton's method.
+    strength = 0.0
+    for _ in range(50):
+        p = 1 / (1 + exp(-strength))
+        strength += (points - battles * p) / (battles * p * (1 - p))
+    assert m["scores"]["win rate"]["score"] == pytest.approx(100 / (1 + exp(-strength)))
+
+
+def test_of_several_judgments_of_a_question_the_first_valid_verdict_of_each_game_counts(
+    tmp_path, capsys
+):
+    rows = [games("q", None, "A>B"), games("q", "A>B", "B>>A"), games("q", "B>>A")]
+    m = arena_report(capsys, tmp_path, *rows)[0]["models"]["m"]
+    assert m["scores"]["win rate"]["score"] == 50.0  # lost the first game once, won the second
+    assert counts(m) == [2, 998, 2, 0]
+
+
+def test_judgments_in_the_form_that_arena_hards_repository_has_now_are_read(tmp_path, capsys):
+    row = {"uid": "0" * 32, "category": "arena-hard-v0.1", "judge": "any", "model": "m"}
+    said = {"judgment": {"answer": "[[B>A]]"}, "prompt": []}
+    row |= {"baseline": "gpt-4-0314", "games": [{"score": "B>A"} | said, {"score": "A>B"} | said]}
+    found, _ = arena_report(capsys, tmp_path, row, row | {"uid": "1" * 32, "games": [None, None]})
+    m = found["models"]["m"]
+    assert found["judge"] == "any" and m["scores"]["win rate"]["score"] == 100.0
+    assert counts(m) == [2, 996, 0, 2]
+
+
+def test_weighted_battles_count_as_they_are_whichever_side_the_baseline_is_on(tmp_path, capsys):
+    def battle(a, b, winner):
+        return {"question_id": "q", "model_a": a, "model_b": b, "winner": winner}
+
+    base = "gpt-4-0314"
+    rows = [battle(base, "m", "model_b"), battle(base, "m", "tie"), battle("m", base, "model_a")]
+    rows += [battle("m", base, "model_b"), battle(base, "n", "model_a"), battle(base, "n", None)]
+    models = arena_report(capsys, tmp_path, *rows, flag="--battles")[0]["models"]
+    assert models["m"]["scores"]["win rate"]["score"] == pytest.approx(100 * 2.5 / 4)
+    assert models["n"]["scores"]["win rate"] == {"score": 0.0, "low": 0.0, "high": 0.0}
+    assert (models["m"]["battles"], models["n"]["unparsed"]) == (4, 1)
+    path = write(tmp_path / "b.jsonl", [battle("x", "y", "tie")])
+    code = run("arena-hard", "report", "--battles", path)
+    assert f"{path}:1: " in complaint(capsys, code)
+
+
+def test_an_interval_is_that_of_a_mean_whose_units_are_drawn_anew(tmp_path, capsys):
+    def overall(*rows):
+        return mt_report(capsys, tmp_path, *rows)[0]["models"]["m"]["scores"]["overall"]
+
+    # 80 questions, each with two equal scores: the standard error is that of 80 numbers, not 160.
+    scores = [1 + (i * 37) % 10 for i in range(80)]
+    found = overall(*(rating(81 + i, turn, scores[i]) for i in range(80) for turn in (1, 2)))
+    mean = sum(scores) / 80
+    error = (sum((score - mean) ** 2 for score in scores) / 80 / 80) ** 0.5
+    assert found["low"] == pytest.approx(mean - 1.96 * error, abs=0.1 * error + 0.02)
+    assert found["high"] == pytest.approx(mean + 1.96 * error, abs=0.1 * error + 0.02)
+    found = overall(rating(81, 1, 5), rating(82, 1, 5))
+    assert found == {"score": 5.0, "low": 5.0, "high": 5.0}
+
+
+@needs_real
+def test_the_real_reports_are_the_published_ones(tmp_path, capsys):
+    mt_bench, arena_hard = REAL / "mt_bench", REAL / "arena_hard"
+    judged = ["--judgments", mt_bench / "model_judgment/gpt-4_single.jsonl"]
+    found, printed = report(capsys, tmp_path, "mt-bench", "report", *judged)
+    for model, score in (("mamba_0_5_dpo_ep1", 7.121875), ("mamba_0_875_dpo_ep3", 6.36875)):
+        of_model = found["models"][model]
+        assert of_model["scores"]["overall"]["score"] == score and f"| {score} [" in printed
+        assert counts(of_model) == [160, 0, 0, 0]
+    judged += ["--questions", mt_bench / "question.jsonl"]
+    again, _ = report(capsys, tmp_path, "mt-bench", "report", *judged)
+    assert again == found
+
+    battles = ["--battles", arena_hard / "battles_gpt-4-0613.jsonl"]
+    found, printed = report(capsys, tmp_path, "arena-hard", "report", *battles)
+    rate = found["models"]["gpt-4-0613"]["scores"]["win rate"]
+    assert "| 37.90 [" in printed and found["models"]["gpt-4-0613"]["battles"] == 1244
+    assert rate["low"] == pytest.approx(35.77, abs=0.5)
+    assert rate["high"] == pytest.approx(40.10, abs=0.5)
+
+    (path,) = (arena_hard / "model_judgment/gpt-4-1106-preview").glob("*.jsonl")
+    judged = ["--judgments", path, "--questions", arena_hard / "question.jsonl"]
+    found, _ = report(capsys, tmp_path, "arena-hard", "report", *judged)
+    (of_model,) = found["models"].values()
+    assert counts(of_model) == [367, 614, 0, 19]
+
+
+def test_reports_refuse_two_judges_other_questions_and_what_is_not_a_judgment(tmp_path, capsys):
+    path = tmp_path / "j.jsonl"
+
+    def refused(*rows, bench="mt-bench", more=()):
+        write(path, rows)
+        error = complaint(capsys, run(bench, "report", "--judgments", path, *more))
+        assert str(path) in error
+        return error
+
+    assert ":2: " in refused(rating(81, 1, 5), rating(82, 1, 5, judge="other"))
+    assert ":1: " in refused(rating(161, 1, 5)) and ":1: " in refused(rating([], 1, 5))
+    assert "turn 3" in refused(rating(81, 3, 5)) and ":1: " in refused(rating(81, 1, 5, model=None))
+    assert ":1: " in refused({"question_id": 81}) and "no judgment" in refused()
+    for played in (None, [{}] * 3):
+        assert ":1: " in refused(games("q") | {"games": played}, bench="arena-hard")
+    files = Files(tmp_path, "arena-hard")
+    error = refused(games("q"), bench="arena-hard", more=["--questions", files.questions])
+    assert "question_id 'q' is not one of" in error
+
+
+def test_models_of_several_files_are_reported_side_by_side(tmp_path, capsys):
+    rows = {name: games("q", "A=B", label, model=name) for name, label in NAMES.items()}
+    paths = [write(tmp_path / f"{name}.jsonl", [row]) for name, row in rows.items()]
+    _, printed = report(capsys, tmp_path, "arena-hard", "report", "--judgments", *paths)
+    assert re.search(r"\| Arena-Hard, gpt-4 \| one +\| two +\|", printed)
+    assert re.search(r"\| win rate +\| 50\.00 \[.*?\] \| 75\.00 \[", printed)
+
+
+NAMES = {"one": "A=B", "two": "A>B"}
+
+
+def test_a_report_does_not_replace_the_judgments_it_read(tmp_path, capsys):
+    path = write(tmp_path / "j.jsonl", [rating(81, 1, 7, "a")])
+    before = path.read_bytes()
+    error = complaint(capsys, run("mt-bench", "report", "--judgments", path, "--json", path))
+    assert "is a file that was read" in error and path.read_bytes() == before
+
+
+# -------------------------------------------------------------------------------------- tables
+
+
+def test_tables_put_models_side_by_side_with_a_dash_for_what_is_missing(tmp_path, capsys):
+    for name in ("a", "b", "h"):
+        (tmp_path / name).mkdir()
+    for bench, name, rows in (
+        ("mt-bench", "a/mt_bench.json", [rating(81, 1, 7, "a"), rating(81, 1, 4, "other")]),
+        ("mt-bench", "a/mt_bench_turbo.json", [rating(81, 1, 6, "a", "turbo")]),
+        ("arena-hard", "b/arena_hard.json", [games("q", "A=B", model="x")]),
+    ):
+        path = write(tmp_path / "j.jsonl", rows)
+        assert run(bench, "report", "--judgments", path, "--json", tmp_path / name) == 0
+    (tmp_path / "a/mt_bench_answers.jsonl.json").write_text("{}")  # how answers were made
+    (tmp_path / "b/score.json").write_text('{"bleu4_lf": 37.7, "rouge1": 12.345, "count": 3}')
+    (tmp_path / "h/score.json").write_text('{"bleu4_lf": 42.4}')
+    save_model(tiny_model(), tmp_path / "model")
+    pairs = [{"prompt_ids": [0, i], "chosen_ids": [i, 4], "rejected_ids": [5]} for i in (2, 3)]
+    files = ["--data", write(tmp_path / "pairs.jsonl", pairs), "--model", tmp_path / "model"]
+    assert run("likelihood", *files, "--out", tmp_path / "h/likelihood.jsonl") == 0
+    measured = json.loads((tmp_path / "h/likelihood.json").read_text())["measures"]
+    capsys.readouterr()
+    runs = ["--runs", f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}", "--hh-runs"]
+    assert run("tables", *runs, f"a={tmp_path / 'h'}") == 0
+    tables = []
+    for part in re.split(r"^(?=Table|Likelihoods)", capsys.readouterr().out, flags=re.M)[1:]:
+        lines = [line.strip("|").split("|") for line in part.splitlines() if line[:1] == "|"]
+        tables.append([[cell.strip() for cell in line] for line in lines])
+    one, two, three, likelihoods = tables
+    assert one[0] == ["model", "MT-Bench, gpt-4", "MT-Bench, turbo", "Arena-Hard, gpt-4"]
+    assert one[2] == ["a", "7.00 [7.00, 7.00]", "6.00 [6.00, 6.00]", "-"]
+    assert one[3] == ["b", "-", "-", "50.00 [50.00, 50.00]"]
+    assert two[0][:3] == ["model", "bleu4_lf", "rouge1_lf"] and two[2][:3] == ["a", "42.40", "-"]
+    assert [row[:2] for row in three[2:]] == [["a", "-"], ["b", "37.70"]] and three[3][6] == "12.35"
+    assert likelihoods[0] == ["model", *measured] and likelihoods[2][0] == "a (HH-RLHF)"
+    values = [f"{of['value']:.4f}" for of in measured.values()]
+    assert [cell.split()[0] for cell in likelihoods[2][1:]] == values
+
+
+SCORE, LIKELY = '{"bleu4_lf": 1.0, "rouge1": 2.0}', '{"measures": {}}'
+UNREADABLE = {
+    "mt_bench.json": ["[]", "{}", '{"models": {}}', '{"models": {"a": {}, "b": {}}}', "{"]
+    + ['{"models": {"x": {"scores": {}}}}', SCORE, LIKELY],
+    "score.json": ["[]", "{}", '{"bleu4_lf": "x"}', LIKELY],
+    "likelihood.json": ["{}", SCORE],
+}
+
+
+def test_tables_name_what_they_cannot_read(tmp_path, capsys):
+    assert "--runs or --hh-runs" in complaint(capsys, run("tables"))
+    assert "nowhere" in complaint(capsys, run("tables", "--runs", f"x={tmp_path / 'nowhere'}"))
+    twice = [f"x={tmp_path}", f"x={tmp_path}"]
+    assert "second" in complaint(capsys, run("tables", "--runs", *twice))
+    for name, texts in UNREADABLE.items():
+        for text in texts:
+            (tmp_path / name).write_text(text)
+            assert name in complaint(capsys, run("tables", "--runs", f"x={tmp_path}"))
+        (tmp_path / name).unlink()
