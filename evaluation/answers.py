@@ -119,9 +119,6 @@ def with_progress(answers: Answers, count: int, what: str = "") -> Answers:
             )
 
 
-told = with_progress
-
-
 def run(flags: argparse.Namespace) -> None:
     """Answers --prompts. A call that was interrupted continues when it is made again."""
     prompts, out = read_prompts(flags.prompts, flags.raw), Path(flags.out)

@@ -13,7 +13,6 @@ the next one begins by joining them, whatever the number of processes was.
 
 import argparse
 import contextlib
-import fcntl
 import glob
 import json
 import math
@@ -21,7 +20,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
 
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
@@ -127,12 +125,10 @@ def join_parts(out: Path, key: str, order: Sequence) -> list[dict]:
     return ordered
 
 
-def json_rows(
-    path: str | Path, *keys: str, questions: dict | None = None, torn: bool = False
-) -> list[tuple[str, dict]]:
+def json_rows(path: str | Path, *keys: str, torn: bool = False) -> list[tuple[str, dict]]:
     """("file:line", row) of a JSONL file. Raises InputError, naming the line, if it is not a JSON
-    object with these keys, or if its question_id is not one of `questions`. With `torn` a last line
-    that is not JSON is left out: whoever wrote it was killed."""
+    object with these keys. With `torn` a last line that is not JSON is left out: whoever wrote it
+    was killed."""
     records = list(read_records(Path(path)))
     if torn and records and isinstance(records[-1][1], ValueError):
         records.pop()
@@ -146,12 +142,6 @@ def json_rows(
                 f"{place}: {', '.join(lacks)} is missing; wanted a JSON object with "
                 f"{', '.join(keys)}; found {shown(row)}"
             )
-        if "question_id" in keys:
-            number = row["question_id"]
-            if not isinstance(number, int | str) or (questions and number not in questions):
-                raise InputError(
-                    f"{place}: question_id {shown(number)} is not one of the questions"
-                )
         rows.append((place, row))
     return rows
 
@@ -201,32 +191,3 @@ def add_model_flags(command: argparse.ArgumentParser, seed_of: str) -> None:
     add("--device", default="auto", choices=devices, help="auto: cuda if each process has a GPU")
     add("--precision", default="auto", choices=precisions, help="auto: bf16 on CUDA, fp32 on CPU")
     add("--seed", type=between(int, 0), default=0, help=f"of {seed_of} [0]")
-
-
-FIRST_KEYS = (b'{"index": ', b'{"question_id": ')  # what each row that is written here begins with
-
-
-@contextlib.contextmanager
-def locked(path: str | Path) -> Iterator[IO[bytes]]:
-    """A file of JSON lines that no other process holds meanwhile; writes go to its end. A torn last
-    row is completed or cut off; a last line of another origin is an InputError."""
-    with naming(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 1))
-            if size and file.read() != b"\n":
-                file.seek(0)
-                last = file.read().split(b"\n")[-1]
-                if not any(last.startswith(start[: len(last)]) for start in FIRST_KEYS):
-                    raise InputError(
-                        f"{path}: its last line is no row of this command; name another file"
-                    )
-                try:
-                    json.loads(last)
-                    file.write(b"\n")
-                except ValueError:
-                    file.truncate(size - len(last))
-            file.seek(0)
-            yield file
