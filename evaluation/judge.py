@@ -26,7 +26,6 @@ MT_MAX_TOKENS = 2048  # of a judgment, at temperature 0; Arena-Hard's configurat
 RATINGS = (r"\[\[(\d{1,9}(?:\.\d*)?)\]\]", r"\[(\d{1,9}(?:\.\d*)?)\]")  # the first that is found
 LABEL = r"\[\[([AB<>=]+)\]\]"
 SECOND_TRY = "continue your judgment and finish by outputting a final verdict label"
-SYSTEM_PROMPT = Path(__file__).with_name("arena_hard_system_prompt.txt")  # of Arena-Hard v0.1
 
 # The user prompts that the judge sees, and the function that makes the row.
 Job = tuple[list[str], Callable[[Judge], dict]]
@@ -225,10 +224,15 @@ def judge_arena_hard(flags: argparse.Namespace) -> None:
     model, answers = read_answers(flags.answers, ARENA_HARD, questions)
     baseline, theirs = read_answers(flags.baseline, ARENA_HARD, questions)
     config = read_config(flags.config)
-    if config["system_prompt"] is None:
-        if any(question.category != "arena-hard-v0.1" for question in questions.values()):
-            raise InputError(f"{flags.config}: no system_prompt; only arena-hard-v0.1's is known")
-        config["system_prompt"] = SYSTEM_PROMPT.read_text(encoding="utf-8").removesuffix("\n")
+    if flags.system_prompt:
+        text = read_start(Path(flags.system_prompt), JSON_BYTES, "the judge's system prompt")
+        config["system_prompt"] = text.decode(errors="replace").strip()
+    elif config["system_prompt"] is None:
+        print(
+            f"{flags.config} has no system_prompt, so the judge gets none. Arena-Hard's repository "
+            "keeps it in its code now: --system-prompt FILE gives it",
+            flush=True,
+        )
     jobs = {}
     for number, (mine,) in answers.items():
         if number not in theirs:
@@ -271,7 +275,9 @@ def play(model: str, number: int | str, config: dict, users: list[str], judge: J
     games = []
     for game, user in enumerate(users, 1):
         about = {"question_id": number, "model": model, "game": game}
-        talk = [("system", config["system_prompt"]), ("user", user)]
+        talk = [("user", user)]
+        if config["system_prompt"]:
+            talk.insert(0, ("system", config["system_prompt"]))
         reply = ask(judge, talk, about)
         judgment = f"\n{reply}"
         if config["regex_patterns"] is None and not re.search(LABEL, judgment):
@@ -293,6 +299,7 @@ def add_flags(command: argparse.ArgumentParser, bench: Bench) -> None:
     else:
         add("--baseline", required=True, metavar="FILE", help="model_answer/gpt-4-0314.jsonl")
         add("--config", required=True, metavar="FILE", help="judge_config.yaml")
+        add("--system-prompt", metavar="FILE", help="the judge's, instead of the configuration's")
     add(
         "--out",
         required=True,
