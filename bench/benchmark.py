@@ -1,7 +1,7 @@
 """Times steps of this project and of other trainers side by side on a CPU (Linux).
 
-    python bench/benchmark.py install DIR                   TRL and Liger in DIR/trl, pinned
-    python bench/benchmark.py install DIR --llamafactory    LLaMA-Factory in DIR/llamafactory, pinned
+    python bench/benchmark.py install DIR                   TRL and Liger in DIR/trl
+    python bench/benchmark.py install DIR --llamafactory    LLaMA-Factory in DIR/llamafactory
     python bench/benchmark.py prepare DIR                   random models, tokenizers and pairs
     python bench/benchmark.py run DIR --out results.jsonl   every run; continues if interrupted
     python bench/benchmark.py table results.jsonl           the table, in Markdown
@@ -54,8 +54,8 @@ from pathlib import Path
 
 from common import ROOT, append_row, cpu_seconds_of_machine, machine, read_rows, train_command
 
-# Other packages are imported inside the functions that use them. A process's peak memory begins with
-# that of the process that started it, so this one stays small.
+# Other packages are imported inside the functions that use them. A process's peak memory begins
+# with that of the process that started it, so this one stays small.
 
 PAIRS, PAIRS_PER_STEP, MAX_TOKENS, LR, BETA, MAX_OTHER_LOAD = 128, 4, 512, 3e-4, 0.1, 0.25
 STEPS = {"S": (3, 20), "M": (1, 5)}  # of warm-up, and measured
@@ -123,7 +123,7 @@ def install(a: argparse.Namespace) -> None:
 
 
 def specials(vocab_size: int) -> dict[str, int]:
-    """The special ids, as far from the end of the vocabulary as Llama 3's. All ids below are words."""
+    """The special ids, as far from the vocabulary's end as Llama 3's. All ids below are words."""
     return {"bos": vocab_size - 256, "pad": vocab_size - 252, "eos": vocab_size - 247}
 
 
@@ -407,8 +407,8 @@ def command(
 
 
 def watch(words: list[str], out: Path, warmup: int) -> dict:
-    """Runs a trainer that prints a line "step ..." at the end of each step. Measures the steps after
-    `warmup`."""
+    """Runs a trainer that prints a line "step ..." at the end of each step. Measures the steps
+    after `warmup`."""
 
     def tick() -> tuple[float, float, float]:
         """Now; the CPU seconds that the process and the whole machine have used."""
@@ -532,14 +532,14 @@ GENERATE_SIZES = {"tiny": shape(512, 128, 4, 352), "mid": shape(32000, 512, 7, 1
 
 
 def generate(a: argparse.Namespace) -> None:
-    """Tokens per second of greedy answers, by both programs, with the same weights (fp32) and
-    prompts. Each run is a process, by turns: a short run to warm up, then the run that is timed, from
-    token ids to token ids.
+    """Tokens per second of greedy answers, by this project and by transformers, with the same
+    weights (fp32) and prompts. The programs take turns, and each run is a process: a short run to
+    warm up, then the timed one, from token ids to token ids.
 
-    Prompts have the lengths of PROFILES["uf"]. equal: each answer has 128 tokens, and no stop token.
-    unequal: an answer has 16 to 240 tokens, 128 on average, as if a stop token had come. We set it by
-    our requests' own limits; transformers gets a stopping criterion that knows each row's. The tokens
-    of both programs are compared.
+    Prompts have the lengths of PROFILES["uf"]. equal: each answer has 128 tokens and no stop token.
+    unequal: an answer has 16 to 240 tokens, 128 on average, as if a stop token had come. In this
+    project each request has its limit; transformers gets a stopping criterion that knows the limit
+    of each row. The tokens of both are compared.
     """
     import torch
 
@@ -611,8 +611,10 @@ def generate_one(a: argparse.Namespace) -> None:
 
 def our_answers(directory: Path, prompts: list[list[int]]):
     """A function from each prompt's number of new tokens to the answers, by evaluation.generate."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as eval.py does, before torch loads
     sys.path.insert(0, str(ROOT))
+    import support  # noqa: F401  before torch, which reads what it sets
+
+    # isort: split
     from evaluation.generate import Request, generate
     from model import load_model
 
