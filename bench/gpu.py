@@ -1,22 +1,30 @@
-"""What a GPU is wanted for, measured part by part. Run by hand; pytest runs a few parts small, on the CPU.
+"""Measures speed and memory on a GPU, part by part. The tests run a few parts in small on the CPU.
 
-    python tests/gpu.py all --minutes 25      every part, the most important first; what fails is noted and passed over
-    python tests/gpu.py all --small           the same in tiny sizes, to see that it works (implied without a GPU)
-    python tests/gpu.py compile               compilations over five lengths; a step compiled and eager
-    python tests/gpu.py step                  steps of a random Llama-3-8B, and where their time goes; DPO on a 3B
-    python tests/gpu.py end-to-end            the example; a run killed and resumed; 8B trained, exported, loaded
-    python tests/gpu.py step-uf-8192          one part: a name, or how several begin
+    python bench/gpu.py all --minutes 25    every part, the most important first
+    python bench/gpu.py all --small         the same in tiny sizes (always so without a GPU)
+    python bench/gpu.py compile             compilations over five lengths; compiled and eager
+    python bench/gpu.py step                steps of a random 8B, kernels of a step; DPO on a 3B
+    python bench/gpu.py end-to-end          the example; a resumed run; 8B trained and exported
+    python bench/gpu.py step-uf-8192        one part, by its name or the beginning of several names
 
-Each part is a process, and adds its figures to --out as soon as it has them. Models, pairs and the figures of finished
-parts lie in --scratch, where another call goes on: 25 GB, and up to 20 more at times. In reading order: what is
-measured (SHAPES, LENGTHS, STEPS); make_model, make_pairs; prepare, compile_blocks, profile (in this process, by
-train.py's own functions); train, step (train.py as a process); example, resume, whole (end to end); PARTS, main.
+Each part is a process and appends its figures to --out at once. A part that fails is reported, and
+the next one runs. --scratch holds models, pairs and the figures of finished parts, so that another
+call continues there. It needs 25 GB of disk, and at times 20 GB more.
 
-Figures of steps are medians after WARMUP steps. MFU: train.py's forward_flops, times 3, of the tokens that ran; what is
-computed twice counts once. "padded": the same pairs in groups of four, every sequence as long as the group's longest
-(by longer responses, so that pads pass through the head as well), no prompt shared: what a trainer that pads computes.
+In reading order
+    SHAPES, LENGTHS, STEPS              what is measured
+    make_model, make_pairs              random weights and pairs
+    prepare, compile_blocks, profile    in this process, by train.py's own functions
+    train, step                         train.py as a process
+    example, resume, whole              end to end
+    PARTS, main                         the parts and their order
 
-Left out: other trainers; several GPUs. Correctness on CUDA is in test_cuda.py.
+Figures of steps are medians over the steps after WARMUP. MFU is 3 times support.memory's
+forward_flops over the peak of the card: recomputed work counts once. "padded" is what a trainer
+that pads computes: the same pairs in groups of four, each sequence as long as the longest of its
+group, no prompt shared. (Responses are made longer, so that the padding passes the head as well.)
+
+Left out: other trainers, several GPUs. tests/test_cuda.py tests that CUDA computes the right thing.
 """
 
 import argparse
@@ -34,17 +42,22 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import ROOT, read_rows, train_command
+
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
-import model as of_model  # noqa: E402
-import train as of_train  # noqa: E402
-from data import Pair  # noqa: E402
-from model import LlamaConfig, expected_shapes  # noqa: E402
+import model as model_py
+import train as train_py
+from data import Pair
+from model import LlamaConfig, Segments, expected_shapes
+from support.flags import parse
+from support.memory import forward_flops
+from support.processes import peak_memory_gib
 
 IDS = {"bos_token_id": 128000, "eos_token_id": (128001, 128009)}
 SHAPES = {  # vocabulary, width, feed-forward, layers, heads, key/value heads, head size, context
@@ -52,26 +65,24 @@ SHAPES = {  # vocabulary, width, feed-forward, layers, heads, key/value heads, h
     "3B": LlamaConfig(128256, 3072, 8192, 28, 24, 8, 128, 8192, tie_word_embeddings=True, **IDS),
     "1B": LlamaConfig(128256, 2048, 8192, 16, 32, 8, 64, 8192, tie_word_embeddings=True, **IDS),
 }
-SMALL = {
-    "vocab_size": 640,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "head_dim": 16,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "bos_token_id": 506,
-    "eos_token_id": (507,),
-}
-LENGTHS = {
-    "uf": (177, 330, 278),
-    "hh": (123, 41, 51),
-}  # like UltraFeedback, like HH-RLHF: means, in tokens
-SIGMAS = (0.8, 0.6, 0.6)  # of their logarithms
+SMALL = dict(
+    vocab_size=640,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    bos_token_id=506,
+    eos_token_id=(507,),
+)
+# Mean lengths of prompt, chosen and rejected in tokens: like UltraFeedback, like HH-RLHF.
+LENGTHS = {"uf": (177, 330, 278), "hh": (123, 41, 51)}
+SIGMAS = (0.8, 0.6, 0.6)  # of the lengths' logarithms
 PAIRS_PER_STEP = {"uf": 64, "hh": 256}  # about 50,000 tokens either way
-MAX_TOKENS, WARMUP, STEPS_OF_PAIRS = 2048, 2, 10  # of a sequence; steps; what a file holds
+MAX_TOKENS, WARMUP, STEPS_OF_PAIRS = 2048, 2, 10  # of a sequence; steps; steps that a file is for
 UNSHARED, DPO = ("--no-share-prompt",), ("--loss", "dpo", "--reference")
-STEPS = {  # part: shape, pairs, tokens a micro-batch, more flags, steps measured, the part to compare with
+STEPS = {  # part: shape, pairs, tokens of a micro-batch, more flags, steps, part to compare with
     "step-uf-8192": ("8B", "uf", 8192, (), 6, None),
     "step-uf-8192-unshared": ("8B", "uf", 8192, UNSHARED, 4, "step-uf-8192"),
     "step-uf-8192-padded": ("8B", "uf-padded", 8192, UNSHARED, 2, "step-uf-8192"),
@@ -84,7 +95,7 @@ STEPS = {  # part: shape, pairs, tokens a micro-batch, more flags, steps measure
     "step-uf-4096": ("8B", "uf", 4096, (), 4, "step-uf-8192"),
     "step-hh-4096": ("8B", "hh", 4096, (), 4, "step-hh-8192"),
 }
-KINDS = {
+KINDS = {  # of kernels, by their names
     "attention": "flash|fmha|attention",
     "matrix products": "gemm|nvjet|cutlass|xmma|splitk|::mm|addmm",
     "optimizer, clipping": "adam|multi_tensor|foreach",
@@ -92,18 +103,18 @@ KINDS = {
     "copies": "memcpy|memset|copy",
     "collectives": "nccl",
     "other": "",
-}  # by the names of kernels
+}
 
 
 def say(a: argparse.Namespace, text: str) -> None:
-    """A line of the results, at once."""
+    """Prints a line of the results and appends it to --out."""
     print(text, flush=True)
     with open(a.out, "a") as file:
         file.write(text + "\n")
 
 
 def sized(a: argparse.Namespace, number: int) -> int:
-    """A number of tokens or pairs, or a sixteenth of it."""
+    """A number of tokens or pairs; with --small a sixteenth of it."""
     return number // 16 if a.small else number
 
 
@@ -112,52 +123,41 @@ def shape_of(a: argparse.Namespace, name: str) -> LlamaConfig:
 
 
 def make_model(a: argparse.Namespace, name: str) -> Path:
-    """SCRATCH/NAME: random bf16 weights in files of about 1 GB, one in memory at a time. The example's tokenizer lies
-    beside them, since eval.py generate wants one."""
-    config, home, places, tensors = shape_of(a, name), a.scratch / name, {}, {}
-    if (home / "config.json").exists():  # written last
+    """SCRATCH/NAME: random bf16 weights in files of about 1 GB, one of them in memory at a time,
+    with the example's tokenizer, because eval.py generate needs one."""
+    config, home = shape_of(a, name), a.scratch / name
+    if (home / "config.json").exists():  # it is written last
         return home
     home.mkdir(exist_ok=True)
     torch.manual_seed(0)
-    shapes = expected_shapes(config)
-    for key, shape in shapes.items():
-        tensors[key] = (
-            (
-                torch.ones(shape)
-                if len(shape) == 1
-                else torch.randn(shape, dtype=torch.bfloat16, device=a.device) * 0.02
-            )
-            .bfloat16()
-            .cpu()
-        )
-        if sum(tensor.nbytes for tensor in tensors.values()) > 1e9 or len(places) + len(
-            tensors
-        ) == len(shapes):
+    places, tensors, left = {}, {}, expected_shapes(config)
+    for key, shape in list(left.items()):
+        del left[key]
+        if len(shape) == 1:
+            tensor = torch.ones(shape)
+        else:
+            tensor = torch.randn(shape, dtype=torch.bfloat16, device=a.device) * 0.02
+        tensors[key] = tensor.bfloat16().cpu()
+        if sum(tensor.nbytes for tensor in tensors.values()) > 1e9 or not left:
             file = f"model-{len(places):05d}.safetensors"
             save_file(tensors, home / file, metadata={"format": "pt"})
             places, tensors = places | dict.fromkeys(tensors, file), {}
-    (home / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": places})
-    )
+    index = {"metadata": {}, "weight_map": places}
+    (home / "model.safetensors.index.json").write_text(json.dumps(index))
     shutil.copy(ROOT / "examples/model/tokenizer.json", home)
     (home / "config.json").write_text(json.dumps(config.to_dict(torch.bfloat16)))
     return home
 
 
 def make_pairs(a: argparse.Namespace, name: str) -> tuple[Path, list[Pair]]:
-    """SCRATCH/NAME.jsonl: random ids below the control tokens, log-normal lengths with the means of LENGTHS (a little
-    less where MAX_TOKENS cuts)."""
-    kind, longest, rng = (
-        name.removesuffix("-padded"),
-        sized(a, MAX_TOKENS),
-        np.random.default_rng(0),
-    )
-    wide = np.exp(
-        rng.standard_normal((STEPS_OF_PAIRS * sized(a, PAIRS_PER_STEP[kind]), 3)) * SIGMAS
-    )
-    lengths = (
-        np.rint(wide / wide.mean(0) * [sized(a, n) for n in LENGTHS[kind]]).astype(int).clip(2)
-    )
+    """SCRATCH/NAME.jsonl: random ids below the control tokens. Lengths are log-normal, with the
+    means of LENGTHS (a little less where MAX_TOKENS cuts them)."""
+    kind, longest = name.removesuffix("-padded"), sized(a, MAX_TOKENS)
+    rng = np.random.default_rng(0)
+    pairs = STEPS_OF_PAIRS * sized(a, PAIRS_PER_STEP[kind])
+    wide = np.exp(rng.standard_normal((pairs, 3)) * SIGMAS)
+    means = [sized(a, n) for n in LENGTHS[kind]]
+    lengths = np.rint(wide / wide.mean(0) * means).astype(int).clip(2)
     lengths[:, 0] = lengths[:, 0].clip(max=longest // 2)
     lengths[:, 1:] = np.minimum(lengths[:, 1:], longest - lengths[:, :1])
     if name != kind:
@@ -171,36 +171,25 @@ def make_pairs(a: argparse.Namespace, name: str) -> tuple[Path, list[Pair]]:
     return path, pairs
 
 
-# -------------------------------------------------------------------------------------------------- in this process
+# -------------------------------------------------------------------------------- in this process
 
 
 def prepare(a: argparse.Namespace, shape: str, *flags):
-    """train.py's model, sharded over a mesh of one. Returns a step on some micro-batches as a function, and the
-    pairs."""
-    config = of_train.parse(
-        [
-            "--model",
-            str(make_model(a, shape)),
-            "--data",
-            str(make_pairs(a, "uf")[0]),
-            *flags,
-            "--max-tokens",
-            str(sized(a, MAX_TOKENS)),
-            "--max-tokens-per-gpu",
-            str(sized(a, 8192)),
-        ]
-    )
-    mesh = of_train.start_processes(config)
-    (data,), _, _ = of_train.read_data(config, shape_of(a, shape), mesh.device_type)
-    model = of_train.build_model(config, mesh)
-    optimizer = of_train.make_optimizer(config, model)
+    """train.py's model, sharded over a mesh of one. Returns a function that runs a step on some
+    micro-batches, and the pairs."""
+    paths = ["--model", str(make_model(a, shape)), "--data", str(make_pairs(a, "uf")[0])]
+    sizes = ["--max-tokens", str(sized(a, MAX_TOKENS)), "--max-tokens-per-gpu", str(sized(a, 8192))]
+    config = parse(train_py.Config, [*paths, *flags, *sizes], {}, "")
+    mesh = train_py.start_processes(config)
+    (pairs,), _, _ = train_py.read_pairs(config, shape_of(a, shape), mesh.device_type)
+    model = train_py.build_model(config, mesh)
+    optimizer = train_py.make_optimizer(config, model)
 
     def step(*micro_batches: list[int]) -> float:
-        """Seconds."""
+        """Returns its seconds."""
         started = time.perf_counter()
         for indexes in micro_batches:
-            rows, batch, _ = data.batch(indexes)
-            of_train.losses_of(model, data, rows, batch)[0].mean().backward()
+            train_py.step_loss(model, pairs, indexes)[0].mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -209,20 +198,39 @@ def prepare(a: argparse.Namespace, shape: str, *flags):
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    return step, data
+    return step, pairs
+
+
+def dense_attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments) -> Tensor:
+    """model.attention, with the segments as a dense mask that is computed from their starts. Like
+    CUDA's kernel, and unlike the CPU's loop, it compiles once for all lengths."""
+    k, v = k_TGK.index_select(0, segments.key_row_N), v_TGK.index_select(0, segments.key_row_N)
+    query, key = torch.arange(q_THK.shape[0]), torch.arange(k.shape[0])
+    # The segment of each query and key, and how many rows of the segment are left from there on.
+    of_query = torch.searchsorted(segments.query_starts, query, right=True) - 1
+    of_key = torch.searchsorted(segments.key_starts, key, right=True) - 1
+    queries_left = segments.query_starts[of_query + 1] - query
+    keys_left = segments.key_starts[of_key + 1] - key
+    seen = (of_query[:, None] == of_key) & (keys_left >= queries_left[:, None])
+    k, v = (x.repeat_interleave(q_THK.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("thk,nhk->htn", q_THK, k) * q_THK.shape[-1] ** -0.5
+    return torch.einsum("htn,nhk->thk", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
 def compile_blocks(a: argparse.Namespace) -> None:
-    """Compilations over five batches, and a step against eager. On a CPU, where attention is a loop that no compiler
-    takes whole, a dense one stands for CUDA's, and a backend that only traces for Inductor."""
+    """Counts compilations over five batches, and times a step compiled and eager. On a CPU, whose
+    attention does not compile as a whole, dense_attention stands for CUDA's, and a backend that
+    only traces stands for Inductor."""
     if a.device == "cpu":
-        from test_cuda import dense_attention
-
-        whole, of_model.attention = torch.nn.Module.compile, dense_attention
+        whole, model_py.attention = torch.nn.Module.compile, dense_attention
         torch.nn.Module.compile = lambda self, **options: whole(
             self, backend="aot_eager", **options
         )
-    step, data = prepare(a, "1B", "--compile", "on")
+    step, pairs = prepare(a, "1B", "--compile", "on")
+
+    def tokens(*micro_batches: list[int]) -> int:
+        return sum(int(pairs.sizes[indexes].sum()) for indexes in micro_batches)
+
     counters, graphs = torch._dynamo.utils.counters, []
     batches = [[0, 1], [2, 3, 4, 5, 6], [7, 8, 9], [10], [11, 12, 13, 14]]
     for indexes in batches:
@@ -230,218 +238,189 @@ def compile_blocks(a: argparse.Namespace) -> None:
         graphs.append(counters["stats"]["unique_graphs"])
     say(
         a,
-        f"- 1B, batches of {[int(data.sizes[indexes].sum()) for indexes in batches]} tokens: graphs compiled until "
-        f"then {graphs}, {graphs[-1] - graphs[0]} of them after the first batch (wanted: 0); "
+        f"- 1B, batches of {[tokens(indexes) for indexes in batches]} tokens: graphs compiled so "
+        f"far {graphs}, {graphs[-1] - graphs[0]} of them after the first batch (wanted: 0); "
         f"{sum(counters['graph_break'].values())} graph breaks",
     )
-    medians, micro_batches = {}, data.split()[:4]
-    for stance in ("default", "force_eager"):
+    medians, micro_batches = {}, pairs.split()[:4]
+    for name, stance in (("compiled", "default"), ("eager", "force_eager")):
         if a.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with torch.compiler.set_stance(stance):
-            medians[stance] = statistics.median(
-                [step(*micro_batches) for _ in range(3 if a.small else 9)][1:]
-            )
+            seconds = [step(*micro_batches) for _ in range(3 if a.small else 9)]
+        medians[name] = statistics.median(seconds[1:])
         say(
             a,
-            f"- 1B, {'compiled' if stance == 'default' else 'eager'}: {medians[stance]:.4f} s a step of "
-            f"{sum(int(data.sizes[indexes].sum()) for indexes in micro_batches)} tokens in {len(micro_batches)} "
-            f"micro-batches, peak {of_train.peak_memory_gib():.2f} GiB",
+            f"- 1B, {name}: {medians[name]:.4f} s a step of {tokens(*micro_batches)} tokens in "
+            f"{len(micro_batches)} micro-batches, peak {peak_memory_gib():.2f} GiB",
         )
-    say(a, f"- eager takes {medians['force_eager'] / medians['default']:.3f} x the time")
+    say(a, f"- eager takes {medians['eager'] / medians['compiled']:.3f} x the time")
 
 
 def profile(a: argparse.Namespace) -> None:
-    """Where a step of the 8B goes."""
-    step, data = prepare(a, "8B")
-    micro_batches, cuda = data.split()[:2], a.device == "cuda"
+    """Where the time of an 8B step goes."""
+    step, pairs = prepare(a, "8B")
+    micro_batches, cuda = pairs.split()[:2], a.device == "cuda"
     for _ in range(2):
         step(*micro_batches)
-    with torch.profiler.profile(
-        activities=[getattr(torch.profiler.ProfilerActivity, a.device.upper())]
-    ) as profiler:
+    activity = getattr(torch.profiler.ProfilerActivity, a.device.upper())
+    with torch.profiler.profile(activities=[activity]) as profiler:
         wall = step(*micro_batches)
+    events = profiler.key_averages()
+    if cuda:  # without the named regions that stand beside the kernels that run in them
+        events = [event for event in events if "CUDA" in str(event.device_type)]
+        events = [event for event in events if not getattr(event, "is_user_annotation", False)]
     times, kinds = {}, dict.fromkeys(KINDS, 0.0)
-    for event in profiler.key_averages():
-        # Named regions stand beside the kernels that run in them.
-        if not cuda or (
-            "CUDA" in str(event.device_type) and not getattr(event, "is_user_annotation", False)
-        ):
-            times[event.key] = (
-                (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6,
-                event.count,
-            )
-            kind = next(
-                kind for kind, pattern in KINDS.items() if re.search(pattern, event.key, re.I)
-            )
-            kinds[kind] += times[event.key][0]
+    for event in events:
+        spent = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+        times[event.key] = (spent, event.count)
+        kind = next(kind for kind, names in KINDS.items() if re.search(names, event.key, re.I))
+        kinds[kind] += spent
     busy = sum(kinds.values())
+    tokens = sum(int(pairs.sizes[indexes].sum()) for indexes in micro_batches)
     say(
         a,
-        f"- 8B, a step of {sum(int(data.sizes[indexes].sum()) for indexes in micro_batches)} tokens in "
-        f"{len(micro_batches)} micro-batches: {wall:.3f} s under the profiler, {busy:.3f} s of kernels\n\n"
+        f"- 8B, a step of {tokens} tokens in {len(micro_batches)} micro-batches: {wall:.3f} s "
+        f"under the profiler, {busy:.3f} s of kernels\n\n"
         "| kernels | s | share | calls |\n|---|---|---|---|",
     )
     for kind, spent in sorted(kinds.items(), key=lambda item: -item[1]):
         say(a, f"| all {kind} | {spent:.4f} | {spent / busy:.1%} | |")
     for name, (spent, count) in sorted(times.items(), key=lambda item: -item[1][0])[:20]:
-        say(a, f"| `{name[:90].replace('|', '/')}` | {spent:.4f} | {spent / busy:.1%} | {count} |")
+        name = name[:90].replace("|", "/")
+        say(a, f"| `{name}` | {spent:.4f} | {spent / busy:.1%} | {count} |")
     say(a, "")
 
 
-# -------------------------------------------------------------------------------------------- train.py as a process
+# --------------------------------------------------------------------------- train.py as a process
 
 
-def run(a: argparse.Namespace, *words) -> tuple[subprocess.Popen, Path]:
-    """python WORDS, in the repository, printing into a file."""
+def start(a: argparse.Namespace, words: list[str]) -> tuple[subprocess.Popen, Path]:
+    """Starts a command in the repository. It prints into the file that is returned."""
     log = a.scratch / "log.txt"
     with open(log, "w") as file:
-        return subprocess.Popen(
-            [sys.executable, *map(str, words)], cwd=ROOT, stdout=file, stderr=file
-        ), log
+        return subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=file), log
 
 
 def train(a: argparse.Namespace, *flags, until: float = math.inf) -> list[dict]:
-    """Trains into SCRATCH/out, to the end or until so many steps are logged: then it is killed, since exporting 8B
-    takes longer than they. Returns the rows of metrics.jsonl. Raises ChildProcessError with the end of what was
-    printed."""
+    """Trains into SCRATCH/out, to the end or until so many steps are logged. Then it is killed: the
+    export of 8B takes longer than the steps do.
 
-    def rows() -> list[dict]:
-        path = a.scratch / "out/metrics.jsonl"
-        return (
-            [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-            if path.exists()
-            else []
-        )
-
-    process, log = run(a, "train.py", "--out", a.scratch / "out", *flags)
-    while process.poll() is None and len(rows()) < until:
+    Returns the rows of metrics.jsonl. Raises ChildProcessError with the last lines of the output.
+    """
+    metrics = a.scratch / "out/metrics.jsonl"
+    process, log = start(a, train_command("--out", a.scratch / "out", *flags))
+    while process.poll() is None and len(read_rows(metrics)) < until:
         time.sleep(0.02)
     if process.poll() is None:
         process.kill()
-    code, printed, advice = process.wait(), log.read_text()[-2000:], "expandable_segments:True"
+    code, printed, rows = process.wait(), log.read_text()[-2000:], read_rows(metrics)
+    advice = "expandable_segments:True"
     if code and "out of memory" in printed and os.environ.get("PYTORCH_ALLOC_CONF") != advice:
         say(a, f"- out of memory; again with PYTORCH_ALLOC_CONF={advice}")
         os.environ["PYTORCH_ALLOC_CONF"] = advice
         shutil.rmtree(a.scratch / "out")
         return train(a, *flags, until=until)
-    if code and len(rows()) < until:
-        raise ChildProcessError(f"train.py, exit code {code}, {len(rows())} steps\n{printed}")
-    return rows()
+    if code and len(rows) < until:
+        raise ChildProcessError(f"train.py, exit code {code}, {len(rows)} steps\n{printed}")
+    return rows
 
 
 def flags_for(a: argparse.Namespace, shape: str, pairs: str, limit: int = 8192) -> list:
-    """A process of its own makes the weights: this one must not keep CUDA's memory from train.py."""
+    """Flags of train.py. Makes the weights in another process: this one must leave CUDA's memory to
+    train.py."""
     if not (a.scratch / shape / "config.json").exists():
         subprocess.run([sys.executable, __file__, f"make:{shape}", *a.options], check=True)
-    return [
-        "--model",
-        a.scratch / shape,
-        "--data",
-        make_pairs(a, pairs)[0],
-        "--no-shuffle",
-        "--pairs-per-step",
-        sized(a, PAIRS_PER_STEP[pairs.removesuffix("-padded")]),
-        "--save-every",
-        0,
-        "--max-tokens",
-        sized(a, MAX_TOKENS),
-        "--max-tokens-per-gpu",
-        sized(a, limit),
-    ]
+    per_step = sized(a, PAIRS_PER_STEP[pairs.removesuffix("-padded")])
+    sizes = ["--max-tokens", sized(a, MAX_TOKENS), "--max-tokens-per-gpu", sized(a, limit)]
+    paths = ["--model", a.scratch / shape, "--data", make_pairs(a, pairs)[0]]
+    return [*paths, *sizes, "--pairs-per-step", per_step, "--no-shuffle", "--save-every", 0]
 
 
 def step(a: argparse.Namespace) -> None:
     """A row of STEPS."""
     shape, kind, limit, more, measured, base = STEPS[a.part]
-    steps, pairs, flops = WARMUP + (2 if a.small else measured), make_pairs(a, kind)[1], []
-    # More steps than are wanted, since the export follows the last, and small steps are over before one looks.
+    steps, pairs = WARMUP + (2 if a.small else measured), make_pairs(a, kind)[1]
+    # Train for more steps than are measured: after the last one comes the export, and small steps
+    # are over before their number is looked up.
     last = steps + (20 if a.small else 1)
-    rows = train(a, *flags_for(a, shape, kind, limit), *more, "--max-steps", last, until=steps)[
-        :steps
-    ]
+    flags = [*flags_for(a, shape, kind, limit), *more, "--max-steps", last]
+    rows = train(a, *flags, until=steps)[:steps]
+    config, share, flops = shape_of(a, shape), more != UNSHARED, []
     for row in rows[WARMUP:]:
         drawn = pairs[(row["step"] - 1) * row["pairs"] : row["step"] * row["pairs"]]
-        assert sum(pair.packed_tokens(more != UNSHARED) for pair in drawn) == row["tokens"]
-        flops.append(
-            3 * of_train.forward_flops(shape_of(a, shape), drawn, more != UNSHARED) / row["seconds"]
-        )
-    found = {
-        key: statistics.median(row[key] for row in rows[WARMUP:])
-        for key in ("seconds", "tokens_per_s", "pairs_per_s", "peak_memory_gib", "pairs")
-    }
+        assert sum(pair.packed_tokens(share) for pair in drawn) == row["tokens"]
+        forward = forward_flops(config, expected_shapes(config), drawn, share)
+        flops.append(3 * forward / row["seconds"])
+    names = ("seconds", "tokens_per_s", "pairs_per_s", "peak_memory_gib", "pairs")
+    found = {name: statistics.median(row[name] for row in rows[WARMUP:]) for name in names}
     found["mfu"] = statistics.median(flops) / (a.peak_tflops * 1e12)
+    every = [round(row["seconds"], 3) for row in rows]
     say(
         a,
-        "- {part}: {seconds:.3f} s a step of {pairs:.0f} pairs, {tokens_per_s:,.0f} tokens/s, {pairs_per_s:.2f} "
-        "pairs/s, MFU {mfu:.2%}, peak {peak_memory_gib:.2f} GiB; each step {every} s; loss {loss:.4f}".format(
-            part=a.part,
-            every=[round(row["seconds"], 3) for row in rows],
-            loss=rows[-1]["loss"],
-            **found,
-        ),
+        f"- {a.part}: {found['seconds']:.3f} s a step of {found['pairs']:.0f} pairs, "
+        f"{found['tokens_per_s']:,.0f} tokens/s, {found['pairs_per_s']:.2f} pairs/s, "
+        f"MFU {found['mfu']:.2%}, peak {found['peak_memory_gib']:.2f} GiB; each step {every} s; "
+        f"loss {rows[-1]['loss']:.4f}",
     )
-    if (reference := a.scratch / "out/reference.safetensors").exists():
+    reference = a.scratch / "out/reference.safetensors"
+    if reference.exists():
         seconds = reference.stat().st_mtime - (a.scratch / "out/config.json").stat().st_mtime
         say(
             a,
-            f"  - log-probs of the reference: {seconds:.1f} s, once, for {len(pairs)} pairs, compilation included",
+            f"  - log-probs of the reference: {seconds:.1f} s, once, for {len(pairs)} pairs, "
+            "compilation included",
         )
     if base and (a.scratch / f"{base}.json").exists():
         of_base = json.loads((a.scratch / f"{base}.json").read_text())
-        say(
-            a,
-            f"  - {base} has {of_base['pairs_per_s'] / found['pairs_per_s']:.3f} x its pairs/s and "
-            f"{of_base['peak_memory_gib'] / found['peak_memory_gib']:.3f} x its peak memory",
-        )
+        speed, memory = (of_base[name] / found[name] for name in ("pairs_per_s", "peak_memory_gib"))
+        say(a, f"  - {base} has {speed:.3f} x its pairs/s and {memory:.3f} x its peak memory")
     (a.scratch / f"{a.part}.json").write_text(json.dumps(found))
 
 
-# ------------------------------------------------------------------------------------------------------- end to end
+# -------------------------------------------------------------------------------------- end to end
 
 
 def example(a: argparse.Namespace) -> None:
-    started = time.perf_counter()
-    rows = train(a, *("--max-steps", 2, "--samples", 0, "--eval-every", 0) if a.small else ())
-    first, *_, last = (
-        json.loads(line) for line in (a.scratch / "out/eval.jsonl").read_text().splitlines()
-    )
+    """The example, from start to export."""
+    flags, started = ("--max-steps", 2, "--samples", 0, "--eval-every", 0), time.perf_counter()
+    rows = train(a, *flags) if a.small else train(a)
+    seconds = time.perf_counter() - started
+    first, *_, last = read_rows(a.scratch / "out/eval.jsonl")
     say(
         a,
-        f"- the example: {len(rows)} steps, {time.perf_counter() - started:.1f} s from start to export; held-out "
-        + ", ".join(
-            f"{key} {first['eval_' + key]:.4f} -> {last['eval_' + key]:.4f}"
-            for key in ("loss", "accuracy")
-        ),
+        f"- the example: {len(rows)} steps, {seconds:.1f} s from start to export; held-out loss "
+        f"{first['eval_loss']:.4f} -> {last['eval_loss']:.4f}, accuracy "
+        f"{first['eval_accuracy']:.4f} -> {last['eval_accuracy']:.4f}",
     )
 
 
 def resume(a: argparse.Namespace) -> None:
-    """1B: a checkpoint of 8B has 96 GB."""
-    before = train(a, *flags_for(a, "1B", "uf"), "--max-steps", 20, "--save-every", 10, until=12)
+    """A run that is killed and resumed. 1B, because a checkpoint of 8B has 96 GB."""
+    flags = [*flags_for(a, "1B", "uf"), "--max-steps", 20, "--save-every", 10]
+    before = train(a, *flags, until=12)
     after = train(a, "--resume")
     assert [row["step"] for row in after] == list(range(1, 21))
-    drift = max(
-        abs(old["loss"] / new["loss"] - 1)
-        for old, new in zip(before[10:], after[10:], strict=False)
-    )
+    both = zip(before[10:], after[10:], strict=False)
+    drift = max(abs(old["loss"] / new["loss"] - 1) for old, new in both)
     say(
         a,
-        f"- 1B, killed after step {len(before)} of 20, gone on from step 10's checkpoint: 20 steps logged; the "
-        f"losses of steps that ran twice differ by at most {drift:.1e} of their size",
+        f"- 1B, killed after step {len(before)} of 20, resumed from step 10's checkpoint: 20 steps "
+        f"logged; the losses of steps that ran twice differ by at most {drift:.1e} of their size",
     )
     check_export(a)
 
 
 def whole(a: argparse.Namespace) -> None:
+    """8B: trained, exported, loaded; answers to prompts."""
     started = time.perf_counter()
-    rows = train(
-        a, *flags_for(a, "8B", "uf"), "--pairs-per-step", max(4, sized(a, 16)), "--max-steps", 20
-    )
+    flags = ["--pairs-per-step", max(4, sized(a, 16)), "--max-steps", 20]
+    rows = train(a, *flags_for(a, "8B", "uf"), *flags)
     say(
         a,
-        f"- 8B, 20 steps of {rows[0]['pairs']} pairs: {time.perf_counter() - started:.1f} s from start to export, "
-        f"{sum(row['seconds'] for row in rows):.1f} s of steps; loss {rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f}",
+        f"- 8B, 20 steps of {rows[0]['pairs']} pairs: {time.perf_counter() - started:.1f} s from "
+        f"start to export, {sum(row['seconds'] for row in rows):.1f} s of steps; loss "
+        f"{rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f}",
     )
     generate(a)
     check_export(a)
@@ -452,152 +431,119 @@ def check_export(a: argparse.Namespace) -> None:
     """An exported model's log-probs of 300 tokens, by transformers and by model.py."""
     from transformers import AutoModelForCausalLM
 
-    directory, dtype = (
-        a.scratch / "out/model",
-        torch.bfloat16 if a.device == "cuda" else torch.float32,
-    )
-    ids = torch.from_numpy(
-        np.concatenate([pair.chosen for pair in make_pairs(a, "uf")[1]])[:300]
-    ).to(a.device)
-    theirs = (
-        AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-        .to(a.device)(ids[None])
-        .logits[0]
-    )
-    ours = of_model.load_model(directory, dtype, a.device).logits(ids)
-    theirs, ours = (logits.float().log_softmax(-1) for logits in (theirs, ours))
+    directory = a.scratch / "out/model"
+    dtype = torch.bfloat16 if a.device == "cuda" else torch.float32
+    ids = np.concatenate([pair.chosen for pair in make_pairs(a, "uf")[1]])[:300]
+    ids = torch.from_numpy(ids).to(a.device)
+    peer = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(a.device)
+    theirs = peer(ids[None]).logits[0].float().log_softmax(-1)
+    ours = model_py.load_model(directory, dtype, a.device).logits(ids).float().log_softmax(-1)
+    difference = (theirs - ours).abs()
+    same = (theirs.argmax(-1) == ours.argmax(-1)).float().mean()
     say(
         a,
-        f"- its export loads by transformers and by model.load_model: log-probs differ by at most "
-        f"{(theirs - ours).abs().max():.1e} nats, {(theirs - ours).abs().mean():.1e} on average ({dtype}); "
-        f"{(theirs.argmax(-1) == ours.argmax(-1)).float().mean():.1%} of the likeliest tokens are the same",
+        f"- its export loads in transformers and in model.load_model: log-probs differ by at most "
+        f"{difference.max():.1e} nats, {difference.mean():.1e} on average ({dtype}); "
+        f"{same:.1%} of the likeliest tokens are the same",
     )
 
 
 def generate(a: argparse.Namespace) -> None:
-    """256 tokens after each prompt of 128, greedily, a row at a time and 64."""
+    """256 greedy tokens after each prompt of 128, one row at a time and 64."""
     n_prompt, n_new, rng = sized(a, 128), sized(a, 256), np.random.default_rng(0)
     for batch, n_prompts in ((1, 4), (64, 128)):
         prompts, answers = a.scratch / "out/prompts.jsonl", a.scratch / f"out/answers-{batch}.jsonl"
         rows = rng.integers(0, shape_of(a, "8B").bos_token_id, (n_prompts, n_prompt)).tolist()
         prompts.write_text("".join(json.dumps({"prompt_ids": row}) + "\n" for row in rows))
-        process, log = run(
-            a,
-            "eval.py",
-            "generate",
-            "--model",
-            a.scratch / "out/model",
-            "--prompts",
-            prompts,
-            "--out",
-            answers,
-            "--max-new-tokens",
-            n_new,
-            "--cache-tokens",
-            batch * (n_prompt + n_new),
-        )
+        words = [sys.executable, "eval.py", "generate", "--model", a.scratch / "out/model"]
+        words += ["--prompts", prompts, "--out", answers, "--max-new-tokens", n_new]
+        words += ["--cache-tokens", batch * (n_prompt + n_new)]
+        process, log = start(a, [str(word) for word in words])
         code, printed = process.wait(), log.read_text()
-        if code == 2 and "invalid choice: 'generate'" in printed:
-            return say(a, "- generation: left out, this eval.py has no command generate")
         if code:
             raise ChildProcessError(f"eval.py generate, exit code {code}\n{printed[-2000:]}")
         say(
             a,
-            f"- generation, {batch} at a time, {n_prompts} prompts of {n_prompt} tokens, up to {n_new} new ones: "
-            f"{re.findall(r'([0-9,.]+) tokens/s', printed)[-1]} tokens/s",
+            f"- generation, {batch} at a time, {n_prompts} prompts of {n_prompt} tokens, up to "
+            f"{n_new} new ones: {re.findall(r'([0-9,.]+) tokens/s', printed)[-1]} tokens/s",
         )
 
 
-# -------------------------------------------------------------------------------------------------------- the parts
+# --------------------------------------------------------------------------------------- the parts
 
-PARTS = (
-    {"compile": compile_blocks, "step-uf-8192": step, "step-profile": profile}
-    | dict.fromkeys(STEPS, step)
-    | {"end-to-end-example": example, "end-to-end-resume": resume, "end-to-end-8b": whole}
-)  # in this order
+PARTS = {"compile": compile_blocks, "step-uf-8192": step, "step-profile": profile}  # in this order
+PARTS |= dict.fromkeys(STEPS, step)
+PARTS |= {"end-to-end-example": example, "end-to-end-resume": resume, "end-to-end-8b": whole}
+
+
+def run_part(a: argparse.Namespace, name: str, seconds: float) -> str | None:
+    """Runs a part as a process, for at most so many seconds. Returns its error; None if all went
+    well."""
+    shutil.rmtree(a.scratch / "out", ignore_errors=True)
+    process = subprocess.Popen(
+        [sys.executable, __file__, f"run:{name}", *a.options],
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,  # so that all that it starts can be killed with it
+    )
+    try:
+        error = process.communicate(timeout=seconds if seconds < math.inf else None)[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        error = "its time was over"
+    return error.strip()[-2000:] if process.wait() else None
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", help=f"all, or how the names of parts begin: {', '.join(PARTS)}")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop what runs then")
+    parser.add_argument("what", help=f"all, or how names of parts begin: {', '.join(PARTS)}")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="then stop what runs")
     parser.add_argument("--small", action="store_true", help="tiny sizes")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "tests/GPU_RESULTS.md", help="the results, appended"
-    )
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/GPU_RESULTS.md")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/asft-gpu"))
-    parser.add_argument(
-        "--peak-tflops", type=float, default=989, help="the denominator of MFU [989: H100, H200]"
-    )
+    parser.add_argument("--peak-tflops", type=float, default=989, help="for MFU [989: H100, H200]")
     a = parser.parse_args()
     a.device = "cuda" if torch.cuda.is_available() else "cpu"
     a.small, a.scratch, a.out = a.small or a.device == "cpu", a.scratch.resolve(), a.out.resolve()
-    a.options = [
-        "--scratch",
-        a.scratch,
-        "--out",
-        a.out,
-        "--peak-tflops",
-        str(a.peak_tflops),
-        *["--small"] * a.small,
-    ]
+    a.options = ["--scratch", str(a.scratch), "--out", str(a.out)]
+    a.options += ["--peak-tflops", str(a.peak_tflops), *["--small"] * a.small]
     a.scratch.mkdir(parents=True, exist_ok=True)
-    order, _, a.part = a.what.partition(
-        ":"
-    )  # make:SHAPE and run:PART are this program's calls of itself
+    order, _, a.part = a.what.partition(":")  # this program calls itself as make:SHAPE, run:PART
     if a.part:
         make_model(a, a.part) if order == "make" else PARTS[a.part](a)
         sys.stdout.flush()
-        os._exit(0)  # as train.py ends: a process group is open
+        os._exit(0)  # as train.py ends, because a process group is open
 
     chosen = [name for name in PARTS if a.what == "all" or name.startswith(a.what)]
     if not chosen:
         parser.error(f"no part begins with {a.what!r}")
-    smi = [
-        "nvidia-smi",
-        "--query-gpu=name,memory.total,driver_version",
-        "--format=csv,noheader",
-    ]  # keeps no memory
-    device = subprocess.check_output(smi, text=True).strip() if a.device == "cuda" else "CPU"
+    device = "CPU"
+    if a.device == "cuda":  # asked of nvidia-smi, so that this process takes no memory of the GPU
+        query = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+        device = subprocess.check_output(["nvidia-smi", *query], text=True).strip()
     say(
         a,
-        f"\n## {datetime.now():%Y-%m-%d %H:%M}, {device}\n\ntorch {torch.__version__}, CUDA {torch.version.cuda}, "
-        f"Python {sys.version.split()[0]}{', small sizes' * a.small}; {shutil.disk_usage(a.scratch).free / 1e9:.0f} GB "
-        f"of disk free\n\n    python tests/gpu.py {' '.join(sys.argv[1:])}\n",
+        f"\n## {datetime.now():%Y-%m-%d %H:%M}, {device}\n\ntorch {torch.__version__}, CUDA "
+        f"{torch.version.cuda}, Python {sys.version.split()[0]}{', small sizes' * a.small}; "
+        f"{shutil.disk_usage(a.scratch).free / 1e9:.0f} GB of disk free\n\n"
+        f"    python bench/gpu.py {' '.join(sys.argv[1:])}\n",
     )
     deadline, failed = time.monotonic() + 60 * a.minutes, 0
     for name in chosen:
         done, left = a.scratch / f"{name}.done", deadline - time.monotonic()
-        if done.exists() or left < 1:
-            say(
-                a, f"- {name}: {'measured by an earlier call' if done.exists() else 'no time left'}"
-            )
-            continue
-        shutil.rmtree(a.scratch / "out", ignore_errors=True)
-        process = subprocess.Popen(
-            [sys.executable, __file__, f"run:{name}", *a.options],
-            stderr=subprocess.PIPE,
-            text=True,
-            process_group=0,
-        )  # so that all that it starts can be ended with it
-        try:
-            complaint = process.communicate(timeout=left if left < math.inf else None)[1]
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            complaint = "its time was over"
-        if process.wait():
-            failed += 1
-            say(
-                a,
-                f"- {name} FAILED\n\n      "
-                + complaint.strip()[-2000:].replace("\n", "\n      ")
-                + "\n",
-            )
+        if done.exists():
+            say(a, f"- {name}: measured by an earlier call")
+        elif left < 1:
+            say(a, f"- {name}: no time left")
+        elif (error := run_part(a, name, left)) is not None:
+            failed = 1
+            indented = error.replace("\n", "\n      ")
+            say(a, f"- {name} FAILED\n\n      {indented}\n")
         else:
             done.touch()
-    return min(failed, 1)
+    return failed
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
-"""Long campaigns against train.py. Run by hand; pytest does not collect it.
+"""Long campaigns against train.py.
 
-    python tests/reliability.py kill --kills 36         runs killed at random moments, which go on
-    python tests/reliability.py soak --steps 2000       memory and open files over a long run
+    python bench/reliability.py kill --kills 36         kills runs at random moments, resumes them
+    python bench/reliability.py soak --steps 2000       memory and open files over a long run
 
-kill: each trial trains the example for 24 steps with a checkpoint every third, is killed (SIGKILL) once or twice, while
-it trains, saves or exports, and goes on with --resume. What it leaves must be what an undisturbed run leaves: the model
-byte for byte, and every field of metrics.jsonl and eval.jsonl that is no time or memory figure. Prints a line per trial
-and a table at the end; exit code 1 where anything differs.
+kill: each trial trains the example for 24 steps with a checkpoint every third step, is killed
+(SIGKILL) once or twice while it trains, saves or exports, and then runs to its end with --resume.
+It must leave what an undisturbed run leaves: the same model, byte for byte, and the same
+metrics.jsonl and eval.jsonl except for times and memory. Prints a line for each trial and a table
+at the end. Exit code 1 if anything differs.
 
-soak: the example's pairs over and over. Resident memory, its mean over the last quarter of the steps, must be within 2%
-of the second quarter's, and as many files open; exit code 1 otherwise. (Linux: read from /proc.)
+soak: trains on the example's pairs over and over. The mean resident memory over the last quarter of
+the steps must be within 2% of that over the second quarter, and no more files may be open. Exit
+code 1 otherwise. (Linux, because it reads /proc.)
 """
 
 import argparse
 import collections
 import itertools
-import json
 import os
 import random
 import statistics
@@ -25,165 +26,114 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import ROOT, read_rows, train_command
+
 CLOCKS = {"seconds", "tokens_per_s", "pairs_per_s", "peak_memory_gib"}
+EXAMPLE = ROOT / "examples"
 FLAGS = [
-    "--max-steps",
-    "24",
-    "--epochs",
-    "2",
-    "--save-every",
-    "3",
-    "--eval-every",
-    "6",
-    "--lr",
-    "1e-3",
-    "--model",
-    ROOT / "examples/model",
-    "--data",
-    ROOT / "examples/train.jsonl",
-    "--eval-data",
-    ROOT / "examples/heldout.jsonl",
-    "--samples",
-    "1",
+    *"--max-steps 24 --epochs 2 --save-every 3 --eval-every 6 --lr 1e-3 --samples 1".split(),
+    *("--model", EXAMPLE / "model", "--data", EXAMPLE / "train.jsonl"),
+    *("--eval-data", EXAMPLE / "heldout.jsonl"),
 ]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+# What a run is killed in; the kill comes up to this many seconds after it has begun.
+MOMENTS = {"training": 8.0, "saving": 0.03, "exporting": 0.02}
 
 
 def start(out: Path) -> subprocess.Popen:
-    """What it prints goes to OUT.log."""
-    command = [sys.executable, ROOT / "train.py", *FLAGS, "--out", out, "--resume"]
+    """Begins or resumes the run in OUT. It prints into OUT.log."""
+    words = train_command(*FLAGS, "--out", out, "--resume")
     with open(f"{out}.log", "wb") as log:
-        return subprocess.Popen(
-            [str(word) for word in command], stdout=log, stderr=subprocess.PIPE, env=ENVIRONMENT
-        )
+        return subprocess.Popen(words, stdout=log, stderr=subprocess.PIPE, env=ENVIRONMENT)
 
 
 def left_by(out: Path) -> dict:
-    """All that a run leaves and that two runs must have in common."""
-    logs = {
-        name: [
-            {key: value for key, value in json.loads(line).items() if key not in CLOCKS}
-            for line in (out / name).read_text().splitlines()
-        ]
-        for name in ("metrics.jsonl", "eval.jsonl")
-    }
-    return logs | {path.name: path.read_bytes() for path in (out / "model").iterdir()}
+    """Everything that two equal runs must have in common."""
+    found = {path.name: path.read_bytes() for path in (out / "model").iterdir()}
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        rows = read_rows(out / name)
+        found[name] = [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]
+    return found
 
 
-def kill(out: Path, when: str, rng: random.Random) -> str:
-    """Starts or goes on with a run and kills it: at a random time (of a run that goes on, after it has printed a step),
-    or when it begins to write a checkpoint or the model. Says where it was, or that it ended first."""
-    begun = (out / "metrics.jsonl").exists()
+def kill(out: Path, when: str, rng: random.Random) -> str | None:
+    """Begins or resumes a run and kills it: at a random time while it trains (a resumed run: after
+    it has printed a step), or soon after it begins to write a checkpoint or the model. Returns when
+    it was killed; None if it ended before."""
+    resumed = (out / "metrics.jsonl").exists()
     process, deadline = start(out), None
-    saves, wanted, seen = set(), rng.randint(1, 4), False
+    saves, wanted = set(), rng.randint(1, 4)
     while process.poll() is None:
-        names = (
-            {path.name for path in (out / "checkpoints").glob(".step-*")}
-            if when == "saving"
-            else set()
-        )
-        saves |= names
-        trains = (
-            b"\nstep " in Path(f"{out}.log").read_bytes()
-            if begun
-            else (out / "config.json").exists()
-        )
-        seen = {
-            "training": trains,
-            "saving": len(saves) >= wanted,
-            "exporting": (out / ".model.partial").exists(),
-        }[when]
-        if seen and deadline is None:
-            deadline = time.monotonic() + rng.uniform(
-                0, {"training": 8.0, "saving": 0.03, "exporting": 0.02}[when]
-            )
+        if when == "training" and resumed:
+            begun = b"\nstep " in Path(f"{out}.log").read_bytes()
+        elif when == "training":
+            begun = (out / "config.json").exists()
+        elif when == "saving":
+            saves |= {path.name for path in (out / "checkpoints").glob(".step-*")}
+            begun = len(saves) >= wanted
+        else:
+            begun = (out / ".model.partial").exists()
+        if begun and deadline is None:
+            deadline = time.monotonic() + rng.uniform(0, MOMENTS[when])
         if deadline is not None and time.monotonic() >= deadline:
             process.kill()
         time.sleep(0.0005)
     process.communicate()
-    rows = (
-        len((out / "metrics.jsonl").read_text().splitlines())
-        if (out / "metrics.jsonl").exists()
-        else 0
-    )
-    return (
-        f"{when}, {rows} steps logged" if process.returncode == -9 else "not killed: it had ended"
-    )
+    rows = len(read_rows(out / "metrics.jsonl"))
+    return f"{when}, {rows} steps logged" if process.returncode == -9 else None
 
 
 def campaign(a: argparse.Namespace) -> int:
-    rng, found, kills = random.Random(a.seed), collections.Counter(), 0
+    rng, found = random.Random(a.seed), collections.Counter()
     with tempfile.TemporaryDirectory() as scratch:
-        if start(Path(scratch) / "whole").wait():
+        undisturbed = Path(scratch) / "undisturbed"
+        if start(undisturbed).wait():
             raise SystemExit("the undisturbed run failed")
-        whole = left_by(Path(scratch) / "whole")
-        for trial, when in enumerate(itertools.cycle(["training", "saving", "exporting"])):
-            if kills >= a.kills:
+        wanted = left_by(undisturbed)
+        for trial, when in enumerate(itertools.cycle(MOMENTS)):
+            if found["kills"] >= a.kills:
                 break
-            out, moments = Path(scratch) / f"trial{trial}", []
-            for _ in range(rng.randint(1, 2)):
-                moments.append(kill(out, when, rng))
-                kills += "not killed" not in moments[-1]
-                found[when, "kills"] += "not killed" not in moments[-1]
+            out = Path(scratch) / f"trial{trial}"
+            moments = [kill(out, when, rng) for _ in range(rng.randint(1, 2))]
+            kills = sum(moment is not None for moment in moments)
             process = start(out)
-            complaint = process.communicate()[1].decode()
-            same = process.returncode == 0 and left_by(out) == whole
+            error = process.communicate()[1].decode()
+            same = process.returncode == 0 and left_by(out) == wanted
+            found.update({"kills": kills, (when, "kills"): kills})
             found[when, "identical" if same else "lost"] += 1
-            print(
-                f"{trial + 1}: killed {'; '.join(moments)}: {'identical' if same else 'DIFFERS ' + complaint[-500:]}",
-                flush=True,
-            )
+            told = "; ".join(moment or "not, it had ended" for moment in moments)
+            result = "identical" if same else f"DIFFERS {error[-500:]}"
+            print(f"{trial + 1}: killed {told}: {result}", flush=True)
     print("| killed while | kills | trials identical | lost |\n|---|---|---|---|")
-    for when in ("training", "saving", "exporting"):
-        print(
-            f"| {when} | {found[when, 'kills']} | {found[when, 'identical']} | {found[when, 'lost']} |"
-        )
-    return int(any(kind == "lost" and count for (_, kind), count in found.items()))
+    for when in MOMENTS:
+        kills, identical, lost = (found[when, kind] for kind in ("kills", "identical", "lost"))
+        print(f"| {when} | {kills} | {identical} | {lost} |")
+    return int(any(found[when, "lost"] for when in MOMENTS))
 
 
 def soak(a: argparse.Namespace) -> int:
     memory, files = [], []  # after each step: MiB, and how many
+    more = f"--save-every 100 --epochs {a.steps} --max-steps {a.steps} --eval-every 500"
     with tempfile.TemporaryDirectory() as scratch:
-        command = [
-            sys.executable,
-            ROOT / "train.py",
-            *FLAGS,
-            "--out",
-            Path(scratch) / "out",
-            "--save-every",
-            "100",
-            "--epochs",
-            a.steps,
-            "--max-steps",
-            a.steps,
-            "--eval-every",
-            "500",
-        ]
-        with subprocess.Popen(
-            [str(word) for word in command], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
-        ) as process:
+        words = train_command(*FLAGS, *more.split(), "--out", Path(scratch) / "out")
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
             home = Path(f"/proc/{process.pid}")
             for line in process.stdout:
                 if line.startswith("step "):
-                    memory.append(
-                        int((home / "statm").read_text().split()[1])
-                        * os.sysconf("SC_PAGE_SIZE")
-                        / 2**20
-                    )
+                    pages = int((home / "statm").read_text().split()[1])
+                    memory.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
                     files.append(len(list((home / "fd").iterdir())))
     quarter = len(memory) // 4
-    (second, last), (files_then, files_now) = (
-        [statistics.fmean(of[quarter : 2 * quarter]), statistics.fmean(of[3 * quarter :])]
-        for of in (memory, files)
-    )
+    second, last = slice(quarter, 2 * quarter), slice(3 * quarter, None)
+    memory_then, memory_now = statistics.fmean(memory[second]), statistics.fmean(memory[last])
+    files_then, files_now = statistics.fmean(files[second]), statistics.fmean(files[last])
+    growth = memory_now / memory_then - 1
     print(
-        f"{len(memory)} steps, exit code {process.returncode}; resident {second:.1f} MiB in the second quarter, "
-        f"{last:.1f} in the last ({last / second - 1:+.2%}); open files {files_then:.1f} and {files_now:.1f}"
+        f"{len(memory)} steps, exit code {process.returncode}; resident {memory_then:.1f} MiB in "
+        f"the second quarter, {memory_now:.1f} in the last ({growth:+.2%}); open files "
+        f"{files_then:.1f} and {files_now:.1f}"
     )
-    return int(
-        bool(process.returncode) or abs(last / second - 1) > 0.02 or files_now > files_then + 0.5
-    )
+    return int(process.returncode != 0 or abs(growth) > 0.02 or files_now > files_then + 0.5)
 
 
 def main() -> int:

@@ -1,20 +1,18 @@
-"""The CUDA path against the CPU's in fp32, which defines it; and what holds of compiled blocks on any device."""
+"""The CUDA path against the CPU's in fp32, which defines it; compiled blocks on any device."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_pairs, tiny_model
+from gpu import dense_attention
 
 import model
 from data import pack
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a CUDA device")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 LENGTHS = [
-    [(5, 7, 4), (9, 3, 8)],
-    [(3, 2, 2)],
-    [(14, 2, 3), (3, 9, 1), (6, 6, 10)],
-    [(4, 1, 2), (8, 11, 7)],
-    [(20, 20, 20)],
+    *([(5, 7, 4), (9, 3, 8)], [(3, 2, 2)], [(14, 2, 3), (3, 9, 1), (6, 6, 10)]),
+    *([(4, 1, 2), (8, 11, 7)], [(20, 20, 20)]),
 ]
 
 
@@ -22,15 +20,8 @@ LENGTHS = [
 @pytest.mark.parametrize("heads, groups, size", [(32, 8, 128), (4, 4, 64), (8, 1, 64)])
 def test_variable_length_attention_is_the_loop_on_the_cpu(heads, groups, size):
     torch.manual_seed(0)
-    lengths = [
-        (1, 1),
-        (7, 7),
-        (5, 30),
-        (1, 64),
-        (0, 0),
-        (64, 64),
-        (33, 100),
-    ]  # queries and keys of each segment
+    # Queries and keys of each segment.
+    lengths = [(1, 1), (7, 7), (5, 30), (1, 64), (0, 0), (64, 64), (33, 100)]
     starts = [
         torch.tensor([0, *torch.tensor(column).cumsum(0)], dtype=torch.int32)
         for column in zip(*lengths, strict=True)
@@ -43,25 +34,17 @@ def test_variable_length_attention_is_the_loop_on_the_cpu(heads, groups, size):
     weight = torch.randn(shapes[0])
     for output in outputs:
         (output.float() * weight.to(output.device)).sum().backward()
-    for a, b in zip(
-        (outputs[0], *(x.grad for x in exact)), (outputs[1], *(x.grad for x in found)), strict=True
-    ):
+    on_cpu, on_cuda = (outputs[0], *(x.grad for x in exact)), (outputs[1], *(x.grad for x in found))
+    for a, b in zip(on_cpu, on_cuda, strict=True):
         b = b.float().cpu()
-        assert (a - b).abs().max() < 0.02 * a.abs().max() and F.cosine_similarity(
-            a.flatten(), b.flatten(), 0
-        ) > 0.9999
+        assert (a - b).abs().max() < 0.02 * a.abs().max()
+        assert F.cosine_similarity(a.flatten(), b.flatten(), 0) > 0.9999
 
 
 @needs_cuda
 def test_a_packed_batch_in_bf16_on_cuda_is_the_cpus_in_fp32_up_to_rounding():
-    sizes = dict(
-        hidden_size=256,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        intermediate_size=384,
-        std=0.05,
-    )
+    sizes = dict(hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    sizes |= dict(intermediate_size=384, std=0.05)
     exact, half = tiny_model(**sizes), tiny_model(**sizes).cuda().bfloat16()
     batch = pack(random_pairs(LENGTHS[2]), longest=64)
     logps = exact(batch)[0], half(batch.to("cuda"))[0]
@@ -70,24 +53,6 @@ def test_a_packed_batch_in_bf16_on_cuda_is_the_cpus_in_fp32_up_to_rounding():
     torch.testing.assert_close(logps[1].cpu(), logps[0], rtol=0.02, atol=0.05)
     for (key, a), b in zip(exact.named_parameters(), half.parameters(), strict=True):
         assert F.cosine_similarity(a.grad.flatten(), b.grad.float().cpu().flatten(), 0) > 0.999, key
-
-
-def dense_attention(q_THK, k_TGK, v_TGK, segments):
-    """Segments as a dense mask made from their starts: it compiles for any length, as CUDA's kernel does."""
-    k, v = k_TGK.index_select(0, segments.key_row_N), v_TGK.index_select(0, segments.key_row_N)
-    rows = torch.arange(q_THK.shape[0]), torch.arange(k.shape[0])
-    of_q, of_k = (
-        torch.searchsorted(starts, x, right=True) - 1
-        for starts, x in zip((segments.query_starts, segments.key_starts), rows, strict=True)
-    )
-    left_q, left_k = (
-        segments.query_starts[of_q + 1] - rows[0],
-        segments.key_starts[of_k + 1] - rows[1],
-    )
-    seen = (of_q[:, None] == of_k) & (left_k >= left_q[:, None])
-    k, v = (x.repeat_interleave(q_THK.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = torch.einsum("thk,nhk->htn", q_THK, k) * q_THK.shape[-1] ** -0.5
-    return torch.einsum("htn,nhk->thk", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

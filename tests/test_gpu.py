@@ -1,4 +1,4 @@
-"""The script that measures on a GPU, in its small sizes on the CPU: what it reports is what ran."""
+"""bench/gpu.py in its small sizes on the CPU: what it reports is what ran."""
 
 import argparse
 import json
@@ -13,12 +13,13 @@ import torch
 from conftest import ROOT, random_pairs, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-import train
 from data import pack
+from model import expected_shapes
+from support.memory import forward_flops
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])
-def test_the_flops_of_a_pass_are_those_of_its_matrix_products_and_of_the_attention_that_the_mask_lets_through(
+def test_the_flops_of_a_pass_are_those_of_its_matrix_products_and_of_the_attention_that_the_mask_lets_through(  # noqa: E501
     share_prompt,
 ):
     model, lengths = tiny_model(), [(5, 7, 4), (1, 3, 8), (9, 1, 2)]
@@ -30,34 +31,31 @@ def test_the_flops_of_a_pass_are_those_of_its_matrix_products_and_of_the_attenti
     for p, w, l in lengths:
         computed = [range(p), range(p, p + w), range(p, p + l)] + [range(p)] * (not share_prompt)
         seen += sum(position + 1 for positions in computed for position in positions)
-    attention = (
-        2 * 2 * 4 * 8 * 2 * seen
-    )  # queries with keys, weights with values; 4 heads of 8, 2 layers
-    assert train.forward_flops(model.config, pairs, share_prompt) == products + attention
+    # Queries with keys, and weights with values; 4 heads of size 8, 2 layers.
+    attention = 2 * 2 * 4 * 8 * 2 * seen
+    shapes = expected_shapes(model.config)
+    assert forward_flops(model.config, shapes, pairs, share_prompt) == products + attention
 
 
-def run_gpu(what, scratch, out):
-    return subprocess.run(
-        [sys.executable, ROOT / "tests/gpu.py", what, "--scratch", scratch, "--out", out],
+def run_gpu(what, scratch):
+    """`python bench/gpu.py WHAT`, and what it has reported."""
+    results = scratch / "results.md"
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench/gpu.py", what, "--scratch", scratch, "--out", results],
         capture_output=True,
         text=True,
         timeout=300,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
     )
+    return done, results.read_text()
 
 
 @pytest.fixture
 def options(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for train.py, which it starts
-    return argparse.Namespace(
-        small=True,
-        device="cpu",
-        scratch=tmp_path,
-        out=tmp_path / "results.md",
-        options=[],
-        peak_tflops=1e-6,
-        part="step-uf-8192-unshared",
-    )
+    flags = {"small": True, "device": "cpu", "options": [], "peak_tflops": 1e-6}
+    paths = {"scratch": tmp_path, "out": tmp_path / "results.md"}
+    return argparse.Namespace(**flags, **paths, part="step-uf-8192-unshared")
 
 
 def test_pairs_have_the_mean_lengths_of_their_profile_and_padded_ones_the_groups_longest_sequence(
@@ -67,46 +65,36 @@ def test_pairs_have_the_mean_lengths_of_their_profile_and_padded_ones_the_groups
     for kind, means in gpu.LENGTHS.items():
         pairs, padded = (gpu.make_pairs(options, name)[1] for name in (kind, f"{kind}-padded"))
         for side, mean in zip(("prompt", "chosen", "rejected"), means, strict=True):
-            assert statistics.fmean(len(getattr(pair, side)) for pair in pairs) == pytest.approx(
-                mean, rel=0.02
-            )
+            found = statistics.fmean(len(getattr(pair, side)) for pair in pairs)
+            assert found == pytest.approx(mean, rel=0.02)
+
+        def sizes(group):
+            return [len(p.prompt) + len(y) for p in group for y in (p.chosen, p.rejected)]
+
         for i in range(0, len(pairs), 4):
-            longest = max(
-                len(p.prompt) + len(y) for p in pairs[i : i + 4] for y in (p.chosen, p.rejected)
-            )
+            longest = max(sizes(pairs[i : i + 4]))
             assert longest <= 2048
-            assert {
-                len(p.prompt) + len(y) for p in padded[i : i + 4] for y in (p.chosen, p.rejected)
-            } == {longest}
+            assert set(sizes(padded[i : i + 4])) == {longest}
         assert [len(p.prompt) for p in padded] == [len(p.prompt) for p in pairs]
 
 
 def test_a_measured_step_is_the_median_of_what_train_py_logged_and_nothing_is_exported(options):
     gpu.make_model(options, "8B")
-    (options.scratch / "step-uf-8192.json").write_text(
-        json.dumps({"pairs_per_s": 1e9, "peak_memory_gib": 1.0})
-    )
+    base = {"pairs_per_s": 1e9, "peak_memory_gib": 1.0}
+    (options.scratch / "step-uf-8192.json").write_text(json.dumps(base))
     gpu.step(options)
-    rows = [
-        json.loads(line)
-        for line in (options.scratch / "out/metrics.jsonl").read_text().splitlines()
-    ][2:4]
+    logged = (options.scratch / "out/metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in logged][2:4]
     found = json.loads((options.scratch / "step-uf-8192-unshared.json").read_text())
     assert found["seconds"] == statistics.median(row["seconds"] for row in rows)
-    # 6 FLOPs a parameter of the blocks (2 of 36,864) and token, 6 D a logit of the head, and little for attention.
-    scored = [
-        sum(
-            len(p.chosen) + len(p.rejected)
-            for p in gpu.make_pairs(options, "uf")[1][4 * i : 4 * i + 4]
-        )
-        for i in (2, 3)
-    ]
-    flops = [
-        6 * (2 * 36_864 * row["tokens"] + 640 * 64 * s) for row, s in zip(rows, scored, strict=True)
-    ]
-    by_hand = (
-        statistics.median(f / row["seconds"] for f, row in zip(flops, rows, strict=True)) / 1e6
-    )
+    # 6 FLOPs for each token and parameter of the blocks (2 of 36,864), 6 D for each logit of the
+    # head, and a little for attention.
+    pairs, rates = gpu.make_pairs(options, "uf")[1], []
+    for i, row in zip((2, 3), rows, strict=True):
+        scored = sum(len(p.chosen) + len(p.rejected) for p in pairs[4 * i : 4 * i + 4])
+        flops = 6 * (2 * 36_864 * row["tokens"] + 640 * 64 * scored)
+        rates.append(flops / row["seconds"])
+    by_hand = statistics.median(rates) / 1e6
     assert by_hand < found["mfu"] < 1.2 * by_hand
     assert f"has {1e9 / found['pairs_per_s']:.3f} x its pairs/s" in options.out.read_text()
     assert not (options.scratch / "out/model").exists()
@@ -115,12 +103,10 @@ def test_a_measured_step_is_the_median_of_what_train_py_logged_and_nothing_is_ex
 def test_five_batches_of_other_lengths_through_train_pys_own_model_compile_nothing_after_the_first(
     tmp_path,
 ):
-    done = run_gpu("compile", tmp_path, tmp_path / "results.md")
+    done, said = run_gpu("compile", tmp_path)
     assert done.returncode == 0, done.stdout
-    assert (
-        "graphs compiled until then [1, 1, 1, 1, 1], 0 of them after the first batch" in done.stdout
-    )
-    assert "eager takes" in (tmp_path / "results.md").read_text()
+    assert "graphs compiled so far [1, 1, 1, 1, 1], 0 of them after the first batch" in done.stdout
+    assert "eager takes" in said
 
 
 def test_a_part_that_fails_is_reported_and_passed_over_and_one_that_is_done_is_not_repeated(
@@ -130,9 +116,8 @@ def test_a_part_that_fails_is_reported_and_passed_over_and_one_that_is_done_is_n
     (tmp_path / "8B/config.json").write_text("{}")
     for part in gpu.STEPS:  # before step-profile and after it
         (tmp_path / f"{part}.done").touch()
-    done = run_gpu("step", tmp_path, tmp_path / "results.md")
+    done, said = run_gpu("step", tmp_path)
     assert done.returncode == 1
-    said = (tmp_path / "results.md").read_text()
     assert "- step-profile FAILED" in said and "model_type is None, wanted 'llama'" in said
     assert all(f"- {part}: measured by an earlier call" in said for part in gpu.STEPS)
     assert not (tmp_path / "step-profile.done").exists()
