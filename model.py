@@ -582,7 +582,7 @@ class Llama(nn.Module):
         layers = self.model["layers"]
         for block, attend in zip(layers, attends or [attention] * len(layers), strict=True):
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x_TD = checkpoint(block, x_TD, rope, segments, use_reentrant=False)
+                x_TD = checkpoint(block, x_TD, rope, segments, attend, use_reentrant=False)
             else:
                 x_TD = block(x_TD, rope, segments, attend)
         return x_TD
