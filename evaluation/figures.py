@@ -1,9 +1,21 @@
-""" """
+"""`eval.py figures`: the paper's Figure 1, its Figure 2 for runs of train.py, each run's curves.
+
+    bt_surface, asft_surface    the losses of Figure 1, and their gradients (equations 15 to 18)
+    Run, read_run               what train.py logged in a run's directory
+    draw_surfaces               figure1.png
+    draw_margins, draw_costs    figure2a.png and figure2b.png: runs side by side
+    draw_curves                 run-NAME.png: one run
+    run                         the command: the pictures, and captions.md
+
+Each draw_* function fills a matplotlib figure and returns its caption. The equations need only
+torch; matplotlib is imported by the command.
+"""
 
 import argparse
+import io
 import math
+import re
 import statistics
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,235 +28,238 @@ from support.files import InputError, naming, read_json, shown
 
 
 def bt_surface(x1: Tensor, x2: Tensor, beta: float) -> Tensor:
-    """L = -log(x1^b / (x1^b + x2^b)), nats (equation 15, exact): Bradley-Terry, the form of DPO's loss, at x1 = p_w and
-    x2 = p_l, both in (0, 1)."""
+    """L = -log(x1^b / (x1^b + x2^b)), in nats (equation 15, exact).
+
+    Bradley-Terry, the form of DPO's loss, at x1 = p_w and x2 = p_l, both in (0, 1)."""
     return -torch.log(x1**beta / (x1**beta + x2**beta))
 
 
 def bt_gradient(x1: Tensor, x2: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """dL/dx1 and dL/dx2 of `bt_surface` (equation 16, exact). Their sizes' ratio is |dL/dx2| / |dL/dx1| = x1/x2
-    (equations 19 to 21)."""
+    """dL/dx1 and dL/dx2 of `bt_surface` (equation 16, exact).
+
+    The ratio of their sizes is |dL/dx2| / |dL/dx1| = x1/x2 (equations 19 to 21)."""
     total = x1**beta + x2**beta
     return -beta * x2**beta / (x1 * total), beta * x2 ** (beta - 1) / total
 
 
 def asft_surface(x1: Tensor, x2: Tensor) -> Tensor:
-    """L = -log(x1) - log(1 - x2), nats (equation 17, exact): ASFT's align term at x1 = p_w and x2 = p_l."""
+    """L = -log(x1) - log(1 - x2), in nats (equation 17, exact): ASFT's align term at x1 = p_w and
+    x2 = p_l."""
     return -torch.log(x1) - torch.log1p(-x2)
 
 
 def asft_gradient(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-    """dL/dx1 and dL/dx2 of `asft_surface` (equation 18, exact). Their sizes' ratio is |dL/dx1| / |dL/dx2| = (1-x2)/x1
-    (equations 22 to 25)."""
+    """dL/dx1 and dL/dx2 of `asft_surface` (equation 18, exact).
+
+    The ratio of their sizes is |dL/dx1| / |dL/dx2| = (1-x2)/x1 (equations 22 to 25)."""
     return -1 / x1, 1 / (1 - x2)
 
 
 def log_gradient(x1: Tensor, x2: Tensor, gradient: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The same gradient for the log-probabilities l_w = log x1 and l_l = log x2: dL/dlog(x) = x dL/dx. Not in the
-    paper."""
+    """The same gradient with respect to l_w = log x1 and l_l = log x2: dL/dlog(x) = x dL/dx.
+
+    Not in the paper."""
     return x1 * gradient[0], x2 * gradient[1]
 
 
-COLUMNS = ("step", "margin", "seconds", "peak_memory_gib")  # of metrics.jsonl, and of Run
+MEANS = ("loss", "logp_w", "logp_l", "margin", "accuracy")  # over pairs
+COLUMNS = ("step", *MEANS, "grad_norm", "seconds", "peak_memory_gib")  # of metrics.jsonl
+HELD_OUT = ("step", *(f"eval_{name}" for name in MEANS))  # of eval.jsonl
 
 
 class Run(NamedTuple):
-    """What the figures need of a run: one number per step in each list."""
+    """What a run logged. Columns hold one number per row; log-probs are nats per token."""
 
     label: str
     device: str
-    step: list[float]
-    margin: list[float]  # mean of l_w - l_l over the step's pairs, nats per token
-    seconds: list[float]
-    peak_memory_gib: list[float]  # the GPU's, or on a CPU the process's resident memory; so far
+    steps: dict[str, list[float]]  # COLUMNS; for ASFT also rejected_weight
+    held_out: dict[str, list[float]]  # HELD_OUT, or nothing without held-out pairs
+
+
+def read_columns(path: Path, names: tuple[str, ...]) -> dict[str, list[float]]:
+    """Columns of a JSONL file. Raises InputError, with the line, unless all are finite numbers."""
+    columns = {name: [] for name in names}
+    for place, row in json_rows(path, *names):
+        for name in names:
+            if type(row[name]) not in (int, float) or not math.isfinite(row[name]):
+                raise InputError(f"{place}: {name} is {shown(row[name])}, wanted a number")
+            columns[name].append(float(row[name]))
+    return columns
 
 
 def read_run(text: str) -> Run:
-    """DIR, labelled by its loss, or NAME=DIR. Raises InputError, naming file and line."""
+    """DIR, labelled by its loss, or NAME=DIR. Raises InputError with file and line."""
     name, path = named(text)
-    if not (path / "config.json").is_file():
+    config, metrics, held_out = path / "config.json", path / "metrics.jsonl", path / "eval.jsonl"
+    if not config.is_file():
         raise InputError(
             f"--runs {text}: {path} has no config.json; wanted a directory that train.py wrote"
         )
-    facts = read_json(path / "config.json")
+    facts = read_json(config)
     try:
-        loss, reference, device = (
-            facts["flags"]["loss"],
-            facts["flags"]["reference"],
-            facts["device"],
-        )
-        label = f"{loss}, {reference}" if asft.LOSSES[loss].reference else loss
+        loss, device = facts["flags"]["loss"], str(facts["device"])
+        uses_reference = asft.LOSSES[loss].reference
+        label = f"{loss}, {facts['flags']['reference']}" if uses_reference else loss
     except (KeyError, TypeError):
-        raise InputError(
-            f"{path / 'config.json'}: no flags of train.py; wanted its config.json"
-        ) from None
-    rows = json_rows(path / "metrics.jsonl", *COLUMNS)
-    for place, row in rows:
-        if not all(
-            type(row[name]) in (int, float) and math.isfinite(row[name]) for name in COLUMNS
-        ):
-            raise InputError(
-                f"{place}: wanted an object with the numbers {', '.join(COLUMNS)}; found {shown(row)}"
-            )
-    if not rows:
-        raise InputError(f"{path / 'metrics.jsonl'}: no step in it")
-    return Run(
-        name or label, str(device), *([float(row[name]) for _, row in rows] for name in COLUMNS)
-    )
+        raise InputError(f"{config}: no flags of train.py; wanted its config.json") from None
+    steps = read_columns(metrics, COLUMNS + ("rejected_weight",) * (loss == "asft"))
+    if not steps["step"]:
+        raise InputError(f"{metrics}: no step in it")
+    evaluations = read_columns(held_out, HELD_OUT) if held_out.is_file() else {}
+    return Run(name or label, device, steps, evaluations)
 
 
-# Okabe and Ito's colours, told apart by the colour-blind; a line's dashes tell it apart as well.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
-
-
+# Okabe and Ito's colours, which the colour-blind can tell apart; dashes tell lines apart as well.
+COLOURS = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #000000".split()
 DASHES = ("-", "--", ":", "-.")
 
 
+def running_means(values: list[float], window: int) -> list[float]:
+    """At each place the mean of the last `window` values, or of as many as there are."""
+    return [statistics.fmean(values[max(0, i - window) : i]) for i in range(1, len(values) + 1)]
+
+
 def draw_surfaces(figure, beta: float) -> str:
-    """Figure 1: one row per loss; probabilities on the left, log-probabilities on the right."""
+    """Figure 1: Bradley-Terry above ASFT; probabilities on the left, log-probabilities right."""
     figure.set_size_inches(11, 10.4)
-    figure.suptitle(
-        "Figure 1. Loss of one pair (colour) and where it pushes the two answers (arrows)"
-    )
-    losses = (
-        (
-            f"Bradley-Terry (DPO), eq. 15, beta = {beta:g}",
-            lambda *x: bt_surface(*x, beta),
-            lambda *x: bt_gradient(*x, beta),
-        ),
-        ("ASFT's align term, eq. 17", asft_surface, asft_gradient),
-    )
-    for row, (name, surface, gradient) in zip(figure.subplots(2, 2), losses, strict=True):
-        for logs, ax in enumerate(row):
-            low, high, unit = (
-                (-4.0, -0.05, "nats per token") if logs else (0.02, 0.98, "probability per token")
-            )
-            at_2, at_1 = torch.meshgrid(
-                *[torch.linspace(low, high, 200, dtype=torch.float64)] * 2, indexing="ij"
-            )
-            x1, x2 = (at_1.exp(), at_2.exp()) if logs else (at_1, at_2)
-            colour = ax.contourf(at_1, at_2, surface(x1, x2), levels=24, cmap="cividis")
+    figure.suptitle("Figure 1. Loss of one pair (colour), and how it moves both answers (arrows)")
+    axes, half = figure.subplots(2, 2), math.log(0.5)
+    # On the lines `equal`, from the left edge to the right one, both answers are pushed equally.
+    for logs, low, high, equal in (
+        (False, 0.02, 0.98, [(0.02, 0.98), (0.98, 0.02)]),  # p_l = p_w; p_l = 1 - p_w
+        (True, -4.0, -0.05, [None, (half, half)]),  # everywhere; p_l = 1/2
+    ):
+        axis = torch.linspace(low, high, 200, dtype=torch.float64)
+        at_l, at_w = torch.meshgrid(axis, axis, indexing="ij")
+        x = (at_w.exp(), at_l.exp()) if logs else (at_w, at_l)
+        gradients = bt_gradient(*x, beta), asft_gradient(*x)
+        if logs:
+            gradients = [log_gradient(*x, gradient) for gradient in gradients]
+        surfaces = bt_surface(*x, beta), asft_surface(*x)
+        names = f"Bradley-Terry (DPO), eq. 15, beta = {beta:g}", "ASFT's align term, eq. 17"
+        log, unit = ("log ", "nats per token") if logs else ("", "probability per token")
+        for i, ax in enumerate(axes[:, int(logs)]):
+            colour = ax.contourf(at_w, at_l, surfaces[i], levels=24, cmap="cividis")
             figure.colorbar(colour, ax=ax, label="loss (nats)", shrink=0.85)
-
-            few = slice(7, None, 15)  # points with an arrow
-            d1, d2 = log_gradient(x1, x2, gradient(x1, x2)) if logs else gradient(x1, x2)
-            d1, d2, at_1, at_2 = d1[few, few], d2[few, few], at_1[few, few], at_2[few, few]
-            size = torch.hypot(d1, d2)
-            length = 0.07 * (high - low) * (size.log1p() / size.log1p().max()).clamp(min=0.4) / size
-            ax.quiver(
-                at_1,
-                at_2,
-                -d1 * length,
-                -d2 * length,
-                angles="xy",
-                scale_units="xy",
-                scale=1,
-                pivot="mid",
-                color="white",
-                edgecolor="black",
-                linewidth=0.4,
-                width=0.007,
-            )
-
-            equal = "both pushed equally: everywhere"
-            if surface is asft_surface or not logs:
-                equal = "both pushed equally: dashed line"
-                bt = surface is not asft_surface
-                ends = [math.log(0.5)] * 2 if logs else [low, high] if bt else [1 - low, 1 - high]
-                ax.plot([low, high], ends, "--", color="#E69F00", linewidth=2.5)
-            ax.set(
-                aspect="equal",
-                xlim=(low, high),
-                ylim=(low, high),
-                title=f"{name}\n{equal}",
-                xlabel=f"{'log ' * logs}p_w of the chosen answer ({unit})",
-                ylabel=f"{'log ' * logs}p_l of the rejected answer ({unit})",
-            )
+            draw_arrows(ax, at_w, at_l, gradients[i], 0.07 * (high - low))
+            if equal[i]:
+                ax.plot([low, high], equal[i], "--", color=COLOURS[1], linewidth=2.5)
+            places = "dashed line" if equal[i] else "everywhere"
+            ax.set(aspect="equal", xlim=(low, high), ylim=(low, high))
+            ax.set_title(f"{names[i]}\nboth pushed equally: {places}")
+            ax.set_xlabel(f"{log}p_w of the chosen answer ({unit})")
+            ax.set_ylabel(f"{log}p_l of the rejected answer ({unit})")
     return (
-        "The loss of one pair (colour) over x1 = p_w and x2 = p_l, geometric means over an answer's tokens, and the "
-        "direction in which it falls fastest (arrows, longer where the gradient is larger, each panel to its own "
-        f"scale). Top: Bradley-Terry as in DPO, equations 15 and 16, at beta = {beta:g}; the paper does not say at "
-        "which it draws. Bottom: ASFT's align term, equations 17 and 18. Left, in probabilities, as in the paper: "
-        "Bradley-Terry pushes the rejected answer x1/x2 times as hard as the chosen one (equation 21), so harder "
-        "wherever the chosen one is likelier; ASFT pushes the chosen one (1-x2)/x1 times as hard as the rejected one "
-        "(equation 25). Right, the same losses in log-probabilities: the asymmetry that the paper describes "
-        "disappears, since Bradley-Terry pushes both answers equally hard everywhere; it belongs to the coordinates. "
-        "ASFT pushes the chosen answer with weight 1 and the rejected one with its odds, x2/(1-x2), so less than the "
-        "chosen one wherever x2 is below 1/2."
+        "The loss of one pair (colour) and the direction in which it falls fastest (arrows, longer "
+        f"for larger gradients): Bradley-Terry as in DPO (equation 15; beta = {beta:g}, which the "
+        "paper leaves open) above ASFT's align term (equation 17). In probabilities (left, as in "
+        "the paper) Bradley-Terry pushes the rejected answer p_w/p_l times as hard as the chosen "
+        "one; in log-probabilities (right) it pushes both equally, and ASFT the rejected one with "
+        "its odds, p_l/(1-p_l), against 1 for the chosen one."
     )
+
+
+def draw_arrows(ax, at_w: Tensor, at_l: Tensor, gradient: tuple[Tensor, Tensor], longest: float):
+    """Arrows against the gradient at some of the points, at most `longest` long."""
+    few = slice(7, None, 15)
+    at_w, at_l, d_w, d_l = (x[few, few] for x in (at_w, at_l, *gradient))
+    size = torch.hypot(d_w, d_l)
+    # Lengths grow with the logarithm of the gradient, and the shortest can still be seen.
+    length = longest * (size.log1p() / size.log1p().max()).clamp(min=0.4) / size
+    style = {"angles": "xy", "scale_units": "xy", "scale": 1, "pivot": "mid", "width": 0.007}
+    style |= {"color": "white", "edgecolor": "black", "linewidth": 0.4}
+    ax.quiver(at_w, at_l, -d_w * length, -d_l * length, **style)
 
 
 def draw_margins(figure, runs: list[Run]) -> str:
-    """Figure 2(a): thin, each step's margin; thick, its mean over the last steps, as many for every run."""
-    window = max(1, max(len(run.step) for run in runs) // 10)
+    """Figure 2(a): thin, each step's margin; thick, its mean over the last steps."""
+    window = max(1, max(len(run.steps["step"]) for run in runs) // 10)
     figure.set_size_inches(9, 5)
     ax = figure.subplots()
     for i, run in enumerate(runs):
-        colour, dashes = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
-        smooth = [
-            statistics.fmean(run.margin[max(0, j + 1 - window) : j + 1])
-            for j in range(len(run.margin))
-        ]
-        ax.plot(run.step, run.margin, color=colour, alpha=0.3, linewidth=0.8)
-        width = 3.5 - 2 * (
-            i % 2
-        )  # a line that another covers, as DPO's two references do, shows on both sides of it
-        ax.plot(
-            run.step,
-            smooth,
-            dashes,
-            color=colour,
-            linewidth=width,
-            label=run.label,
-            marker="o" * (len(smooth) == 1),
-        )
+        colour, step, margin = COLOURS[i % len(COLOURS)], run.steps["step"], run.steps["margin"]
+        ax.plot(step, margin, color=colour, alpha=0.3, linewidth=0.8)
+        style = {"color": colour, "linestyle": DASHES[i % len(DASHES)], "label": run.label}
+        style["linewidth"] = 3.5 - 2 * (i % 2)  # if one line covers another, both can be seen
+        style["marker"] = "o" if len(step) == 1 else None
+        ax.plot(step, running_means(margin, window), **style)
     ax.axhline(0, color="grey", linewidth=0.8)
-    ax.set(
-        title="Figure 2(a). Likelihood margin over training",
-        xlabel="step (updates)",
-        ylabel="margin, log p_w - log p_l (nats per token)",
-    )
+    ax.set_title("Figure 2(a). Likelihood margin over training")
+    ax.set(xlabel="step (updates)", ylabel="margin, log p_w - log p_l (nats per token)")
     figure.legend(loc="outside right upper")
     return (
-        "The margin, the mean over a step's pairs of log p_w - log p_l (mean token log-probabilities, whatever the "
-        f"loss takes), of: {'; '.join(run.label for run in runs)}. Thin: each step's own pairs. Thick: the mean of "
-        f"{'that step' if window == 1 else f'the last {window} steps'}. The pairs are those being trained on."
+        "The margin over training, the mean of log p_w - log p_l over the pairs of a step, which "
+        f"are pairs being trained on: {'; '.join(run.label for run in runs)}. Thin lines are "
+        f"single steps, thick lines the mean of the last {window} step{'s' * (window > 1)}."
     )
 
 
 def draw_costs(figure, runs: list[Run]) -> str:
     """Figure 2(b): bars, with their numbers."""
-    seconds = [statistics.median(run.seconds) for run in runs]
-    memory = [max(run.peak_memory_gib) for run in runs]
+    labels = [run.label for run in runs]
+    seconds = [statistics.median(run.steps["seconds"]) for run in runs]
+    memory = [max(run.steps["peak_memory_gib"]) for run in runs]
     figure.set_size_inches(9, 1.6 + 0.45 * len(runs))
     figure.suptitle("Figure 2(b). Time and peak memory")
-    labels = ("time per step (s, median)", "peak memory (GiB)")
-    for ax, values, label in zip(
-        figure.subplots(1, 2, sharey=True), (seconds, memory), labels, strict=True
-    ):
-        bars = ax.barh(
-            range(len(runs)), values, color=[COLOURS[i % len(COLOURS)] for i in range(len(runs))]
-        )
+    left, right = figure.subplots(1, 2, sharey=True)
+    for ax, values in ((left, seconds), (right, memory)):
+        bars = ax.barh(range(len(runs)), values)
+        for i, bar in enumerate(bars):
+            bar.set_color(COLOURS[i % len(COLOURS)])
         ax.bar_label(bars, [f"{value:#.3g}" for value in values], padding=3)
-        ax.set(xlabel=label, xlim=(0, 1.15 * max(values) or 1))
-        ax.set_yticks(range(len(runs)), [run.label for run in runs])
-    ax.invert_yaxis()  # shared: the first run on top
-    numbers = [
-        f"{run.label} {s:#.3g} s, {m:#.3g} GiB"
-        for run, s, m in zip(runs, seconds, memory, strict=True)
-    ]
-    against = [
-        f"{run.label} takes {s / seconds[0] - 1:+.1%} time, {m / memory[0] - 1:+.1%} memory"
-        for run, s, m in list(zip(runs, seconds, memory, strict=True))[1:]
-        if seconds[0] and memory[0]
-    ]
+        ax.set_xlim(0, 1.15 * max(values) or 1)
+        ax.set_yticks(range(len(runs)), labels)
+    left.set_xlabel("time per step (s, median)")
+    right.set_xlabel("peak memory (GiB)")
+    left.invert_yaxis()  # of both: the first run is on top
+    costs = []
+    for label, s, m in zip(labels, seconds, memory, strict=True):
+        cost = f"{label} {s:#.3g} s, {m:#.3g} GiB"
+        if costs and seconds[0] and memory[0]:
+            cost += f" ({s / seconds[0] - 1:+.1%}, {m / memory[0] - 1:+.1%})"
+        costs.append(cost)
+    devices = "; ".join(sorted({run.device for run in runs}))
     return (
-        f"Median time of a step and highest memory of the run: {'; '.join(numbers)}. "
-        + (f"Against {runs[0].label}: {'; '.join(against)}. " if against else "")
-        + f"Measured on: {'; '.join(sorted({run.device for run in runs}))}. On a CPU memory is the process's "
-        "resident memory, libraries included. Time leaves out what happens before the first step, so the one pass "
-        "that precomputes reference log-probabilities is not in it. The paper reports 13% less time and 16.7% "
-        "lower peak memory for ASFT than for training with a reference model."
+        f"Median time of a step and peak memory (against the first run): {'; '.join(costs)}; on "
+        f"{devices}; memory on a CPU is the process's, libraries included, and the pass that "
+        "precomputes a reference is not in the time. The paper reports 13% less time and 16.7% "
+        "less memory for ASFT than for training with a reference model."
+    )
+
+
+def draw_curves(figure, run: Run) -> str:
+    """One run: six panels over its steps, the last one only for ASFT."""
+    window = max(1, len(run.steps["step"]) // 20)
+    figure.set_size_inches(11, 6)
+    figure.suptitle(f"{run.label}: training pairs (lines) and held-out pairs (dots)")
+    axes = figure.subplots(2, 3).ravel()
+    axes[5].set_visible(has_weight := "rejected_weight" in run.steps)
+    blue, red = COLOURS[0], COLOURS[3]
+    labels = {"logp_w": "chosen", "logp_l": "rejected"}
+    for ax, name, title, colour in (
+        (axes[0], "loss", "loss", blue),
+        (axes[1], "logp_w", "log-probability (nats per token)", blue),
+        (axes[1], "logp_l", "log-probability (nats per token)", red),
+        (axes[2], "margin", "margin (nats per token)", blue),
+        (axes[3], "accuracy", "pair accuracy", blue),
+        (axes[4], "grad_norm", "gradient norm", blue),
+        (axes[5], "rejected_weight", "rejected weight", blue),
+    ):
+        step, values = run.steps["step"], run.steps.get(name)
+        if values:
+            marker = "." if len(step) == 1 else None
+            ax.plot(step, values, color=colour, alpha=0.3, linewidth=0.8)
+            style = {"color": colour, "marker": marker, "label": labels.get(name)}
+            ax.plot(step, running_means(values, window), **style)
+        if held_out := run.held_out.get(f"eval_{name}"):
+            ax.plot(run.held_out["step"], held_out, "o", color=colour, markeredgecolor="black")
+        ax.set(title=title, xlabel="step")
+    axes[1].legend()
+    return (
+        f"The run {run.label}, on {run.device}: thin lines are the pairs of single steps, thick "
+        f"lines the mean of the last {window} step{'s' * (window > 1)}, dots the held-out pairs. "
+        "Look for a margin that grows without a fall of the chosen answers' log-probability"
+        + ("; near a rejected weight of 0, ASFT is plain SFT." if has_weight else ".")
     )
 
 
@@ -252,30 +267,34 @@ def run(flags: argparse.Namespace) -> None:
     """Draws what can be drawn; replaces pictures of an earlier call."""
     try:
         import matplotlib.figure
+        from PIL import Image
     except ImportError as error:
         raise InputError(
-            f"figures are drawn by matplotlib: pip install matplotlib ({error})"
+            f"figures need matplotlib ({error}): pip install -r evaluation/requirements.txt"
         ) from None
-    runs = [read_run(text) for text in flags.runs]
-    if twice := [label for label, count in Counter(run.label for run in runs).items() if count > 1]:
-        raise InputError(f"--runs: two are labelled {twice[0]!r}; name them as NAME=DIR")
-    drawn = {"figure1": (draw_surfaces, flags.beta)}
-    if runs:
-        drawn |= {"figure2a": (draw_margins, runs), "figure2b": (draw_costs, runs)}
+    drawings = {"figure1": (draw_surfaces, flags.beta)}
+    if runs := [read_run(text) for text in flags.runs]:
+        drawings |= {"figure2a": (draw_margins, runs), "figure2b": (draw_costs, runs)}
+    for of_run in runs:
+        name = "run-" + re.sub(r"[^\w.]+", "-", of_run.label.lower())  # on every file system
+        if name in drawings:
+            raise InputError(f"--runs: two are labelled {of_run.label!r}; name them as NAME=DIR")
+        drawings[name] = (draw_curves, of_run)
     captions, out = [], Path(flags.out)
     with naming(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
-        for name, (draw, of) in drawn.items():
-            figure = matplotlib.figure.Figure(layout="constrained")
-            caption = f"**{name.replace('figure', 'Figure ')}.** {draw(figure, of)}"
-            figure.savefig(out / f"{name}.png", dpi=150)
-            captions.append(f"![{name}]({name}.png)\n\n{caption}\n")
+        for name, (draw, what) in drawings.items():
+            figure, pixels = matplotlib.figure.Figure(layout="constrained"), io.BytesIO()
+            title = name.replace("figure", "Figure ").replace("run-", "Run ")
+            captions.append(f"![{name}]({name}.png)\n\n**{title}.** {draw(figure, what)}\n")
+            figure.savefig(pixels, dpi=100)
+            # 128 colours look the same and take a quarter of the bytes.
+            Image.open(pixels).convert("RGB").quantize(128).save(out / f"{name}.png")
         (out / "captions.md").write_text("\n".join(captions))
     print("\n".join(captions))
-    print(
-        f"captions in {out / 'captions.md'}"
-        + ("" if runs else "; Figure 2 wants --runs, so only Figure 1 is drawn")
-    )
+    print(f"captions in {out / 'captions.md'}")
+    if not runs:
+        print("only Figure 1 is drawn; Figure 2 and a run's curves need --runs")
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
@@ -286,13 +305,14 @@ def add_flags(command: argparse.ArgumentParser) -> None:
         "--beta",
         type=between(float, 1e-9),
         default=0.1,
-        help="of Figure 1's Bradley-Terry surface, equation 15. OPEN: "
-        "the paper does not say; 0.1 is DPO's usual one [0.1]",
+        help="of Figure 1's Bradley-Terry surface, equation 15. OPEN: the paper does not say; 0.1 "
+        "is usual for DPO [0.1]",
     )
     add(
         "--runs",
         nargs="+",
         default=[],
         metavar="RUN",
-        help="for Figure 2: directories that train.py wrote, each as DIR or NAME=DIR",
+        help="for Figure 2 and each run's curves: directories that train.py wrote, each as DIR or "
+        "NAME=DIR",
     )
