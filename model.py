@@ -19,12 +19,10 @@ quantised weights, Meta's own consolidated.*.pth layout (its q and k rows are in
 """
 
 import inspect
-import json
 import math
-import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -39,25 +37,11 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from asft import at_least_fp32
-from support.files import InputError, flush, naming, read_json, shown
-from support.tensors import finite, local_rows, open_safetensors
+from support.files import InputError, flush, naming, read_json, shown, write_json
+from support.llama_config import checked_config, config_json, token_ids
+from support.tensors import finite, local_rows, open_safetensors, tensor_headers
 
 # ------------------------------------------------------------------------------- configuration
-
-# Keys of config.json with one acceptable meaning. With another value, a checkpoint would load and
-# compute nonsense.
-ONLY = {
-    "hidden_act": ["silu"],
-    "attention_bias": [False],
-    "mlp_bias": [False],
-    "attention_dropout": [0],
-    "quantization_config": [None],
-    "partial_rotary_factor": [1],
-    "sliding_window": [None],
-}
-# Whole numbers are below 2**24, except these: --plan builds every layer before any file could
-# contradict config.json, and no tensor may have 2**63 bytes. Llama 405B has 126 layers.
-MOST = {"num_hidden_layers": 2**12, "head_dim": 2**12}
 
 
 @dataclass(frozen=True)
@@ -98,121 +82,14 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, raw: dict, where: str | Path = "config") -> "LlamaConfig":
-        """Checks a parsed config.json, of transformers 4 (rope_theta, rope_scaling) or 5
-        (rope_parameters)."""
-        if not isinstance(raw, dict) or raw.get("model_type") != "llama":
-            found = raw.get("model_type") if isinstance(raw, dict) else raw
-            raise InputError(f"{where}: model_type is {shown(found)}, wanted 'llama'")
-        for key, accepted in ONLY.items():
-            if key in raw and raw[key] not in accepted:
-                raise InputError(
-                    f"{where}: {key} is {shown(raw[key])}, which is not implemented; "
-                    f"wanted {accepted[0]!r}"
-                )
-        tie = raw.get("tie_word_embeddings", False)
-        if not isinstance(tie, bool):
-            raise InputError(f"{where}: tie_word_embeddings is {shown(tie)}, wanted true or false")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise InputError(f"{where}: rope_scaling is {shown(rope)}, wanted an object")
-        scaling = _rope_scaling(rope, where)
-
-        def number(key: str, kind: type = int, default=None, source: dict = raw):
-            return _positive(source, key, kind, where, default)
-
-        heads, width = number("num_attention_heads"), number("hidden_size")
-        if raw.get("head_dim") is None and width % heads:
-            raise InputError(
-                f"{where}: hidden_size ({width}) is not a multiple of num_attention_heads "
-                f"({heads}), and there is no head_dim"
-            )
-        config = cls(
-            vocab_size=number("vocab_size"),
-            hidden_size=width,
-            intermediate_size=number("intermediate_size"),
-            num_hidden_layers=number("num_hidden_layers"),
-            num_attention_heads=heads,
-            num_key_value_heads=number("num_key_value_heads", default=heads),
-            head_dim=number("head_dim", default=width // heads),
-            max_position_embeddings=number("max_position_embeddings"),
-            rms_norm_eps=number("rms_norm_eps", float, cls.rms_norm_eps),
-            rope_theta=number(
-                "rope_theta", float, cls.rope_theta, raw if rope.get("rope_theta") is None else rope
-            ),
-            rope_scaling=scaling,
-            tie_word_embeddings=tie,
-            bos_token_id=next(iter(token_ids(raw, "bos_token_id", where)), None),
-            eos_token_id=token_ids(raw, "eos_token_id", where),
-        )
-        if heads % config.num_key_value_heads or config.head_dim % 2:
-            raise InputError(
-                f"{where}: wanted num_attention_heads ({heads}) to be a multiple of "
-                f"num_key_value_heads ({config.num_key_value_heads}), and head_dim "
-                f"({config.head_dim}) to be even"
-            )
-        return config
+        """Checks a parsed config.json. Raises InputError for all that is not implemented here."""
+        fields = checked_config(raw, where)
+        scaling = fields.pop("rope_scaling")
+        return cls(**fields, rope_scaling=RopeScaling(**scaling) if scaling else None)
 
     def to_dict(self, dtype: torch.dtype) -> dict:
-        """The content of config.json for weights of `dtype`, in the form that transformers 4 and
-        5 and vLLM read."""
-        scaling = self.rope_scaling and {"rope_type": "llama3", **vars(self.rope_scaling)}
-        eos = list(self.eos_token_id) or None
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            **vars(self),
-            "eos_token_id": eos[0] if eos and len(eos) == 1 else eos,
-            "rope_scaling": scaling,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "torch_dtype": str(dtype).removeprefix("torch."),
-        }
-
-
-def _positive(source: dict, key: str, kind: type, where: str | Path, default=None):
-    """A positive number of a configuration, or the default if the key is absent or null."""
-    value = default if source.get(key) is None else source[key]
-    limit = MOST.get(key, 2**24 if kind is int else 2**40)
-    fits = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    if not fits or not 0 < value < limit:
-        whole = "whole " if kind is int else ""
-        raise InputError(
-            f"{where}: {key} is {shown(value)}, wanted a positive {whole}number below {limit:,}"
-        )
-    return kind(value)
-
-
-def _rope_scaling(rope: dict, where: str | Path) -> RopeScaling | None:
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "llama3"):
-        raise InputError(
-            f"{where}: rope type {shown(rope_type)} is not implemented; "
-            "wanted 'default' or 'llama3'"
-        )
-    if rope_type == "default":
-        return None
-    kinds = RopeScaling.__annotations__.items()
-    scaling = RopeScaling(*(_positive(rope, key, kind, where) for key, kind in kinds))
-    if scaling.low_freq_factor >= scaling.high_freq_factor:  # `rope_frequencies` blends in between
-        raise InputError(
-            f"{where}: low_freq_factor is {scaling.low_freq_factor}, wanted less than "
-            f"high_freq_factor, {scaling.high_freq_factor}"
-        )
-    return scaling
-
-
-def token_ids(raw: dict, key: str, where: str | Path) -> tuple[int, ...]:
-    """The token ids under a key of a configuration: one id, a list of them, or none."""
-    value = raw.get(key)
-    if value is None:
-        return ()
-    value = value if isinstance(value, list) else [value]
-    if not all(type(i) is int and 0 <= i < 2**31 for i in value):  # JSON's true is an int, too
-        raise InputError(
-            f"{where}: {key} is {shown(raw[key])}, wanted a token id or a list of them"
-        )
-    return tuple(value)
+        """The content of config.json for weights of `dtype`."""
+        return config_json(asdict(self), str(dtype).removeprefix("torch."))
 
 
 # ----------------------------------------------------------------------------------- attention
@@ -643,28 +520,18 @@ def check_weights(directory: str | Path, config: LlamaConfig) -> dict[str, Path]
     hold and which is derived, and a tied model's spare `lm_head.weight` (`load_weights` compares
     it).
     """
-    files, found = _weight_files(Path(directory)), {}
-    for path, keys in files.items():
-        with open_safetensors(path) as file:
-            there = set(file.keys())
-            if keys is not None and there != keys:
-                odd = sorted(there ^ keys)[0]
-                side = "index" if odd in keys else "file"
-                raise InputError(f"{path}: key {shown(odd)} is only in the {side}")
-            for key in there:
-                if not key.endswith("rotary_emb.inv_freq"):
-                    tensor = file.get_slice(key)
-                    found[key] = (path, tuple(tensor.get_shape()), tensor.get_dtype())
+    headers = tensor_headers(Path(directory))
+    found = {key: x for key, x in headers.items() if not key.endswith("rotary_emb.inv_freq")}
+    expected = expected_shapes(config)
     layers = len({key.split(".")[2] for key in found if key.startswith("model.layers.")})
     if layers != config.num_hidden_layers:
         raise InputError(
             f"{directory}: config.json says num_hidden_layers {config.num_hidden_layers}, "
             f"the weights have model.layers of {layers}"
         )
-    expected = expected_shapes(config)
     for key, shape in expected.items():
         if key not in found:
-            names = ", ".join(path.name for path in list(files)[:4])
+            names = ", ".join(sorted({header.path.name for header in found.values()})[:4])
             raise InputError(f"{directory}: key {key} is missing from {names}")
         path, found_shape, dtype = found[key]
         if found_shape != shape:
@@ -676,33 +543,9 @@ def check_weights(directory: str | Path, config: LlamaConfig) -> dict[str, Path]
             raise InputError(f"{path}: key {key} is stored as {dtype}, wanted one of {floats}")
     spare = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if extra := sorted(found.keys() - expected.keys() - spare):
-        path = found[extra[0]][0]
-        raise InputError(
-            f"{path}: key {shown(extra[0])} is not one of this model's ({len(extra)} such)"
-        )
-    return {key: path for key, (path, _, _) in found.items()}
-
-
-def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
-    """Weight file -> the keys that the index gives it (None: a single file, without index)."""
-    index_path = directory / "model.safetensors.index.json"
-    if not index_path.exists():
-        return {directory / "model.safetensors": None}
-    index = read_json(index_path)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    names = weight_map.values() if isinstance(weight_map, dict) else ()
-    if not names or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{index_path}: wanted a weight_map of key to file name")
-    files: dict[Path, set[str] | None] = {}
-    for key, name in weight_map.items():
-        # A plain name. The file itself may be a link to anywhere, as in Hugging Face's cache.
-        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
-            raise InputError(
-                f"{index_path}: key {shown(key)} lies in {shown(name)}, wanted the name of a "
-                ".safetensors file in the same directory"
-            )
-        files.setdefault(directory / name, set()).add(key)
-    return files
+        path, key = found[extra[0]].path, shown(extra[0])
+        raise InputError(f"{path}: key {key} is not one of this model's ({len(extra)} such)")
+    return {key: header.path for key, header in found.items()}
 
 
 @torch.no_grad()
@@ -779,12 +622,12 @@ def save_model(
                 (aside / name).chmod(0o644)  # safetensors lets only the owner read it
     if writer:
         with naming(aside):
-            _write_json(aside / "config.json", model.config.to_dict(dtype))
+            write_json(aside / "config.json", model.config.to_dict(dtype))
             if len(files) > 1:
                 size = sum(p.numel() * dtype.itemsize for p in model.parameters())
                 weight_map = {key: name for name, keys in files.items() for key in keys}
                 index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-                _write_json(aside / "model.safetensors.index.json", index)
+                write_json(aside / "model.safetensors.index.json", index)
             for name in COMPANIONS:
                 if source is not None and (Path(source) / name).is_file():
                     shutil.copyfile(Path(source) / name, aside / name)
@@ -815,13 +658,9 @@ def _shards(model: Llama, dtype: torch.dtype) -> dict[str, list[str]]:
     return {f"model-{i:05d}-of-{total:05d}.safetensors": keys for i, keys in enumerate(files, 1)}
 
 
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
 def _add_stop_ids(path: Path, stop_ids: Sequence[int]) -> None:
     """Adds ids to the eos_token_id of a JSON file, unless it has them already."""
     raw = read_json(path)
     eos = token_ids(raw, "eos_token_id", path)
     if more := [i for i in stop_ids if i not in eos]:
-        _write_json(path, raw | {"eos_token_id": [*eos, *more]})
+        write_json(path, raw | {"eos_token_id": [*eos, *more]})

@@ -105,6 +105,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
         flush(path.parent)
 
 
+def write_json(path: Path, value: object) -> None:
+    """Writes a JSON file that people can read."""
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
 # ----------------------------------------------------------------------------------- checksums
 
 

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +16,7 @@ from support.files import (
     InputError,
     flush,
     naming,
+    read_json,
     read_start,
     shown,
     unique,
@@ -59,6 +62,53 @@ def open_safetensors(path: Path):
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         reason = shown(str(error), 150)
         raise InputError(f"{path}: truncated or not a safetensors file ({reason})") from None
+
+
+class Header(NamedTuple):
+    """Where a tensor lies, and what its file's header says of it."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name, such as BF16
+
+
+def tensor_headers(directory: Path) -> dict[str, Header]:
+    """Key -> header of all tensors of a Hugging Face directory: of model.safetensors, or of the
+    files that model.safetensors.index.json names. Raises InputError if index and files differ."""
+    found = {}
+    for path, keys in _weight_files(directory).items():
+        with open_safetensors(path) as file:
+            there = set(file.keys())
+            if keys is not None and there != keys:
+                odd = sorted(there ^ keys)[0]
+                side = "index" if odd in keys else "file"
+                raise InputError(f"{path}: key {shown(odd)} is only in the {side}")
+            for key in there:
+                tensor = file.get_slice(key)
+                found[key] = Header(path, tuple(tensor.get_shape()), tensor.get_dtype())
+    return found
+
+
+def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
+    """Weight file -> the keys that the index gives it (None: a single file, without index)."""
+    index_path = directory / "model.safetensors.index.json"
+    if not index_path.exists():
+        return {directory / "model.safetensors": None}
+    index = read_json(index_path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    names = weight_map.values() if isinstance(weight_map, dict) else ()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{index_path}: wanted a weight_map of key to file name")
+    files: dict[Path, set[str] | None] = {}
+    for key, name in weight_map.items():
+        # A plain name. The file itself may be a link to anywhere, as in Hugging Face's cache.
+        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
+            raise InputError(
+                f"{index_path}: key {shown(key)} lies in {shown(name)}, wanted the name of a "
+                ".safetensors file in the same directory"
+            )
+        files.setdefault(directory / name, set()).add(key)
+    return files
 
 
 def write_tensors(path: Path, tensors: list[tuple[str, Tensor]]) -> str:
