@@ -1,7 +1,9 @@
 """What several test files share: tiny models and pairs, commands, and editing of files."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +148,38 @@ def run_train(*parts, processes=1, cwd=ROOT, preexec_fn=None, **environment):
         **dict(cwd=cwd, capture_output=True, text=True, timeout=600, preexec_fn=preexec_fn),
         env=os.environ | ON_CPU | environment,
     )
+
+
+# Joins the processes that RANK and WORLD_SIZE name, anew for each command line.
+JOINED = """
+import json, os, sys, train
+for os.environ["MASTER_PORT"], words in json.loads(sys.argv[1]):
+    if code := train.main(words):
+        train.leave(code)
+train.leave(0)
+"""
+
+
+def train_on_two(*command_lines) -> None:
+    """Runs each command line of train.py in the same two processes: they start only once."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.create_server(("", 0))) for _ in command_lines]
+        ports = [str(free.getsockname()[1]) for free in sockets]
+    runs = json.dumps(
+        [(port, words(*line)) for port, line in zip(ports, command_lines, strict=True)]
+    )
+    environment = os.environ | ON_CPU | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOINED, runs],
+            **dict(cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE),
+            env=environment | {"RANK": rank},
+        )
+        for rank in ("0", "1")
+    ]
+    for process in processes:
+        printed, complaint = process.communicate(timeout=300)
+        assert process.returncode == 0, printed + complaint
 
 
 def refusal(function, *args, **options) -> str:
