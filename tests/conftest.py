@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -150,7 +151,7 @@ def run_train(*parts, processes=1, cwd=ROOT, preexec_fn=None, **environment):
     )
 
 
-# Joins the processes that RANK and WORLD_SIZE name, anew for each command line.
+# One of several processes: joins the others that RANK and WORLD_SIZE name, anew for each command.
 JOINED = """
 import json, os, sys, train
 for os.environ["MASTER_PORT"], words in json.loads(sys.argv[1]):
@@ -160,26 +161,31 @@ train.leave(0)
 """
 
 
-def train_on_two(*command_lines) -> None:
-    """Runs each command line of train.py in the same two processes: they start only once."""
+def start_joined(*command_lines, processes: int = 2, cwds=None) -> list[subprocess.Popen]:
+    """Starts processes that run these command lines of train.py together, one after the other:
+    cheaper than torchrun, and started only once. Each has a directory of its own if `cwds`."""
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.create_server(("", 0))) for _ in command_lines]
         ports = [str(free.getsockname()[1]) for free in sockets]
-    runs = json.dumps(
-        [(port, words(*line)) for port, line in zip(ports, command_lines, strict=True)]
-    )
-    environment = os.environ | ON_CPU | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", JOINED, runs],
-            **dict(cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE),
-            env=environment | {"RANK": rank},
-        )
-        for rank in ("0", "1")
+    lines = [words(*line) for line in command_lines]
+    runs = json.dumps(list(zip(ports, lines, strict=True)))
+    environment = os.environ | ON_CPU | {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+    environment |= {"WORLD_SIZE": str(processes)}
+    pipes = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return [
+        subprocess.Popen([sys.executable, "-c", JOINED, runs], **pipes, cwd=cwd, env=env)
+        for rank, cwd in enumerate(cwds or [ROOT] * processes)
+        for env in [environment | {"RANK": str(rank)}]
     ]
-    for process in processes:
-        printed, complaint = process.communicate(timeout=300)
-        assert process.returncode == 0, printed + complaint
+
+
+def run_joined(*command_lines, processes: int = 2) -> str:
+    """Runs them to their ends, which must be good ones; returns what the first process printed."""
+    started = start_joined(*command_lines, processes=processes)
+    printed = [process.communicate(timeout=300) for process in started]
+    for process, (said, complaint) in zip(started, printed, strict=True):
+        assert process.returncode == 0, said + complaint
+    return printed[0][0]
 
 
 def refusal(function, *args, **options) -> str:
@@ -221,3 +227,25 @@ def flip_a_bit(path: Path, at: int | None = None) -> None:
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2 if at is None else at] ^= 1
     path.write_bytes(raw)
+
+
+def entry(shape=(32,), offsets=(0, 128), dtype="F32") -> dict:
+    """A tensor's place in the header of a safetensors file."""
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def write_safetensors(path: Path, header: dict | bytes, data=bytes(128), length=None) -> Path:
+    """A safetensors file by hand, whose header may lie; returns the path."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + data)
+    return path
+
+
+class Planted:
+    """If unpickled, it makes the file `sentinel`."""
+
+    def __init__(self, sentinel: Path):
+        self.sentinel = sentinel
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.sentinel}",)

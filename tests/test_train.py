@@ -18,9 +18,9 @@ from conftest import (
     random_pairs,
     read_json,
     rows,
+    run_joined,
     save_tiny,
     tiny_config,
-    train_on_two,
     trained,
     words,
     write_pairs,
@@ -259,7 +259,7 @@ def options_on_two(start):
 def two(start, tmp_path_factory):
     """The directory of the runs of `options_on_two` on two processes, which start once for all."""
     home = tmp_path_factory.mktemp("two")
-    train_on_two(*(flags(start, home / k, *more) for k, more in options_on_two(start).items()))
+    run_joined(*(flags(start, home / k, *more) for k, more in options_on_two(start).items()))
     return home
 
 
