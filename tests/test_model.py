@@ -160,75 +160,6 @@ def test_a_config_written_and_read_again_is_the_same(changes):
     assert config.to_dict(torch.bfloat16)["torch_dtype"] == "bfloat16"
 
 
-# Refused if its value is this one; the message shows key and value.
-WRONG_VALUES = [
-    *[("model_type", "mistral"), ("hidden_act", "gelu"), ("vocab_size", "97"), ("hidden_size", 0)],
-    *[("intermediate_size", -48), ("num_hidden_layers", True), ("num_attention_heads", 4.0)],
-    *[("max_position_embeddings", None), ("rms_norm_eps", "1e-5"), ("rms_norm_eps", math.nan)],
-    *[("rope_theta", math.inf), ("rope_theta", -1.0), ("tie_word_embeddings", "yes")],
-    *[("eos_token_id", "<|eot_id|>"), ("bos_token_id", -1)],
-]
-WRONG_ROPES = [
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
-    ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope type 'dynamic'"),
-    ({"rope_scaling": {"rope_type": None}}, "rope type"),
-    *[({"rope_scaling": text}, "rope") for text in ("linear", "llama3", "default")],
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
-    ({"rope_scaling": SCALED | {"rope_type": "llama3", "factor": "8"}}, "factor is '8'"),
-    (
-        {"rope_scaling": SCALED | {"type": "llama3", "original_max_position_embeddings": 0}},
-        "original_max_position_embeddings is 0",
-    ),
-]
-OTHER_MISTAKES = [
-    ({"quantization_config": {"load_in_8bit": True}}, "quantization_config"),
-    ({"model_type": None}, "model_type"),
-    *[({key: True}, key) for key in ("attention_bias", "mlp_bias")],
-    ({"attention_dropout": 0.1}, "attention_dropout"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    ({"sliding_window": 4096}, "sliding_window"),
-    ({"num_key_value_heads": [2]}, "num_key_value_heads"),
-    ({"head_dim": 2**40}, "head_dim"),
-    ({"eos_token_id": [1, True]}, "eos_token_id"),
-    ({"num_key_value_heads": 3}, "num_key_value_heads (3)"),
-    ({"head_dim": 7}, "head_dim (7)"),
-]
-
-
-@pytest.mark.parametrize(
-    "changes, named",
-    [({key: value}, f"{key} is {value!r}") for key, value in WRONG_VALUES]
-    + WRONG_ROPES
-    + OTHER_MISTAKES,
-    ids=str,
-)
-def test_a_config_that_is_not_implemented_is_refused_by_file_and_key(tmp_path, changes, named):
-    (tmp_path / "config.json").write_text(json.dumps(RAW | changes))
-    message = refusal(LlamaConfig.load, tmp_path)
-    assert named in message and str(tmp_path / "config.json") in message
-
-
-@pytest.mark.parametrize("key", RAW)
-def test_a_config_without_a_size_is_refused_by_the_name_of_the_key(key):
-    assert key in refusal(LlamaConfig.from_dict, {k: v for k, v in RAW.items() if k != key})
-
-
-NOT_JSON = [b"{not json", b"\xff\xfe\xff", b"[" * 100_000, b""]
-
-
-@pytest.mark.parametrize(
-    "content, named",
-    [(None, "No such file"), (b"[1, 2]", "model_type is [1, 2]"), (b"null", "model_type is None")]
-    + [(content, "not JSON") for content in NOT_JSON],
-)
-def test_a_config_json_that_is_not_an_object_is_refused_by_its_path(tmp_path, content, named):
-    if content is not None:
-        (tmp_path / "config.json").write_bytes(content)
-    message = refusal(LlamaConfig.load, tmp_path)
-    assert str(tmp_path / "config.json") in message and named in message
-
-
 @needs_real
 @pytest.mark.parametrize("name, expected", EVERY_RELEASE.items(), ids=EVERY_RELEASE.keys())
 def test_the_configs_of_released_llamas_are_read(name, expected):
@@ -836,27 +767,6 @@ def test_a_key_only_in_the_index_or_only_in_the_file_is_refused_by_name(sharded)
     edit_json(index, weight_map={key: name for key, name in weight_map.items() if key != Q})
     message = refusal(load_model, sharded)
     assert f"{Q!r} is" in message and "in the file" in message and weight_map[Q] in message
-
-
-@pytest.mark.parametrize(
-    "place", ["../whole.safetensors", "/etc/passwd", "deeper/x.safetensors", "..", ".", ""]
-)
-def test_an_index_that_points_out_of_its_directory_is_refused_by_key_and_place(sharded, place):
-    index = sharded / "model.safetensors.index.json"
-    edit_json(index, weight_map=read_json(index)["weight_map"] | {Q: place})
-    message = refusal(load_model, sharded)
-    assert str(index) in message and Q in message and repr(place) in message
-
-
-WEIGHT_MAPS = ['{"weight_map": %s}' % x for x in ("{}", '{"a": 1}', '["model.safetensors"]')]
-
-
-@pytest.mark.parametrize("content", ["{}", "[]", "{", *WEIGHT_MAPS])
-def test_an_index_without_a_weight_map_is_refused_by_its_path(whole, content):
-    index = whole / "model.safetensors.index.json"
-    index.write_text(content)
-    message = refusal(load_model, whole)
-    assert str(index) in message and ("not JSON" if content == "{" else "weight_map") in message
 
 
 @pytest.mark.parametrize(
