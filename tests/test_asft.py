@@ -82,9 +82,7 @@ def assert_same(found, expected, inputs, value=1e-9, slope=1e-9, near_0=0.0):
         (-0.5, -40, 1, 1.000000000000, -2, 4.24835425529e-18),
     ],
 )
-def test_asft_and_both_its_gradients_equal_the_40_digit_values(
-    logp_w, logp_l, beta, loss, grad_w, grad_l
-):
+def test_asft_and_its_gradients_equal_40_digit_values(logp_w, logp_l, beta, loss, grad_w, grad_l):
     inputs = leaves([logp_w], [logp_l])
     value, metrics = asft_loss(*inputs, beta=beta)
     found = [value, *gradients(value, *inputs), metrics["rejected_weight"]]
@@ -253,9 +251,7 @@ def test_every_loss_and_gradient_is_finite_from_minus_400_to_exactly_0(name, opt
 @pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-3), (torch.bfloat16, 8e-3)])
 @pytest.mark.parametrize("eps", [1e-9, 1e-6, 1e-4])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_rejected_response_known_by_heart_is_pushed_with_weight_beta_over_eps(
-    dtype, rounding, eps, temperature
-):
+def test_a_rejected_response_of_p_1_is_pushed_by_beta_over_eps(dtype, rounding, eps, temperature):
     inputs = leaves([-1.0] * 4, [0.0, -eps / 1e3, -eps / 3, -eps / 2], dtype=dtype)
     loss, metrics = asft_loss(*inputs, beta=0.1, eps=eps, temperature=temperature)
     expected = torch.full((4,), 0.1 * temperature / eps)
@@ -481,8 +477,6 @@ def test_bf16_logits_are_summed_in_fp32():
     ],
     ids=["no scored token", "scored first token", "logits", "tokens", "scored"],
 )
-def test_response_logps_refuses_rows_without_a_mean_and_unequal_shapes(
-    logits, tokens, scored, said
-):
+def test_response_logps_refuses_unscored_rows_and_unequal_shapes(logits, tokens, scored, said):
     with pytest.raises(ValueError, match=said):
         response_logps(logits, tokens, scored)

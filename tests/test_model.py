@@ -295,9 +295,7 @@ def starts(lengths):
     [([5], [5]), ([3, 1, 4], [7, 1, 4]), ([1, 1], [1, 6])]
     + [([2, 0, 3], [6, 0, 3]), ([2, 0, 3], [2, 3, 9])],
 )
-def test_attention_is_dense_softmax_over_the_keys_up_to_ones_own_from_the_end(
-    heads, key_heads, query_lengths, key_lengths
-):
+def test_attention_is_softmax_over_the_visible_keys(heads, key_heads, query_lengths, key_lengths):
     rows = sum(query_lengths)
     qkv = randoms((rows, heads, 8), (rows, key_heads, 8), (rows, key_heads, 8))
     (upstream,) = randoms((rows, heads, 8), seed=1)
@@ -316,9 +314,8 @@ def test_without_key_rows_the_keys_are_the_rows_themselves():
     assert_equal(found, dense_attention(*qkv, [3, 1, 4], [3, 1, 4], torch.arange(8)), 1e-13)
 
 
-def test_on_cuda_half_types_go_to_the_variable_length_kernel_in_one_call_that_this_torch_accepts(
-    monkeypatch,
-):
+def test_on_cuda_half_types_go_to_the_variable_length_kernel_in_one_call(monkeypatch):
+    """A call that this torch's own checks accept."""
     calls, kernel = [], model.varlen_attn
 
     def recorded(*args, **options):
@@ -388,9 +385,7 @@ def test_a_model_that_transformers_saved_gives_the_same_logits_here(tmp_path, ch
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_model_saved_in_bf16_is_its_weights_rounded_and_loads_as_bf16_in_transformers(
-    tmp_path, tied
-):
+def test_a_model_saved_in_bf16_is_its_weights_rounded_here_and_in_transformers(tmp_path, tied):
     ours = tiny_model(tie_word_embeddings=tied)
     save_model(ours, tmp_path / "saved")
     reloaded = load_model(tmp_path / "saved")
@@ -459,9 +454,10 @@ def gradients(of_model, value):
 )
 @pytest.mark.parametrize("share_prompt", [True, False])
 @each_variant
-def test_a_packed_batch_gives_the_log_probs_and_gradients_of_separate_sequences(
+def test_packed_pairs_equal_separate_sequences(
     changes, share_prompt, dtype, tolerance, relative
 ):
+    """In log-probs and gradients, with prompts shared and repeated."""
     ours, pairs = tiny_model(dtype=dtype, **changes), random_pairs(LENGTHS)
     packed, separate = ours(pack(pairs, share_prompt)), padded_logps(ours, pairs)
     torch.testing.assert_close(packed, separate, rtol=tolerance, atol=tolerance)
@@ -549,9 +545,7 @@ def by_log_softmax(logits, targets):
 
 @pytest.mark.parametrize("chunk_elements", [1, 61, 5 * 61 + 3, 2**24])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_the_head_is_the_log_softmax_of_the_targets_in_value_and_gradient_whatever_its_chunk(
-    monkeypatch, dtype, tolerance, chunk_elements
-):
+def test_the_head_is_the_log_softmax_of_the_targets(monkeypatch, dtype, tolerance, chunk_elements):
     monkeypatch.setattr(model, "CHUNK_ELEMENTS", chunk_elements)
     hidden, weight, targets, upstream = head_inputs(dtype)
     hidden64, weight64 = (x.detach().double().requires_grad_() for x in (hidden, weight))
@@ -597,9 +591,7 @@ without_gradients = pytest.mark.parametrize("off", [torch.no_grad, torch.inferen
 
 @without_gradients
 @pytest.mark.parametrize("chunk_elements", [1, 200, 2**24])
-def test_without_gradients_the_head_and_the_model_give_the_same_numbers(
-    monkeypatch, off, chunk_elements
-):
+def test_without_gradients_head_and_model_give_the_same_numbers(monkeypatch, off, chunk_elements):
     monkeypatch.setattr(model, "CHUNK_ELEMENTS", chunk_elements)
     hidden, weight, targets, _ = head_inputs(torch.float32)
     ours, batch = tiny_model(), pack(random_pairs(LENGTHS))
@@ -775,9 +767,7 @@ def test_a_key_only_in_the_index_or_only_in_the_file_is_refused_by_name(sharded)
     + [("vocab_size", 10**7, ["model.embed_tokens.weight", "10000000"])]
     + [("intermediate_size", 10**7, ["model.layers.0.mlp.gate_proj.weight", "10000000"])],
 )
-def test_sizes_that_the_file_does_not_have_are_refused_before_anything_of_that_size_is_made(
-    whole, monkeypatch, key, value, named
-):
+def test_absurd_sizes_are_refused_before_memory_is_taken(whole, monkeypatch, key, value, named):
     monkeypatch.setattr(model, "Llama", None)  # building a model, even on meta, is a TypeError
     edit_json(whole / "config.json", **{key: value})
     started = time.monotonic()
@@ -814,9 +804,7 @@ def test_a_tied_model_may_bring_its_embedding_again_as_its_head_but_not_another(
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16, torch.float64])
-def test_weights_stored_in_another_floating_dtype_are_converted_to_the_one_asked_for(
-    whole, stored, asked
-):
+def test_weights_stored_in_another_float_type_are_converted(whole, stored, asked):
     original = {key: x.clone() for key, x in load_file(whole / "model.safetensors").items()}
     edit_tensors(whole / "model.safetensors", dict.fromkeys(original, lambda x: x.to(stored)))
     for key, parameter in load_model(whole, asked).named_parameters():

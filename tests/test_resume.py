@@ -127,9 +127,7 @@ def killed(monkeypatch):
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 7])
-def test_a_run_killed_in_any_step_ends_with_the_bits_of_one_that_was_not(
-    start, whole, tmp_path, killed, step
-):
+def test_a_run_killed_in_any_step_ends_with_the_same_bits(start, whole, tmp_path, killed, step):
     out = tmp_path / "out"
     killed(step, *seven(start, out))
     assert (out / "metrics.jsonl").exists() == (step > 1)
@@ -239,9 +237,7 @@ def sign(home, facts):
 @pytest.mark.parametrize(
     "damage", [truncate, flip_a_bit, os.remove, plant_a_pickle, lie_in_the_header]
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
-    out, home, whole, capsys, file, damage
-):
+def test_a_damaged_checkpoint_gives_way_to_the_last_one(out, home, whole, capsys, file, damage):
     damaged = home / "step-000006" / file
     damage(damaged)
     assert resume(out) == 0
@@ -263,9 +259,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
         (rename_a_weight, "norm"),  # as another version's checkpoint might
     ],
 )
-def test_a_checkpoint_made_to_deceive_with_checksums_that_fit_is_refused_by_file(
-    out, home, complaint, make, said
-):
+def test_a_forged_checkpoint_whose_checksums_fit_is_refused(out, home, complaint, make, said):
     path = home / "step-000006" / SHARD
     make(path)
     sign(
@@ -313,9 +307,7 @@ def test_the_newest_checkpoint_has_the_highest_step_and_copies_do_not_count(tmp_
     assert found == ["step-000200", "step-999800", "step-1000000"]
 
 
-def test_a_checkpoint_under_another_steps_name_or_with_another_ones_files_is_not_used(
-    out, home, whole, capsys
-):
+def test_a_checkpoint_with_another_ones_name_or_files_is_not_used(out, home, whole, capsys):
     shutil.copytree(home / "step-000004", home / "step-000007")
     stored = read_json(home / "step-000006/checkpoint.json")
     stored["files"] = {f"../step-000004/{SHARD}": file_checksum(home / "step-000004" / SHARD)}
@@ -328,9 +320,7 @@ def test_a_checkpoint_under_another_steps_name_or_with_another_ones_files_is_not
     assert_same(out, whole)
 
 
-def test_a_run_whose_checkpoints_are_gone_is_not_begun_again_unasked(
-    out, home, whole, tmp_path, complaint
-):
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(out, home, whole, tmp_path, complaint):
     """Their disk may only not be mounted, and a scheduler asks nobody."""
     home.rename(tmp_path / "elsewhere")
     first, second = start_joined(["--resume", out])
@@ -380,9 +370,8 @@ def test_a_damaged_log_is_named_and_a_row_without_its_end_gets_one(out, whole, c
     assert "metrics.jsonl: 0 whole rows up to step 6" in complaint("--resume", out)
 
 
-def test_a_lost_config_json_can_be_replaced_by_one_of_the_same_run_begun_elsewhere(
-    start, out, whole, tmp_path, killed, complaint
-):
+def test_a_lost_config_json_can_be_replaced(start, out, whole, tmp_path, killed, complaint):
+    """By that of the same run, begun elsewhere."""
     os.truncate(out / "config.json", 200)
     assert "config.json: not JSON" in complaint("--resume", out)
     killed(1, *seven(start, tmp_path / "elsewhere"))
@@ -408,9 +397,7 @@ def test_if_no_checkpoint_is_whole_the_run_says_so_and_changes_nothing(out, home
     assert rows(out) == rows(whole)
 
 
-def test_a_checkpoint_half_written_when_the_run_was_killed_does_not_count(
-    start, whole, tmp_path, monkeypatch
-):
+def test_a_half_written_checkpoint_does_not_count(start, whole, tmp_path, monkeypatch):
     out, inner = tmp_path / "out", checkpoints.write_tensors
 
     def write_half(path, tensors):
@@ -456,9 +443,8 @@ def assert_stopped(out, said, name) -> int:
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_step_saves_and_ends_with_a_code_of_its_own(
-    start, whole, tmp_path, monkeypatch, capsys, number, code
-):
+def test_a_signal_saves_and_ends_the_run(start, whole, tmp_path, monkeypatch, capsys, number, code):
+    """After the step that it meets; each signal has an exit code of its own."""
     def learning_rate(step, *rest, inner=train.learning_rate):
         if step == 2:
             signal.raise_signal(number)
@@ -472,7 +458,7 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_a_code_of_its_own(
     assert_same(tmp_path / "out", whole)
 
 
-def test_a_run_in_training_is_not_joined_by_another_and_ends_with_the_code_of_its_signal(
+def test_a_run_admits_no_other_and_ends_with_its_signals_code(
     start, tmp_path, complaint
 ):
     out = tmp_path / "out"
@@ -530,9 +516,7 @@ def test_torchrun_told_to_stop_lets_the_run_save_and_ends_with_1_and_no_restart(
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_torchrun_recovers_by_itself_when_a_worker_is_killed_or_told_to_stop(
-    start, whole, tmp_path, number
-):
+def test_torchrun_recovers_if_a_worker_is_killed_or_told_to_stop(start, whole, tmp_path, number):
     out = tmp_path / "out"
     process = popen(*seven(start, out, "--resume"), processes=2, wait_for="held-out after 3")
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -560,9 +544,8 @@ def test_a_run_whose_first_answers_are_lost_ends_with_the_others(tmp_path, capsy
 
 
 @pytest.mark.parametrize("more", ["", "--out here"])
-def test_a_run_that_torchrun_starts_again_does_not_begin_anew_elsewhere(
-    start, tmp_path, monkeypatch, complaint, more
-):
+def test_a_restarted_run_does_not_begin_elsewhere(start, tmp_path, monkeypatch, complaint, more):
+    """torchrun starts it again with the same flags; without --out it would begin anew."""
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     monkeypatch.chdir(tmp_path)
     files = ["--model", start / "model", "--data", start / "pairs.jsonl"]
@@ -603,9 +586,7 @@ def test_processes_that_do_not_see_one_out_are_told_so_before_the_first_step(sta
         ("--out /absent", "two directories"),
     ],
 )
-def test_a_flag_or_file_that_would_change_the_run_is_refused_by_name(
-    out, tmp_path, complaint, changed, said
-):
+def test_a_flag_or_file_that_changes_the_run_is_refused(out, tmp_path, complaint, changed, said):
     write_pairs(tmp_path / "other.jsonl", random_pairs(LENGTHS, seed=9))
     save_tiny(tmp_path / "other", seed=1)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -640,9 +621,7 @@ def test_resume_with_out_begins_a_run_that_is_not_there_yet(start, whole, tmp_pa
     assert "--resume needs the directory of a run" in complaint("--resume")
 
 
-def test_a_disk_without_locks_does_not_keep_a_run_from_beginning(
-    start, tmp_path, monkeypatch, capsys, complaint
-):
+def test_a_run_begins_on_a_disk_without_locks(start, tmp_path, monkeypatch, capsys, complaint):
     def lockf(*_):
         raise OSError(number, os.strerror(number))
 
@@ -681,9 +660,7 @@ def path_of(descriptor: int) -> str:
     return os.readlink(f"/proc/self/fd/{descriptor}")
 
 
-def test_a_full_disk_is_one_clear_error_and_earlier_checkpoints_stay_whole(
-    start, whole, tmp_path, monkeypatch, complaint
-):
+def test_a_full_disk_spares_earlier_checkpoints(start, whole, tmp_path, monkeypatch, complaint):
     out = tmp_path / "out"
 
     def fsync(descriptor, inner=os.fsync):
@@ -700,9 +677,7 @@ def test_a_full_disk_is_one_clear_error_and_earlier_checkpoints_stay_whole(
     assert_same(out, whole)
 
 
-def test_a_checkpoint_has_its_name_only_when_all_of_it_is_on_the_disk_and_then_the_oldest_goes(
-    start, tmp_path, monkeypatch
-):
+def test_a_checkpoint_gets_its_name_once_all_of_it_is_on_the_disk(start, tmp_path, monkeypatch):
     out, events = tmp_path / "out", []
 
     def note_fsync(descriptor, inner=os.fsync):
@@ -729,9 +704,7 @@ def test_a_checkpoint_has_its_name_only_when_all_of_it_is_on_the_disk_and_then_t
     assert events[at + 1 : at + 3] == ["checkpoints", "."]
 
 
-def test_a_file_limit_while_exporting_leaves_no_half_model_and_what_it_leaves_is_replaced(
-    start, tmp_path
-):
+def test_a_file_limit_while_exporting_leaves_no_half_model_and_no_obstacle(start, tmp_path):
     out = tmp_path / "out"
 
     def limit():  # bytes: config and logs fit, weights do not
@@ -771,9 +744,8 @@ def test_too_little_memory_shows_before_the_first_step_and_the_flag_to_lower_is_
         (40, [(28, False), (26, True)], [False, True]),  # two
     ],
 )
-def test_memory_is_tried_beside_gradients_if_a_step_has_several_micro_batches(
-    start, tmp_path, monkeypatch, tokens, rehearsed, in_step
-):
+def test_memory_is_tried_as_steps_need_it(start, tmp_path, monkeypatch, tokens, rehearsed, in_step):
+    """Beside the gradients of earlier micro-batches, if a step has several."""
     calls, sizes = [], [28, 26]
 
     def step_loss(model, pairs, indexes, inner=train.step_loss):
@@ -805,9 +777,7 @@ def failing_optimizer(monkeypatch, error):
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `f`"),
     ],
 )
-def test_too_little_memory_for_the_optimizer_ends_in_one_line(
-    start, tmp_path, monkeypatch, complaint, error
-):
+def test_too_little_memory_for_moments_is_one_line(start, tmp_path, monkeypatch, complaint, error):
     failing_optimizer(monkeypatch, error)
     said = complaint(*flags(start, tmp_path / "out"), code=1)
     assert said.startswith("train.py: out of memory") and "--plan" in said

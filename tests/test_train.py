@@ -232,9 +232,7 @@ def test_the_updates_are_those_of_a_plain_unsharded_loop(start, tmp_path):
 @pytest.mark.parametrize(
     "more", ["--max-tokens-per-gpu 30", "--no-share-prompt", "--checkpoint-blocks on"]
 )
-def test_micro_batches_prompt_sharing_and_recomputation_do_not_change_the_update(
-    start, tmp_path, more
-):
+def test_micro_batches_sharing_and_recomputation_do_not_change_the_update(start, tmp_path, more):
     plain = trained(start, tmp_path / "plain", "--epochs 1")
     other = trained(start, tmp_path / "other", "--epochs 1", more)
     assert_close(plain, other, "loss", rel=0, absolute=2e-6)
@@ -308,9 +306,7 @@ def test_bf16_products_stay_close_to_fp32_and_weights_stay_fp32(start, tmp_path)
 
 
 @pytest.mark.parametrize("loss", asft.LOSSES)
-def test_every_loss_gives_its_definition_on_the_first_step_and_the_same_metrics(
-    start, tmp_path, loss
-):
+def test_the_first_step_of_every_loss_is_its_definition(start, tmp_path, loss):
     row = trained(start, tmp_path / "out", "--loss", loss, "--max-steps 1")[0]
     model = load_model(start / "model")
     with torch.no_grad():
@@ -352,9 +348,7 @@ def test_sums_and_means_are_different_ipo_losses(start, tmp_path):
     assert total[0]["grad_norm"] > 3 * mean[0]["grad_norm"]
 
 
-def test_a_reference_cache_is_used_again_and_refused_for_other_weights_or_pairs(
-    start, tmp_path, complaint
-):
+def test_a_reference_cache_is_used_again_only_for_its_weights_and_pairs(start, tmp_path, complaint):
     cache = tmp_path / "cache.safetensors"
     more = ["--loss dpo --max-steps 2 --reference-cache", cache]
     refused = flags(start, tmp_path / "refused", *more)
@@ -410,9 +404,7 @@ def test_a_tied_model_trains_and_saves_its_embedding_once(tmp_path):
     assert load_model(tmp_path / "out/model").lm_head is None
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_pairs(
-    start, tmp_path, complaint, monkeypatch
-):
+def test_a_loss_of_nan_stops_the_run_and_names_its_pairs(start, tmp_path, complaint, monkeypatch):
     poisoned = int(PAIRS[6].prompt[0])
 
     def load_poisoned(model, directory):  # a file with a NaN would be refused
@@ -466,9 +458,7 @@ def test_a_tied_model_whose_steps_have_several_micro_batches_is_simulated(capsys
 
 
 @pytest.mark.parametrize("gpus, pairs, least, goal", [(8, 160, 21.5, 24), (1, 80, 124, 130)])
-def test_the_simulated_peak_of_llama_3_8b_is_below_the_goal(
-    tmp_path, capsys, gpus, pairs, least, goal
-):
+def test_the_simulated_peak_of_8b_meets_the_goal(tmp_path, capsys, gpus, pairs, least, goal):
     """Llama-3-8B's shapes, up to 8,192 tokens a micro-batch, UltraFeedback's mean lengths, several
     micro-batches a step. Without the gradients of earlier ones the peaks would be 18.7 and 122.6
     GiB, with a CPU's chunks of logits 20.9 on eight."""
