@@ -454,9 +454,7 @@ def gradients(of_model, value):
 )
 @pytest.mark.parametrize("share_prompt", [True, False])
 @each_variant
-def test_packed_pairs_equal_separate_sequences(
-    changes, share_prompt, dtype, tolerance, relative
-):
+def test_packed_pairs_equal_separate_sequences(changes, share_prompt, dtype, tolerance, relative):
     """In log-probs and gradients, with prompts shared and repeated."""
     ours, pairs = tiny_model(dtype=dtype, **changes), random_pairs(LENGTHS)
     packed, separate = ours(pack(pairs, share_prompt)), padded_logps(ours, pairs)

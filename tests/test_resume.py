@@ -445,6 +445,7 @@ def assert_stopped(out, said, name) -> int:
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_ends_the_run(start, whole, tmp_path, monkeypatch, capsys, number, code):
     """After the step that it meets; each signal has an exit code of its own."""
+
     def learning_rate(step, *rest, inner=train.learning_rate):
         if step == 2:
             signal.raise_signal(number)
@@ -458,9 +459,7 @@ def test_a_signal_saves_and_ends_the_run(start, whole, tmp_path, monkeypatch, ca
     assert_same(tmp_path / "out", whole)
 
 
-def test_a_run_admits_no_other_and_ends_with_its_signals_code(
-    start, tmp_path, complaint
-):
+def test_a_run_admits_no_other_and_ends_with_its_signals_code(start, tmp_path, complaint):
     out = tmp_path / "out"
     process = popen(*flags(start, out, "--epochs 20000 --save-every 0"))  # would take minutes
     try:

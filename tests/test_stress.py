@@ -93,9 +93,7 @@ def largest_beta(loss: str) -> str:
     return "--beta 1e4" if "beta" in asft.LOSSES[loss].options else ""
 
 
-def test_a_run_without_unequal_answers_says_so(
-    tmp_path, random_model, start, capsys
-):
+def test_a_run_without_unequal_answers_says_so(tmp_path, random_model, start, capsys):
     assert start([([1, 2], [3, 4], [3, 4])] * 5) == 2
     error = capsys.readouterr().err
     assert "no pair left to use (5 read, 0 kept" in error and "5 identical" in error
@@ -120,18 +118,14 @@ def test_a_model_that_is_certain_of_both_answers_trains_with_every_loss(
         assert first["rejected_weight"] == pytest.approx(0.1 / 1e-6, rel=1e-3)
 
 
-def test_a_rate_of_1_and_a_beta_of_1e4_end_well(
-    random_model, survives, loss
-):
+def test_a_rate_of_1_and_a_beta_of_1e4_end_well(random_model, survives, loss):
     """Finite weights, or a stop at a named step."""
     pairs = random_pairs([(5, 3, 4), (2, 6, 1), (7, 2, 2), (1, 1, 5)])
     extreme = f"--lr 1 {CONSTANT} --max-grad-norm inf --max-steps 8 --loss"
     survives(pairs, extreme, loss, largest_beta(loss))
 
 
-def test_a_beta_of_1e4_at_certainty_ends_well(
-    certain_model, survives, loss
-):
+def test_a_beta_of_1e4_at_certainty_ends_well(certain_model, survives, loss):
     certain_model(100)
     extreme = f"--lr 1 {CONSTANT} --max-grad-norm inf --max-steps 6 --loss"
     survives(BEGINNINGS, extreme, loss, largest_beta(loss))
@@ -142,8 +136,6 @@ def test_a_beta_of_1e4_at_certainty_ends_well(
     ["--lr 3e38 --max-steps 1"]
     + [f"--lr 1 --weight-decay 3e38 --max-steps {steps}" for steps in (1, 2)],
 )
-def test_an_update_that_overflows_is_not_saved(
-    random_model, survives, rates
-):
+def test_an_update_that_overflows_is_not_saved(random_model, survives, rates):
     """No loss is computed after the last update, so the export checks the weights."""
     assert not survives(ONE_TOKEN, CONSTANT, rates)
