@@ -32,6 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch._subclasses import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
@@ -263,6 +264,36 @@ def test_the_gradients_of_norm_and_mlp_are_those_of_finite_differences():
             return torch.func.functional_call(module, dict(zip(names, weights, strict=True)), x)
 
         assert torch.autograd.gradcheck(call, (x, *module.parameters()))
+
+
+class NewStorages(TorchDispatchMode):
+    """Every storage that appears: (a weak reference, its bytes)."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.seen[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        return out
+
+
+@pytest.mark.parametrize("dtype, scale_bytes", [(torch.bfloat16, 4), (torch.float64, 8)])
+def test_norm_and_mlp_keep_little_for_backward(dtype, scale_bytes):
+    """The norm a number per row beside its input, the MLP gate and up of its four wide tensors."""
+    (x,) = randoms((5, 32), dtype=dtype)
+    mlp, norm = model.MLP(tiny_config()).to(dtype), RMSNorm(32, 0.1).to(dtype)
+    for module, kept in ((norm, 5 * scale_bytes), (mlp, 2 * 5 * 48 * dtype.itemsize)):
+        with NewStorages() as made:
+            out = module(x)
+        for given in (out, x, *module.parameters()):  # the weights' transposes are views of them
+            made.seen.pop(given.untyped_storage().data_ptr(), None)
+        alive = [size for storage, size in made.seen.values() if not storage.expired()]
+        assert sum(alive) == kept
 
 
 # ------------------------------------------------------------------------------------ attention
