@@ -1,6 +1,10 @@
-"""What several test files share: tiny random models and pairs, and the commands run as a user runs them."""
+"""What several test files share: tiny models and pairs, commands, and editing of files."""
 
+import contextlib
+import json
 import os
+import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -8,43 +12,47 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
-REAL = ROOT.parent / "shared" / "real"  # real weights and data, where a checkout has them beside it
+REAL = ROOT.parent / "shared" / "real"  # real weights and data, if a checkout has them beside it
 sys.path.insert(0, str(ROOT))
 
 from data import Pair  # noqa: E402
-from model import Llama, LlamaConfig, RopeScaling  # noqa: E402
+from model import Llama, LlamaConfig, RopeScaling, save_model  # noqa: E402
+from support.files import InputError  # noqa: E402
 
-needs_real = pytest.mark.skipif(
-    not REAL.exists(), reason="real weights and data are not beside this checkout"
-)
-torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it does
-LLAMA31 = RopeScaling(
-    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
-)
+needs_real = pytest.mark.skipif(not REAL.exists(), reason="no real data beside this checkout")
+torch.set_num_threads(1)  # tiny tensors: a second thread costs more time than it saves
+ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # the environment of subprocesses
+
+
+@pytest.fixture(autouse=True)
+def subnormal_numbers():
+    """train.py flushes them to zero, for the whole process; each test starts with them."""
+    torch.set_flush_denormal(False)
+
+
+# ---------------------------------------------------------------------------- models and pairs
+
+LLAMA31 = RopeScaling(8.0, 1.0, 4.0, original_max_position_embeddings=64)
+TINY = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+TINY |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+TINY |= dict(max_position_embeddings=256, bos_token_id=0, eos_token_id=(1,))
+# The smallest config.json: what a test adds to it is what the test is about.
+RAW_CONFIG = {"model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48}
+RAW_CONFIG |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
+# Tokens of prompt, chosen and rejected: the ten pairs that `start` trains on.
+LENGTHS = [(5, 7, 4), (9, 3, 8), (2, 12, 6), (7, 5, 5), (14, 2, 3)]
+LENGTHS += [(3, 9, 1), (6, 6, 10), (4, 1, 2), (8, 11, 7), (1, 4, 9)]
 
 
 def tiny_config(**changes) -> LlamaConfig:
     """Two layers, grouped heads (4 queries over 2 keys), untied, unless changed."""
-    fields = dict(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=(1,),
-    )
-    return LlamaConfig(**(fields | changes))
+    return LlamaConfig(**(TINY | changes))
 
 
-def tiny_model(
-    seed: int = 0, dtype: torch.dtype = torch.float32, std: float = 0.15, **changes
-) -> Llama:
+def tiny_model(seed=0, dtype=torch.float32, std=0.15, **changes) -> Llama:
     """A random model whose outputs are far from uniform, so that errors show."""
     torch.manual_seed(seed)
     model = Llama(tiny_config(**changes))
@@ -53,9 +61,13 @@ def tiny_model(
     return model.to(dtype)
 
 
-def random_pairs(
-    lengths: list[tuple[int, int, int]], vocab_size: int = 97, seed: int = 1
-) -> list[Pair]:
+def save_tiny(directory: Path, source: Path | None = None, **changes) -> Path:
+    """Saves a tiny model in fp32, with the tokenizer of `source`; returns the directory."""
+    save_model(tiny_model(**changes), directory, dtype=torch.float32, source=source)
+    return directory
+
+
+def random_pairs(lengths, vocab_size=97, seed=1) -> list[Pair]:
     """Pairs of random tokens with the given numbers of prompt, chosen and rejected tokens."""
     rng = np.random.default_rng(seed)
     return [
@@ -64,33 +76,176 @@ def random_pairs(
     ]
 
 
-def run_train(
-    *flags, processes: int = 1, cwd: Path = ROOT, **environment
-) -> subprocess.CompletedProcess:
-    """`python train.py FLAGS`, or the same under torchrun, on the CPU; captures what it prints."""
-    program = (
-        [sys.executable]
-        if processes == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(processes),
-        ]
-    )
+def write_pairs(path: Path, pairs) -> Path:
+    """Writes pairs, or triples of lists of token ids, as a JSONL data file; returns the path."""
+    triples = [(p.prompt, p.chosen, p.rejected) if isinstance(p, Pair) else p for p in pairs]
+    keys = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [{k: [int(i) for i in ids] for k, ids in zip(keys, t, strict=True)} for t in triples]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory) -> Path:
+    """A directory with a tiny model and the files of ten training and seven held-out pairs."""
+    where = tmp_path_factory.mktemp("start")
+    save_tiny(where / "model", std=0.3)
+    write_pairs(where / "pairs.jsonl", random_pairs(LENGTHS))
+    write_pairs(where / "heldout.jsonl", random_pairs(LENGTHS[3:], seed=2))
+    return where
+
+
+# ------------------------------------------------------------------------------------ commands
+
+
+def words(*parts) -> list[str]:
+    """A command line. Strings are split at spaces; a path or a number is one word."""
+    return [w for part in parts for w in (part.split() if isinstance(part, str) else [str(part)])]
+
+
+def main(*parts) -> int:
+    """`python train.py` with these flags, in this process. Returns the exit code."""
+    import train
+
+    return train.main(words(*parts))
+
+
+def flags(start: Path, out: Path, *more) -> list:
+    """The flags of a small run on the files of `start`; `more` may override them."""
+    files = ["--model", start / "model", "--data", start / "pairs.jsonl", "--out", out]
+    return [*files, "--device cpu --lr 1e-2 --pairs-per-step 4 --save-dtype fp32", *more]
+
+
+def trained(start: Path, out: Path, *more) -> list[dict]:
+    """Trains in this process; returns the rows of metrics.jsonl."""
+    assert main(*flags(start, out, *more)) == 0
+    return rows(out)
+
+
+@pytest.fixture
+def complaint(capsys):
+    """complaint(*flags): runs train.py, which must fail; returns the one line on stderr."""
+
+    def run(*parts, code=2) -> str:
+        capsys.readouterr()
+        assert main(*parts) == code
+        printed = capsys.readouterr().err
+        assert printed.count("\n") == 1 and "Traceback" not in printed, printed
+        return printed
+
+    return run
+
+
+def program(processes: int = 1, *options) -> list[str]:
+    """`python train.py`, or torchrun with so many processes."""
+    torchrun = ["-m torch.distributed.run --standalone --nproc_per_node", processes, *options]
+    return words(Path(sys.executable), *(torchrun if processes > 1 else []), ROOT / "train.py")
+
+
+def run_train(*parts, processes=1, cwd=ROOT, preexec_fn=None, **environment):
+    """Runs train.py on the CPU in processes of its own; returns a CompletedProcess with texts."""
     return subprocess.run(
-        [*program, str(ROOT / "train.py"), *map(str, flags)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment,
+        [*program(processes), *words(*parts)],
+        **dict(cwd=cwd, capture_output=True, text=True, timeout=600, preexec_fn=preexec_fn),
+        env=os.environ | ON_CPU | environment,
     )
 
 
-@pytest.fixture(autouse=True)
-def subnormal_numbers():
-    """train.py, run in this process, flushes them to zero for good; each test starts with them."""
-    torch.set_flush_denormal(False)
+# One of several processes: joins the others that RANK and WORLD_SIZE name, anew for each command.
+JOINED = """
+import json, os, sys, train
+for os.environ["MASTER_PORT"], words in json.loads(sys.argv[1]):
+    if code := train.main(words):
+        train.leave(code)
+train.leave(0)
+"""
+
+
+def start_joined(*command_lines, processes: int = 2, cwds=None) -> list[subprocess.Popen]:
+    """Starts processes that run these command lines of train.py together, one after the other:
+    cheaper than torchrun, and started only once. Each has a directory of its own if `cwds`."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.create_server(("", 0))) for _ in command_lines]
+        ports = [str(free.getsockname()[1]) for free in sockets]
+    lines = [words(*line) for line in command_lines]
+    runs = json.dumps(list(zip(ports, lines, strict=True)))
+    environment = os.environ | ON_CPU | {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+    environment |= {"WORLD_SIZE": str(processes)}
+    pipes = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return [
+        subprocess.Popen([sys.executable, "-c", JOINED, runs], **pipes, cwd=cwd, env=env)
+        for rank, cwd in enumerate(cwds or [ROOT] * processes)
+        for env in [environment | {"RANK": str(rank)}]
+    ]
+
+
+def run_joined(*command_lines, processes: int = 2) -> str:
+    """Runs them to their ends, which must be good ones; returns what the first process printed."""
+    started = start_joined(*command_lines, processes=processes)
+    printed = [process.communicate(timeout=300) for process in started]
+    for process, (said, complaint) in zip(started, printed, strict=True):
+        assert process.returncode == 0, said + complaint
+    return printed[0][0]
+
+
+def refusal(function, *args, **options) -> str:
+    """The message of the InputError that the call raises: one short printable line."""
+    with pytest.raises(InputError) as caught:
+        function(*args, **options)
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 700, message
+    return message
+
+
+# --------------------------------------------------------------------------------------- files
+
+
+def rows(out: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """The rows of a run's log."""
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text())
+
+
+def edit_json(path: Path, **changes) -> None:
+    """Replaces keys of a JSON file's object."""
+    path.write_text(json.dumps(read_json(path) | changes))
+
+
+def edit_tensors(path: Path, changes: dict) -> None:
+    """Edits a safetensors file: a tensor replaces, a function converts, None removes."""
+    tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
+    for key, change in changes.items():
+        tensors[key] = change(tensors[key]) if callable(change) else change
+    save_file({k: t.contiguous() for k, t in tensors.items() if t is not None}, path)
+
+
+def flip_a_bit(path: Path, at: int | None = None) -> None:
+    """Damages a file in one bit, in its middle unless told where."""
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2 if at is None else at] ^= 1
+    path.write_bytes(raw)
+
+
+def entry(shape=(32,), offsets=(0, 128), dtype="F32") -> dict:
+    """A tensor's place in the header of a safetensors file."""
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def write_safetensors(path: Path, header: dict | bytes, data=bytes(128), length=None) -> Path:
+    """A safetensors file by hand, whose header may lie; returns the path."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + data)
+    return path
+
+
+class Planted:
+    """If unpickled, it makes the file `sentinel`."""
+
+    def __init__(self, sentinel: Path):
+        self.sentinel = sentinel
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.sentinel}",)

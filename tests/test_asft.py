@@ -1,7 +1,7 @@
-"""The losses: equations 13 and 14, the baselines, numbers near p = 1, and log-probs from padded logits.
+"""The losses: equations 13 and 14, the baselines, numbers near p = 1, and padded logits.
 
-Oracles: the 40-digit values of the paper's worked table, `decimal`, finite differences in float64, the form that the
-paper prints, and fractions small enough to multiply by hand.
+Oracles: the 40-digit values of the paper's worked table, `decimal`, finite differences in float64,
+the form that the paper prints, and fractions small enough to multiply by hand.
 """
 
 import math
@@ -14,73 +14,32 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asft import (
-    LOSSES,
-    asft_loss,
-    dpo_loss,
-    ipo_loss,
-    log1mexp,
-    log_odds,
-    orpo_loss,
-    response_logps,
-    sft_loss,
-    simpo_loss,
-)
+import asft
+from asft import LOSSES, asft_loss, log1mexp, log_odds, orpo_loss, response_logps, sft_loss
 
 LOG2 = math.log(2)
-# One row for every branch of the code; what takes a reference gets one by `call`.
-VARIANTS = [
-    ("sft", {}),
-    ("asft", {}),
-    ("asft", {"beta": 0.5}),
-    ("asft", {"sft_weight": 0.0, "beta": 1.0}),
-    ("asft", {"temperature": 0.5}),
-    ("asft", {"temperature": 2.0}),
-    ("asft", {"temperature": 2.0, "sft_weight": 0.0, "beta": 1.0}),
-    ("orpo", {}),
-    ("orpo", {"beta": 1.0}),
-    ("simpo", {}),
-    ("simpo", {"beta": 10.0, "gamma": 3.0}),
-    ("dpo", {}),
-    ("dpo", {"beta": 0.5}),
-    ("ipo", {}),
-    ("ipo", {"beta": 0.5}),
-]
+# Every branch of the code; a loss that takes a reference gets one from `call`.
+OPTIONS = {
+    "sft": [{}],
+    "asft": [{}, dict(beta=0.5), dict(sft_weight=0.0, beta=1.0), dict(temperature=0.5)]
+    + [dict(temperature=2.0), dict(temperature=2.0, sft_weight=0.0, beta=1.0)],
+    "orpo": [{}, dict(beta=1.0)],
+    "simpo": [{}, dict(beta=10.0, gamma=3.0)],
+    "dpo": [{}, dict(beta=0.5)],
+    "ipo": [{}, dict(beta=0.5)],
+}
+each_variant = pytest.mark.parametrize(
+    "name, options", [(name, options) for name, many in OPTIONS.items() for options in many]
+)
 # What a mean log-prob can be: hopeless, both sides of -ln 2, and each step towards certainty.
-EXTREMES = [
-    -400.0,
-    -104.0,
-    -88.0,
-    -40.0,
-    -17.0,
-    -3.0,
-    -LOG2 - 1e-6,
-    -LOG2,
-    -LOG2 + 1e-6,
-    -0.1,
-    -2e-3,
-    -1e-3,
-    -1e-5,
-    -1.1e-6,
-    -1e-6,
-    -9e-7,
-    -1e-7,
-    -3e-8,
-    -1e-9,
-    -1e-45,
-    -0.0,
-    0.0,
-]
+EXTREMES = [-400.0, -104.0, -88.0, -40.0, -17.0, -3.0, -LOG2 - 1e-6, -LOG2, -LOG2 + 1e-6, -0.1]
+EXTREMES += [-2e-3, -1e-3, -1e-5, -1.1e-6, -1e-6, -9e-7, -1e-7, -3e-8, -1e-9, -1e-45, -0.0, 0.0]
 
 
 def call(name, logp_w, logp_l, **options):
-    """Any row of LOSSES; a reference that is nowhere equal to the model, where one is wanted."""
-    reference = (
-        (-0.8 - 0.1 * logp_w.detach(), -1.3 + 0.2 * logp_l.detach())
-        if LOSSES[name].reference
-        else ()
-    )
-    return LOSSES[name].function(logp_w, logp_l, *reference, **options)
+    """Any row of LOSSES, with a reference that nowhere equals the model if the loss takes one."""
+    reference = (-0.8 - 0.1 * logp_w.detach(), -1.3 + 0.2 * logp_l.detach())
+    return LOSSES[name].function(logp_w, logp_l, *reference * LOSSES[name].reference, **options)
 
 
 def leaves(*values, dtype=torch.float64):
@@ -88,27 +47,28 @@ def leaves(*values, dtype=torch.float64):
 
 
 def gradients(loss, *inputs):
-    return [
-        torch.zeros_like(x) if g is None else g
-        for x, g in zip(
-            inputs, torch.autograd.grad(loss.sum(), inputs, allow_unused=True), strict=True
-        )
-    ]
+    """The gradients of the summed loss; zeros for an input that it does not depend on."""
+    options = dict(allow_unused=True, materialize_grads=True, retain_graph=True)
+    return torch.autograd.grad(loss.sum(), inputs, **options)
 
 
 def random_logps(n, seed):
     """Log-uniform over (-20, -1e-3): as many nearly certain responses as unlikely ones."""
     generator = torch.Generator().manual_seed(seed)
     low, high = math.log(1e-3), math.log(20)
-    return [
-        -torch.exp(
-            low + (high - low) * torch.rand(n, generator=generator, dtype=torch.float64)
-        ).requires_grad_()
-        for _ in range(2)
-    ]
+    uniform = torch.rand(2, n, generator=generator, dtype=torch.float64)
+    return [-torch.exp(low + (high - low) * row).requires_grad_() for row in uniform]
 
 
-# ------------------------------------------------------------------------------------------------ equations 13 and 14
+def assert_same(found, expected, inputs, value=1e-9, slope=1e-9, near_0=0.0):
+    """Equal values and gradients, within relative (and, near 0, absolute) tolerances."""
+    torch.testing.assert_close(found, expected, rtol=value, atol=near_0)
+    pairs = zip(gradients(found, *inputs), gradients(expected, *inputs), strict=True)
+    for of_found, of_expected in pairs:
+        torch.testing.assert_close(of_found, of_expected, rtol=slope, atol=near_0)
+
+
+# -------------------------------------------------------------------------- equations 13 and 14
 
 
 @pytest.mark.parametrize(
@@ -122,16 +82,12 @@ def random_logps(n, seed):
         (-0.5, -40, 1, 1.000000000000, -2, 4.24835425529e-18),
     ],
 )
-def test_asft_and_both_its_gradients_equal_the_40_digit_values(
-    logp_w, logp_l, beta, loss, grad_w, grad_l
-):
+def test_asft_and_its_gradients_equal_40_digit_values(logp_w, logp_l, beta, loss, grad_w, grad_l):
     inputs = leaves([logp_w], [logp_l])
-    found, metrics = asft_loss(*inputs, beta=beta)
-    found_w, found_l = gradients(found, *inputs)
-    assert found.item() == pytest.approx(loss, rel=1e-11)
-    assert found_w.item() == pytest.approx(grad_w, rel=1e-11)
-    assert found_l.item() == pytest.approx(grad_l, rel=1e-11)
-    assert metrics["rejected_weight"].item() == pytest.approx(grad_l, rel=1e-11)
+    value, metrics = asft_loss(*inputs, beta=beta)
+    found = [value, *gradients(value, *inputs), metrics["rejected_weight"]]
+    expected = [loss, grad_w, grad_l, grad_l]
+    assert [x.item() for x in found] == pytest.approx(expected, rel=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -139,35 +95,28 @@ def test_asft_and_both_its_gradients_equal_the_40_digit_values(
     [(-1, -1, 1.069314718056), (-0.7, -0.9, 0.752741130247), (-0.25, -2.5, 0.252508191438)],
 )
 def test_orpo_equals_the_40_digit_values(logp_w, logp_l, loss):
-    assert orpo_loss(*leaves([logp_w], [logp_l]), beta=0.1)[0].item() == pytest.approx(
-        loss, rel=1e-11
-    )
+    found, _ = orpo_loss(*leaves([logp_w], [logp_l]), beta=0.1)
+    assert found.item() == pytest.approx(loss, rel=1e-11)
 
 
-@pytest.mark.parametrize("name, options", VARIANTS)
+@each_variant
 def test_the_gradient_of_every_loss_is_the_slope_of_its_value(name, options):
-    values_w = torch.tensor([-5.0, -1.0, -0.7, -0.2, -0.01, -2.0], dtype=torch.float64)
-    values_l = torch.tensor([-0.3, -1.0, -0.9, -7.0, -2.0, -0.005], dtype=torch.float64)
-    reference = (values_w * 0.9 - 0.1, values_l * 1.1 + 0.2) if LOSSES[name].reference else ()
+    values = leaves([-5.0, -1.0, -0.7, -0.2, -0.01, -2.0], [-0.3, -1.0, -0.9, -7.0, -2.0, -0.005])
+    reference = [values[0].detach() * 0.9 - 0.1, values[1].detach() * 1.1 + 0.2]
 
-    def value(logp_w, logp_l):
-        return LOSSES[name].function(logp_w, logp_l, *reference, **options)[0]
+    def value(logps):
+        return LOSSES[name].function(*logps, *reference * LOSSES[name].reference, **options)[0]
 
-    inputs = [values_w.clone().requires_grad_(), values_l.clone().requires_grad_()]
-    found_w, found_l = gradients(value(*inputs), *inputs)
-    step_w, step_l = 1e-5 * values_w.abs(), 1e-5 * values_l.abs()
-    slope_w = (value(values_w + step_w, values_l) - value(values_w - step_w, values_l)) / (
-        2 * step_w
-    )
-    slope_l = (value(values_w, values_l + step_l) - value(values_w, values_l - step_l)) / (
-        2 * step_l
-    )
-    torch.testing.assert_close(found_w, slope_w, rtol=1e-7, atol=1e-8)
-    torch.testing.assert_close(found_l, slope_l, rtol=1e-7, atol=1e-8)
+    for side, found in enumerate(gradients(value(values), *values)):
+        step = 1e-5 * values[side].detach().abs()
+        above, below = list(values), list(values)
+        above[side], below[side] = values[side] + step, values[side] - step
+        slope = (value(above) - value(below)) / (2 * step)
+        torch.testing.assert_close(found, slope, rtol=1e-7, atol=1e-8)
 
 
 def printed_form(logp_w, logp_l, beta):
-    """Appendix B, line by line, with the parentheses it lacks."""
+    """Appendix B, line by line, with the parentheses that it lacks."""
     log_odds_w = logp_w - torch.log1p(-torch.exp(logp_w))
     log_odds_l = logp_l - torch.log1p(-torch.exp(logp_l))
     align = -F.logsigmoid(log_odds_w) - F.logsigmoid(-log_odds_l)
@@ -177,12 +126,8 @@ def printed_form(logp_w, logp_l, beta):
 @pytest.mark.parametrize("beta", [0.1, 0.5, 3.0])
 def test_asft_is_the_form_of_appendix_b_in_value_and_gradient(beta):
     inputs = random_logps(2000, seed=0)
-    found, printed = asft_loss(*inputs, beta=beta)[0], printed_form(*inputs, beta)
-    torch.testing.assert_close(found, printed, rtol=1e-11, atol=0)
-    for of_found, of_printed in zip(
-        gradients(found, *inputs), gradients(printed, *inputs), strict=True
-    ):
-        torch.testing.assert_close(of_found, of_printed, rtol=1e-9, atol=0)
+    found = asft_loss(*inputs, beta=beta)[0]
+    assert_same(found, printed_form(*inputs, beta), inputs, value=1e-11)
 
 
 def test_the_rejected_half_is_not_lost_as_it_is_in_the_printed_code():
@@ -196,33 +141,28 @@ def test_the_rejected_half_is_not_lost_as_it_is_in_the_printed_code():
 def test_the_tempered_form_puts_the_temperature_inside_both_sigmoids(temperature):
     inputs = random_logps(1000, seed=2)
     odds_w, odds_l = (torch.log(torch.exp(x) / (1 - torch.exp(x))) for x in inputs)
-    expected = torch.log1p(torch.exp(-temperature * odds_w)) + torch.log1p(
-        torch.exp(temperature * odds_l)
-    )
+    align_w = torch.log1p(torch.exp(-temperature * odds_w))
+    align_l = torch.log1p(torch.exp(temperature * odds_l))
     found, metrics = asft_loss(*inputs, beta=1.0, sft_weight=0.0, temperature=temperature)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-15)
-    grads, expected_grads = gradients(found, *inputs), gradients(expected, *inputs)
-    for of_found, of_expected in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(of_found, of_expected, rtol=1e-8, atol=1e-12)
-    torch.testing.assert_close(metrics["rejected_weight"], expected_grads[1], rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(found, align_w + align_l, rtol=1e-9, atol=1e-15)
+    assert_same(found, align_w + align_l, inputs, slope=1e-8, near_0=1e-12)
+    push = gradients(align_l, *inputs)[1]
+    torch.testing.assert_close(metrics["rejected_weight"], push, rtol=1e-8, atol=1e-12)
 
 
 def test_a_temperature_beside_1_gives_the_number_of_temperature_1():
     inputs = random_logps(200, seed=3)
-    exact, near = asft_loss(*inputs)[0], asft_loss(*inputs, temperature=1 + 1e-12)[0]
-    torch.testing.assert_close(near, exact, rtol=1e-9, atol=0)
-    for of_near, of_exact in zip(gradients(near, *inputs), gradients(exact, *inputs), strict=True):
-        torch.testing.assert_close(of_near, of_exact, rtol=1e-9, atol=0)
+    assert_same(asft_loss(*inputs, temperature=1 + 1e-12)[0], asft_loss(*inputs)[0], inputs)
 
 
 @given(st.floats(-30, -1e-4), st.floats(-30, -1e-4))
 def test_the_align_term_of_orpo_is_that_of_asft_plus_a_log_that_is_never_positive(logp_w, logp_l):
     inputs = leaves([logp_w], [logp_l])
-    asft, orpo = asft_loss(*inputs)[1]["align"].item(), orpo_loss(*inputs)[1]["align"].item()
+    of_asft, of_orpo = (loss(*inputs)[1]["align"].item() for loss in (asft_loss, orpo_loss))
     p_w, p_l = math.exp(logp_w), math.exp(logp_l)
     exactly_one = p_w * -math.expm1(logp_l) + p_l * -math.expm1(logp_w)
-    assert orpo == pytest.approx(asft + math.log(exactly_one), rel=1e-10, abs=1e-10)
-    assert orpo <= asft + 1e-12
+    assert of_orpo == pytest.approx(of_asft + math.log(exactly_one), rel=1e-10, abs=1e-10)
+    assert of_orpo <= of_asft + 1e-12
 
 
 @pytest.mark.parametrize(
@@ -237,9 +177,8 @@ def test_the_loss_is_sft_weight_times_sft_plus_beta_times_align(beta, sft_weight
     torch.testing.assert_close(metrics["align"], plain["align"], rtol=0, atol=0)  # unweighted
     torch.testing.assert_close(metrics["align_w"] + metrics["align_l"], metrics["align"])
     torch.testing.assert_close(loss.detach(), sft_weight * metrics["sft"] + beta * metrics["align"])
-    torch.testing.assert_close(
-        gradients(loss, *inputs)[1], metrics["rejected_weight"], rtol=1e-12, atol=0
-    )
+    push = gradients(loss, *inputs)[1]
+    torch.testing.assert_close(push, metrics["rejected_weight"], rtol=1e-12, atol=0)
 
 
 def test_at_minus_1_and_minus_1_the_rejected_push_is_5_percent_of_the_chosen_one():
@@ -247,19 +186,10 @@ def test_at_minus_1_and_minus_1_the_rejected_push_is_5_percent_of_the_chosen_one
     loss, metrics = asft_loss(*inputs, beta=0.1)
     grad_w, grad_l = gradients(loss, *inputs)
     assert -grad_l.item() / grad_w.item() == pytest.approx(0.0529, abs=5e-5)
-    by_hand = {
-        "sft": 1.0,
-        "align": 1.458675145387,
-        "align_w": 1.0,
-        "align_l": 0.458675145387,
-        "margin": 0.0,
-        "rejected_weight": 0.1 * 0.581976706869,
-        "clamped": 0.0,
-        "accuracy": 0.0,
-    }
-    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
-        by_hand, abs=1e-12
-    )
+    by_hand = dict(sft=1.0, align=1.458675145387, align_w=1.0, align_l=0.458675145387, margin=0.0)
+    by_hand |= dict(rejected_weight=0.1 * 0.581976706869, clamped=0.0, accuracy=0.0)
+    found = {name: value.item() for name, value in metrics.items()}
+    assert found == pytest.approx(by_hand, abs=1e-12)
 
 
 def test_margin_is_chosen_minus_rejected_and_a_tie_is_not_accurate():
@@ -270,25 +200,25 @@ def test_margin_is_chosen_minus_rejected_and_a_tie_is_not_accurate():
         assert metrics["accuracy"].tolist() == [1.0, 0.0, 0.0], name
 
 
-# ------------------------------------------------------------------------------------------------------- near certainty
+# ------------------------------------------------------------------------------- near certainty
 
 
-def exact_log1mexp(x: float) -> Decimal:
+def exact_log1mexp(x: float) -> float:
     with localcontext() as context:
-        context.prec = 400  # exp(-800) alone needs 350 digits beside the 1
-        return (1 - Decimal(x).exp()).ln()
+        context.prec = 400  # exp(-800) needs 350 digits beside the 1
+        return float((1 - Decimal(x).exp()).ln())
 
 
 @pytest.mark.parametrize("x", [x for x in [*EXTREMES, -0.5, -1.0, -37.5, -700.0] if x < -1e-40])
-def test_log1mexp_keeps_its_digits_over_the_whole_range(x):
-    for dtype, digits in ((torch.float64, 4e-16), (torch.float32, 3e-7)):
-        held = torch.tensor(x, dtype=dtype)
-        if held.item() < -1e-40:
-            exact = float(exact_log1mexp(held.item()))
-            # exp(-104) and below is not an fp32 number.
-            assert log1mexp(held).item() == pytest.approx(
-                exact, rel=digits, abs=1e-44 if dtype is torch.float32 else 0
-            )
+@pytest.mark.parametrize(
+    "dtype, digits, smallest",
+    [(torch.float64, 4e-16, 0), (torch.float32, 3e-7, 1e-44)],  # fp32 cannot hold exp(-104)
+    ids=["float64", "float32"],
+)
+def test_log1mexp_keeps_its_digits_over_the_whole_range(x, dtype, digits, smallest):
+    held = torch.tensor(x, dtype=dtype)
+    expected = pytest.approx(exact_log1mexp(held.item()), rel=digits, abs=smallest)
+    assert log1mexp(held).item() == expected
 
 
 def test_the_slope_of_log1mexp_is_minus_the_odds_on_both_of_its_branches():
@@ -298,21 +228,19 @@ def test_the_slope_of_log1mexp_is_minus_the_odds_on_both_of_its_branches():
     torch.testing.assert_close(slope, torch.tensor(odds, dtype=torch.float64), rtol=1e-14, atol=0)
 
 
-def test_the_slope_of_log1mexp_is_not_nan_where_exp_rounds_to_1_or_to_0():
+def test_the_slope_of_log1mexp_is_not_nan_if_exp_rounds_to_1_or_to_0():
     (x,) = leaves([-1e-7, -1e-8, -1e-20, -200.0], dtype=torch.float32)
     (slope,) = gradients(log1mexp(x), x)
     torch.testing.assert_close(slope, torch.tensor([-1e7, -1e8, -1e20, 0.0]), rtol=1e-6, atol=0)
 
 
 def test_log_odds_is_0_at_one_half_and_the_log_of_3_at_three_quarters():
-    found = log_odds(
-        torch.tensor([math.log(0.5), math.log(0.75), math.log(0.25)], dtype=torch.float64)
-    )
+    found = log_odds(torch.tensor([0.5, 0.75, 0.25], dtype=torch.float64).log())
     assert found.tolist() == pytest.approx([0.0, math.log(3), -math.log(3)], abs=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("name, options", VARIANTS)
+@each_variant
 def test_every_loss_and_gradient_is_finite_from_minus_400_to_exactly_0(name, options, dtype):
     inputs = leaves(*zip(*product(EXTREMES, EXTREMES), strict=True), dtype=dtype)
     loss, metrics = call(name, *inputs, **options)
@@ -320,26 +248,19 @@ def test_every_loss_and_gradient_is_finite_from_minus_400_to_exactly_0(name, opt
         assert torch.isfinite(value).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-3), (torch.bfloat16, 8e-3)])
 @pytest.mark.parametrize("eps", [1e-9, 1e-6, 1e-4])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_rejected_response_known_by_heart_is_pushed_with_weight_beta_over_eps(
-    dtype, eps, temperature
-):
-    logp_w, logp_l = leaves([-1.0] * 4, [0.0, -eps / 1e3, -eps / 3, -eps / 2], dtype=dtype)
-    loss, metrics = asft_loss(logp_w, logp_l, beta=0.1, eps=eps, temperature=temperature)
-    push = gradients(loss, logp_w, logp_l)[1].float()
-    rounding = 1e-3 if dtype is torch.float32 else 8e-3  # a bf16 gradient has 8 bits
-    torch.testing.assert_close(
-        push, torch.full((4,), 0.1 * temperature / eps), rtol=rounding, atol=0
-    )
-    torch.testing.assert_close(
-        metrics["rejected_weight"], torch.full((4,), 0.1 * temperature / eps), rtol=1e-3, atol=0
-    )
-    # -log(1 - p) at the cap is log(1 / eps), and T times it where T is inside the sigmoid.
-    assert metrics["align_l"].tolist() == pytest.approx(
-        [temperature * -math.log(eps)] * 4, rel=1e-3
-    )
+def test_a_rejected_response_of_p_1_is_pushed_by_beta_over_eps(dtype, rounding, eps, temperature):
+    inputs = leaves([-1.0] * 4, [0.0, -eps / 1e3, -eps / 3, -eps / 2], dtype=dtype)
+    loss, metrics = asft_loss(*inputs, beta=0.1, eps=eps, temperature=temperature)
+    expected = torch.full((4,), 0.1 * temperature / eps)
+    push = gradients(loss, *inputs)[1].float()  # in bf16: 8 bits
+    torch.testing.assert_close(push, expected, rtol=rounding, atol=0)
+    torch.testing.assert_close(metrics["rejected_weight"], expected, rtol=1e-3, atol=0)
+    # -log(1 - p) at the cap is log(1 / eps), times T if T is inside the sigmoid.
+    at_cap = [temperature * -math.log(eps)] * 4
+    assert metrics["align_l"].tolist() == pytest.approx(at_cap, rel=1e-3)
 
 
 def test_orpo_also_pushes_a_rejected_response_known_by_heart():
@@ -349,10 +270,8 @@ def test_orpo_also_pushes_a_rejected_response_known_by_heart():
 
 
 def test_clamped_counts_the_responses_on_which_eps_acted():
-    logp_w, logp_l = (
-        torch.tensor([-1.0, -1.0, -1.0, 0.0, 0.0]),
-        torch.tensor([-2e-6, -1e-7, 0.0, -1.0, -1e-9]),
-    )
+    logp_w = torch.tensor([-1.0, -1.0, -1.0, 0.0, 0.0])
+    logp_l = torch.tensor([-2e-6, -1e-7, 0.0, -1.0, -1e-9])
     # At temperature 1 log(1 - p_w) is not in the loss, so a chosen response cannot be clamped.
     assert asft_loss(logp_w, logp_l)[1]["clamped"].tolist() == [0, 1, 1, 0, 1]
     assert asft_loss(logp_w, logp_l, temperature=2.0)[1]["clamped"].tolist() == [0, 1, 1, 1, 1]
@@ -368,27 +287,20 @@ def test_a_chosen_response_known_by_heart_costs_nothing_and_is_still_pulled():
     assert gradients(loss, *inputs)[0].item() == pytest.approx(-1.1)
 
 
-@pytest.mark.parametrize("name, options", VARIANTS)
+@each_variant
 def test_half_types_are_computed_in_fp32_and_float64_stays(name, options):
-    exact_w, exact_l = (
-        torch.tensor([-0.75, -3.0, -0.125]),
-        torch.tensor([-0.25, -1.5, -2.0]),
-    )  # exact in half types
-    reference = (exact_l, exact_w) if LOSSES[name].reference else ()
-    in_fp32, _ = LOSSES[name].function(exact_w, exact_l, *reference, **options)
+    w, l = torch.tensor([-0.75, -3.0, -0.125]), torch.tensor([-0.25, -1.5, -2.0])  # exact in half
+    inputs = [w, l, *[l, w] * LOSSES[name].reference]
+    in_fp32, _ = LOSSES[name].function(*inputs, **options)
+    wanted = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        wanted = torch.float64 if dtype is torch.float64 else torch.float32
-        logp_w, logp_l = exact_w.to(dtype), exact_l.to(dtype)
-        found, metrics = LOSSES[name].function(
-            logp_w, logp_l, *(x.to(dtype) for x in reference), **options
-        )
-        assert {x.dtype for x in (found, *metrics.values())} == {wanted}
-        torch.testing.assert_close(
-            found.float(), in_fp32, rtol=0 if wanted is torch.float32 else 1e-6, atol=0
-        )
+        found, metrics = LOSSES[name].function(*(x.to(dtype) for x in inputs), **options)
+        assert {x.dtype for x in (found, *metrics.values())} == {wanted.get(dtype, dtype)}
+        rounding = 1e-6 if dtype is torch.float64 else 0
+        torch.testing.assert_close(found.float(), in_fp32, rtol=rounding, atol=0)
 
 
-# --------------------------------------------------------------------------------------------------- the rows of LOSSES
+# --------------------------------------------------------------------------- the rows of LOSSES
 
 
 def test_the_table_says_which_log_probs_and_which_reference_each_loss_takes():
@@ -396,9 +308,9 @@ def test_the_table_says_which_log_probs_and_which_reference_each_loss_takes():
         "sft": (sft_loss, "mean", False),
         "asft": (asft_loss, "mean", False),
         "orpo": (orpo_loss, "mean", False),
-        "simpo": (simpo_loss, "mean", False),
-        "dpo": (dpo_loss, "sum", True),
-        "ipo": (ipo_loss, "mean", True),
+        "simpo": (asft.simpo_loss, "mean", False),
+        "dpo": (asft.dpo_loss, "sum", True),
+        "ipo": (asft.ipo_loss, "mean", True),
     }
 
 
@@ -413,74 +325,44 @@ def test_the_options_of_a_loss_are_its_keyword_arguments_and_the_papers_beta_is_
     }
 
 
-# Chosen rose by 1 over the reference and rejected fell by 0.5: h = 1.5. log(1 + exp(-z)) to 12 digits.
 @pytest.mark.parametrize(
-    "name, inputs, options, expected",
+    "name, inputs, options, expected",  # log(1 + exp(-z)) to 12 digits
     [
         ("sft", (-0.5, -1.5), {}, 0.5),
-        ("simpo", (-0.5, -1.5), {"beta": 2.0, "gamma": 1.0}, 0.313261687518),  # z = 2 * 1 - 1 = 1
-        ("simpo", (-1.5, -0.5), {"beta": 2.0, "gamma": 1.0}, 3.048587351574),  # z = -2 - 1 = -3
-        (
-            "simpo",
-            (-0.5, -1.5),
-            {"beta": 4.0, "gamma": 1.0},
-            0.048587351574,
-        ),  # z = 4 - 1 = 3: gamma is not scaled by beta
-        ("dpo", (-10.0, -12.0, -11.0, -11.5), {"beta": 2.0}, 0.048587351574),  # z = 2 * 1.5 = 3
-        (
-            "dpo",
-            (-12.0, -10.0, -11.5, -11.0),
-            {"beta": 2.0},
-            3.048587351574,
-        ),  # z = 2 * (-0.5 - 1) = -3
-        (
-            "dpo",
-            (-11.0, -11.5, -11.0, -11.5),
-            {"beta": 0.1},
-            0.693147180560,
-        ),  # at the reference: log 2
-        ("ipo", (-10.0, -12.0, -11.0, -11.5), {"beta": 0.1}, 12.25),  # (1.5 - 5)^2
-        ("ipo", (-10.0, -12.0, -11.0, -11.5), {"beta": 0.5}, 0.25),  # (1.5 - 1)^2
-        (
-            "ipo",
-            (-11.0, -11.5, -11.0, -11.5),
-            {"beta": 0.1},
-            25.0,
-        ),  # at the reference: 1 / (2 beta), squared
+        ("simpo", (-0.5, -1.5), dict(beta=2.0, gamma=1.0), 0.313261687518),  # z = 2 * 1 - 1
+        ("simpo", (-1.5, -0.5), dict(beta=2.0, gamma=1.0), 3.048587351574),  # z = -2 - 1
+        ("simpo", (-0.5, -1.5), dict(beta=4.0, gamma=1.0), 0.048587351574),  # z = 4 - 1, not 4 - 4
+        # Chosen rose by 1 over the reference and rejected fell by 0.5: h = 1.5.
+        ("dpo", (-10.0, -12.0, -11.0, -11.5), dict(beta=2.0), 0.048587351574),  # z = 2 * 1.5
+        ("dpo", (-12.0, -10.0, -11.5, -11.0), dict(beta=2.0), 3.048587351574),  # z = 2 * -1.5
+        ("dpo", (-11.0, -11.5, -11.0, -11.5), dict(beta=0.1), 0.693147180560),  # z = 0
+        ("ipo", (-10.0, -12.0, -11.0, -11.5), dict(beta=0.1), 12.25),  # (1.5 - 5)^2
+        ("ipo", (-10.0, -12.0, -11.0, -11.5), dict(beta=0.5), 0.25),  # (1.5 - 1)^2
+        ("ipo", (-11.0, -11.5, -11.0, -11.5), dict(beta=0.1), 25.0),  # (0 - 5)^2
     ],
 )
 def test_each_baseline_agrees_with_its_definition_worked_by_hand(name, inputs, options, expected):
-    found, _ = LOSSES[name].function(
-        *(torch.tensor([x], dtype=torch.float64) for x in inputs), **options
-    )
+    found, _ = LOSSES[name].function(*leaves(*([x] for x in inputs)), **options)
     assert found.item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_implicit_rewards_are_beta_times_the_log_ratio():
+    def rewards(metrics):
+        return [metrics[name].item() for name in ("reward_w", "reward_l", "reward_margin")]
+
     inputs = [torch.tensor([x]) for x in (-10.0, -12.0, -11.0, -11.5)]
-    for loss in (dpo_loss, ipo_loss):
-        metrics = loss(*inputs, beta=0.5)[1]
-        assert [metrics[name].item() for name in ("reward_w", "reward_l", "reward_margin")] == [
-            0.5,
-            -0.25,
-            0.75,
-        ]
-    metrics = simpo_loss(torch.tensor([-0.5]), torch.tensor([-1.5]), beta=2.0)[1]
-    assert [metrics[name].item() for name in ("reward_w", "reward_l", "reward_margin")] == [
-        -1.0,
-        -3.0,
-        2.0,
-    ]
+    for loss in (asft.dpo_loss, asft.ipo_loss):
+        assert rewards(loss(*inputs, beta=0.5)[1]) == [0.5, -0.25, 0.75]
+    metrics = asft.simpo_loss(torch.tensor([-0.5]), torch.tensor([-1.5]), beta=2.0)[1]
+    assert rewards(metrics) == [-1.0, -3.0, 2.0]
 
 
-@pytest.mark.parametrize("name, options", VARIANTS)
+@each_variant
 def test_a_loss_is_one_value_per_pair_and_its_metrics_are_detached_values_per_pair(name, options):
     inputs = leaves([-0.5, -1.0, -2.0], [-1.0, -0.4, -3.0], dtype=torch.float32)
     loss, metrics = call(name, *inputs, **options)
-    assert loss.shape == (3,) and loss.requires_grad
-    assert metrics and all(
-        value.shape == (3,) and not value.requires_grad for value in metrics.values()
-    )
+    assert loss.shape == (3,) and loss.requires_grad and metrics
+    assert all(x.shape == (3,) and not x.requires_grad for x in metrics.values())
     swapped, _ = call(name, *(x.flip(0) for x in inputs), **options)
     torch.testing.assert_close(swapped.flip(0), loss)  # no pair enters another's
 
@@ -494,7 +376,7 @@ def test_sft_does_not_depend_on_the_rejected_response_and_can_go_without():
     assert "margin" not in sft_loss(logp_w)[1]
 
 
-@pytest.mark.parametrize("name", list(LOSSES))
+@pytest.mark.parametrize("name", LOSSES)
 def test_log_probs_of_unequal_shapes_are_refused_rather_than_broadcast(name):
     logps = [torch.full((3,), -1.0) for _ in range(4 if LOSSES[name].reference else 2)]
     for i in range(len(logps)):
@@ -503,28 +385,22 @@ def test_log_probs_of_unequal_shapes_are_refused_rather_than_broadcast(name):
                 LOSSES[name].function(*logps[:i], wrong, *logps[i + 1 :])
 
 
+ONLY_ASFT = [("beta", -0.1), ("sft_weight", -1.0), ("temperature", 0.0), ("temperature", -1.0)]
+
+
 @pytest.mark.parametrize(
-    "option, value",
-    [
-        ("beta", -0.1),
-        ("sft_weight", -1.0),
-        ("temperature", 0.0),
-        ("temperature", -1.0),
-        ("eps", 0.0),
-        ("eps", -1e-6),
-    ],
+    "loss, option, value",
+    [(asft_loss, *row) for row in ONLY_ASFT]
+    + [(loss, "eps", eps) for loss in (asft_loss, orpo_loss) for eps in (0.0, -1e-6)],
 )
-def test_an_option_out_of_range_is_refused_and_quoted(option, value):
+def test_an_option_out_of_range_is_refused_and_quoted(loss, option, value):
     with pytest.raises(ValueError, match=rf"{option}={value}"):
-        asft_loss(torch.tensor([-1.0]), torch.tensor([-1.0]), **{option: value})
-    if option == "eps":
-        with pytest.raises(ValueError, match=rf"{option}={value}"):
-            orpo_loss(torch.tensor([-1.0]), torch.tensor([-1.0]), eps=value)
+        loss(torch.tensor([-1.0]), torch.tensor([-1.0]), **{option: value})
 
 
-# ------------------------------------------------------------------------------------------------------- response_logps
+# ------------------------------------------------------------------------------- response_logps
 
-# Logits that are log-probs up to a constant per row, of a vocabulary of three; the scored ones are the sixteenths.
+# Probabilities of a vocabulary of three; the scored ones are sixteenths.
 PROBABILITIES = [
     [[0.10, 0.20, 0.70], [0.50, 0.25, 0.25], [0.50, 0.30, 0.20], [0.05, 0.05, 0.90]],
     [[0.30, 0.0625, 0.6375], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1], [0.6, 0.3, 0.1]],
@@ -534,44 +410,41 @@ TOKENS = torch.tensor([[0, 1, 2, 0], [2, 1, 0, 0], [1, 2, 0, 1]])
 SCORED = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 0], [0, 1, 1, 1]]).bool()
 
 
-def worked_logits(dtype=torch.float64):
+def worked_logits():
+    """The logs of PROBABILITIES, up to a constant per row."""
     constants = torch.tensor([7.0, -3.0, 0.0, 40.0], dtype=torch.float64)[None, :, None]
-    return (torch.tensor(PROBABILITIES, dtype=torch.float64).log() + constants).to(dtype)
+    return torch.tensor(PROBABILITIES, dtype=torch.float64).log() + constants
 
 
 def test_a_token_is_predicted_by_the_logits_one_place_before_it():
     means, sums = response_logps(worked_logits(), TOKENS, SCORED)
-    assert sums.tolist() == pytest.approx(
-        [math.log(1 / 8), math.log(1 / 16), math.log(1 / 2 / 8 / 8)], abs=1e-12
-    )
-    assert means.tolist() == pytest.approx(
-        [math.log(1 / 8) / 2, math.log(1 / 16), math.log(1 / 128) / 3], abs=1e-12
-    )
+    expected = torch.tensor([1 / 8, 1 / 16, 1 / 2 / 8 / 8], dtype=torch.float64).log()
+    torch.testing.assert_close(sums, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(means, expected / torch.tensor([2, 1, 3]), rtol=0, atol=1e-12)
 
 
-def test_what_pads_a_row_does_not_matter():
+def test_the_padding_of_a_row_does_not_matter():
     logits, tokens = worked_logits(), TOKENS.clone()
     logits[1, 1:], logits[0, 0], logits[:, 3] = math.nan, math.inf, math.nan
     tokens[1, 2:], tokens[0, 0] = 1, 2
     logits.requires_grad_()
     clean = response_logps(worked_logits(), TOKENS, SCORED)
     torch.testing.assert_close(response_logps(logits, tokens, SCORED), clean, rtol=0, atol=0)
-    (grad,) = torch.autograd.grad(response_logps(logits, tokens, SCORED)[1].sum(), logits)
+    (grad,) = gradients(response_logps(logits, tokens, SCORED)[1], logits)
     assert torch.isfinite(grad).all()
 
 
-def test_the_gradient_of_a_summed_log_prob_is_one_hot_minus_softmax_at_the_scored_places_alone():
+def test_the_gradient_of_a_summed_log_prob_is_one_hot_minus_softmax_at_the_scored_places_only():
     logits = worked_logits().requires_grad_()
-    (grad,) = torch.autograd.grad(response_logps(logits, TOKENS, SCORED)[1].sum(), logits)
+    (grad,) = gradients(response_logps(logits, TOKENS, SCORED)[1], logits)
     by_hand = torch.zeros(3, 4, 3, dtype=torch.float64)
     by_hand[0, 1:3] = torch.tensor([[-0.5, -0.25, 0.75], [0.5, -0.3, -0.2]])
     by_hand[1, 0] = torch.tensor([-0.3, 0.9375, -0.6375])
-    by_hand[2, 0:3] = torch.tensor(
-        [[-0.25, -0.25, 0.5], [0.875, -0.375, -0.5], [-0.75, 0.875, -0.125]]
-    )
+    by_hand[2, 0] = torch.tensor([-0.25, -0.25, 0.5])
+    by_hand[2, 1:3] = torch.tensor([[0.875, -0.375, -0.5], [-0.75, 0.875, -0.125]])
     torch.testing.assert_close(grad, by_hand, rtol=0, atol=1e-7)
-    (mean_grad,) = torch.autograd.grad(response_logps(logits, TOKENS, SCORED)[0].sum(), logits)
-    lengths = torch.tensor([2.0, 1.0, 3.0], dtype=torch.float64)[:, None, None]
+    (mean_grad,) = gradients(response_logps(logits, TOKENS, SCORED)[0], logits)
+    lengths = torch.tensor([2, 1, 3])[:, None, None]
     torch.testing.assert_close(mean_grad, by_hand / lengths, rtol=0, atol=1e-7)
 
 
@@ -592,26 +465,18 @@ def test_bf16_logits_are_summed_in_fp32():
     assert response_logps(logits.double(), tokens, scored)[0].dtype == torch.float64
 
 
-def test_a_response_without_a_scored_token_is_refused_since_its_mean_would_be_0_over_0():
-    with pytest.raises(ValueError, match="at least one scored token"):
-        response_logps(worked_logits(), TOKENS, SCORED & torch.tensor([[True], [False], [True]]))
-
-
-def test_a_scored_first_token_is_refused_since_nothing_predicts_it():
-    first = SCORED.clone()
-    first[0, 0] = True
-    with pytest.raises(ValueError, match="not its first"):
-        response_logps(worked_logits(), TOKENS, first)
-
-
 @pytest.mark.parametrize(
-    "logits, tokens, scored",
+    "logits, tokens, scored, said",
     [
-        (worked_logits()[:, 1:], TOKENS, SCORED),
-        (worked_logits(), TOKENS[:, 1:], SCORED),
-        (worked_logits(), TOKENS, SCORED[:2]),
+        # Its mean would be 0/0; nothing predicts a first token; and shapes already shifted.
+        (worked_logits(), TOKENS, SCORED & (TOKENS[:, :1] != 2), "at least one scored token"),
+        (worked_logits(), TOKENS, SCORED | (torch.arange(4) == 0), "not its first"),
+        (worked_logits()[:, 1:], TOKENS, SCORED, "found"),
+        (worked_logits(), TOKENS[:, 1:], SCORED, "found"),
+        (worked_logits(), TOKENS, SCORED[:2], "found"),
     ],
+    ids=["no scored token", "scored first token", "logits", "tokens", "scored"],
 )
-def test_response_logps_refuses_shapes_that_were_already_shifted(logits, tokens, scored):
-    with pytest.raises(ValueError, match="response_logps wants"):
+def test_response_logps_refuses_unscored_rows_and_unequal_shapes(logits, tokens, scored, said):
+    with pytest.raises(ValueError, match=said):
         response_logps(logits, tokens, scored)
