@@ -32,7 +32,7 @@ from torch import Tensor
 
 from model import Batch, LlamaConfig, Segments
 from support.files import InputError, read_json, read_start, shown, unique
-from support.forms import Turns, is_token_id, parse_pair
+from support.forms import Turns, is_token_id, parse_pair, repeats_prompt
 from support.records import read_records
 
 # ------------------------------------------------------------------------------------------ reading
@@ -55,9 +55,10 @@ def read_preferences(
 ) -> list[Preference]:
     """Reads a whole file before anything is trained on; each record may have a form of its own.
 
-    `counts` gains "read", "bad lines" and "unequal prompts" (pairs whose two sides have different
-    prompts, which are dropped). Unless skip_bad_lines, raises InputError with the place and fault
-    of the first 20 records that are not pairs. See `read_records` for what is never skipped.
+    `counts` gains "read", "bad lines", "unequal prompts" (dropped: the two sides have different
+    prompts) and, if there are any, "repeat their prompt" (kept: both answers begin with the prompt,
+    but an answer may quote its question). Unless skip_bad_lines, raises InputError with the place
+    and fault of the first 20 records that are not pairs. `read_records` says what is never skipped.
     """
     counts = Counter() if counts is None else counts
     preferences, bad = [], []
@@ -67,12 +68,14 @@ def read_preferences(
             if isinstance(record, ValueError):
                 raise record
             pair = parse_pair(record)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             bad.append(f"{place}: {error}")
             continue
         if pair is None:
             counts["unequal prompts"] += 1
         else:
+            if repeats_prompt(*pair):
+                counts["repeat their prompt"] += 1
             preferences.append(Preference(*pair, place))
     counts["bad lines"] += len(bad)
     if bad and not skip_bad_lines:
@@ -234,9 +237,9 @@ def encode_preferences(
     after its prompt. Its <|eot_id|> is cut too, so a model never learns to stop where we cut.
     overlong="drop": a pair with a sequence that is too long is dropped.
 
-    `counts` gains "truncated", "kept", and the reasons for a drop, the first that applies: "empty",
-    "overlong", "identical" (compared after truncation). `chat` may be None if every preference
-    holds ids. Raises InputError for ids that are not below vocab_size.
+    `counts` gains "truncated", "kept", and the reasons for a drop, the first that applies: "empty"
+    (the prompt or an answer), "overlong", "identical" (compared after truncation). `chat` may be
+    None if every preference holds ids. Raises InputError for ids that are not below vocab_size.
     """
     counts = Counter() if counts is None else counts
     pairs, last = [], time.monotonic()
@@ -277,10 +280,10 @@ def encode_chunk(chunk: list[Preference], chat: ChatFormat | None) -> Iterator[l
     encoded = dict(zip(texts, chat.encode(list(texts)), strict=True)) if texts else {}
     for p in chunk:
         if isinstance(p.chosen, str):
+            asks = any(role == "user" and content for role, content in p.prompt)
+            prompt = chat.prompt(p.prompt, encoded) if asks else []
             sides = (chat.response(side, encoded) for side in (p.chosen, p.rejected))
-            yield [
-                np.array(ids, dtype=np.int32) for ids in (chat.prompt(p.prompt, encoded), *sides)
-            ]
+            yield [np.array(ids, dtype=np.int32) for ids in (prompt, *sides)]
         else:
             yield [p.prompt, p.chosen, p.rejected]
 

@@ -11,7 +11,18 @@ from pathlib import Path
 
 from data import ChatFormat
 from support.files import InputError, shown
-from support.forms import PROMPT_FORMS, Turns, messages, parse_pair, text, token_ids, with_system
+from support.forms import (
+    ID_KEYS,
+    PROMPT_FORMS,
+    Turns,
+    instruction_text,
+    parse_pair,
+    present,
+    stored_messages,
+    text,
+    token_ids,
+    with_system,
+)
 from support.records import read_records
 
 
@@ -36,8 +47,8 @@ def read_prompts(path: str | Path, raw: bool = False) -> list[Prompt]:
 
     and perhaps `reference` or `output`, an answer to compare with. A text is a user's turn, or an
     HH transcript that ends with "Assistant:"; with `raw` it is a text to continue, unchanged, and
-    turns are refused. Raises InputError with the place of the first row that has none of these
-    forms, has another key, or whose prompt is empty.
+    turns are refused. Other keys are ignored. Raises InputError with the place of the first row
+    that has none of these forms or whose prompt is empty.
     """
     prompts = []
     for place, record in read_records(path):
@@ -46,26 +57,21 @@ def read_prompts(path: str | Path, raw: bool = False) -> list[Prompt]:
                 raise record
             row = {"prompt": record} if isinstance(record, str) else record
             prompts.append(Prompt(*parse_prompt(row, raw), place))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{place}: {error}") from None
     if not prompts:
         raise InputError(f"{path}: no prompt in it")
     return prompts
 
 
-# The keys that hold a prompt, and what may stand beside each.
-PROMPT_KEYS = {
-    "prompt": ["system"],
-    "messages": ["system"],
-    "instruction": ["input", "system", "history"],
-    "prompt_ids": [],
-}
+PROMPT_KEYS = ("prompt", "messages", "instruction", "prompt_ids")
 
 
 def parse_prompt(row: object, raw: bool) -> tuple[Turns | str | list[int], str | None]:
     """(prompt, reference) of a row; ValueError if it is not a prompt."""
     if not isinstance(row, dict):
         raise ValueError(f"a row is a string or a JSON object, found {shown(row)}")
+    row = present(row)
     if "chosen" in row:
         return prompt_of_pair(row, raw)
     found = [key for key in PROMPT_KEYS if key in row]
@@ -73,43 +79,48 @@ def parse_prompt(row: object, raw: bool) -> tuple[Turns | str | list[int], str |
         names = shown(", ".join(sorted(row)))
         raise ValueError(f"found {names}, wanted one of the keys {', '.join(PROMPT_KEYS)}")
     key, reference = found[0], reference_of(row)
-    known = [key, *PROMPT_KEYS[key], "reference", "output"]
-    if strange := sorted(row.keys() - set(known)):
-        raise ValueError(f"key {shown(strange[0])} is unknown, wanted some of {', '.join(known)}")
     if key == "prompt_ids":
         if not token_ids(row, key):
             raise ValueError("the prompt is empty")
         return row[key], reference
-    if raw and key == "prompt" and isinstance(row[key], str):
-        turns = [("user", text(row[key], key))]  # its outer white space too
-    elif key == "messages":
-        turns = messages(row[key], key)
-    else:
-        turns = PROMPT_FORMS[key](row)
-    turns = with_system(turns, row)
-    if raw and (len(turns) > 1 or not isinstance(row[key], str)):
+    if raw:
+        return plain_text(row, key), reference
+    if isinstance(row[key], str):
+        row[key] = stored_messages(row[key], key)
+    return last_asks(with_system(PROMPT_FORMS[key](row), row)), reference
+
+
+def prompt_of_pair(row: dict, raw: bool) -> tuple[Turns, str]:
+    """A preference's prompt and its chosen answer. What it holds as rejected does not matter."""
+    if raw or any(key in row for key in ID_KEYS):
+        raise ValueError("found a preference, wanted its prompt as turns: no --raw, no token ids")
+    turns, chosen, _ = parse_pair(row | {"rejected": row["chosen"]})
+    return last_asks(turns), chosen
+
+
+def plain_text(row: dict, key: str) -> str:
+    """The text to continue, as it is."""
+    beside = [other for other in ("system", "history") if row.get(other)]
+    if not isinstance(row[key], str) or key == "messages" or beside:
         raise ValueError("found turns, and --raw wants plain text")
+    value = instruction_text(row).strip() if key == "instruction" else text(row[key], key)
+    if not value:
+        raise ValueError("the prompt is empty")
+    return value
+
+
+def last_asks(turns: Turns) -> Turns:
+    """The turns, if the last one is the user's and not empty."""
     role, content = turns[-1]
     if role != "user":
         raise ValueError(f"the last turn is the {role}'s, wanted the user's")
     if not content:
         raise ValueError("the prompt is empty")
-    return content if raw else turns, reference
-
-
-def prompt_of_pair(row: dict, raw: bool) -> tuple[Turns, str]:
-    """A preference's prompt and its chosen answer. What it holds as rejected does not matter."""
-    turns, chosen, _ = parse_pair(row | {"rejected": row["chosen"]})
-    if raw or not turns or turns[-1][0] != "user":
-        raise ValueError(
-            "found a preference whose prompt does not end with the user's turn, or --raw"
-        )
-    return turns, chosen
+    return turns
 
 
 def reference_of(row: dict) -> str | None:
-    found = [key for key in ("reference", "output") if row.get(key) is not None]
-    answers = [text(row[key], key) for key in found]
+    answers = [text(row[key], key) for key in ("reference", "output") if key in row]
     if len(answers) > 1:
         raise ValueError("found reference and output, wanted one of them")
     return answers[0] if answers else None

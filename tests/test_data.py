@@ -729,15 +729,15 @@ null => found None
 {@} => key prompt is missing
 {"question": "a", @} => key prompt is missing
 {"prompt": 5, @} => prompt is 5
-{"prompt": null, @} => prompt is None
+{"prompt": null, @} => key prompt is missing
 {"prompt": [], @} => prompt is []
-{"prompt": "a", "chosen": null, "rejected": "c"} => chosen holds None
+{"prompt": "a", "chosen": null, "rejected": "c"} => key chosen is missing
 {"prompt": "a", "chosen": "b", "rejected": 3.5} => rejected holds 3.5
 {"prompt": "a", "chosen": "b", "rejected": true} => rejected holds True
 {"prompt": "a", "chosen": [], "rejected": []} => chosen is []
 {"prompt": "a", "chosen": ["b"], "rejected": ["c"]} => chosen holds 'b'
 {"prompt": [{"role": "user"}], @} => prompt holds {'role': 'user'}
-{"prompt": [{"role": "user", "content": null}], @} => prompt is None
+{"prompt": [{"role": "user", "content": null}], @} => prompt holds
 {"prompt": [{"role": "user", "content": [{"type": "text"}]}], @} => wanted a string
 {"prompt": [{"role": "tool", "content": "x"}], @} => the role 'tool'
 {"prompt": [{"role": 5, "content": "x"}], @} => the role 5
@@ -1332,7 +1332,7 @@ def shown_in_docs(name: str, tmp_path: Path) -> Path:
 
 def test_every_data_format_that_the_docs_show_is_read_as_the_same_question_and_answers(tmp_path):
     *texts, ids = read_preferences(shown_in_docs("formats", tmp_path))
-    assert len(texts) == 7
+    assert len(texts) == 8
     for p in texts:
         role, content = p.prompt[-1]
         assert role == "user" and content.startswith("Name a fruit.")
