@@ -1,0 +1,291 @@
+"""Every form that a record of preferences or prompts may have: the formats of TRL, HH-RLHF,
+UltraFeedback and LLaMA-Factory, and token ids. docs/data-formats.md shows each.
+
+In reading order
+    present, messages, transcript       a conversation as JSON and as HH's text
+    prompt_key ... PROMPT_FORMS         where the prompt is: recognition, in one place
+    parse_pair, parse_side              a record -> prompt, chosen, rejected
+    with_system, repeats_prompt         what may be said twice
+    stored_messages, text, token_ids    checked values
+
+A function here raises ValueError that says what it found; its caller adds file and line.
+"""
+
+import json
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from support.files import shown, unique
+
+Turns = list[tuple[str, str]]  # (role, content), the content without outer white space
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+SPELLINGS = (("role", "content"), ("from", "value"))
+
+
+def present(record: dict) -> dict:
+    """The keys that have a value. datasets, pandas and polars write null, and pandas NaN, under the
+    keys that a row does not have."""
+    return {key: value for key, value in record.items() if value is not None and value == value}
+
+
+def messages(value: object, key: str) -> Turns:
+    """[{"role", "content"}, ...], or [{"from", "value"}, ...]."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{key} is {shown(value)}, wanted a string or a list of messages")
+    return [parse_message(message, key) for message in value]
+
+
+def parse_message(message: object, key: str) -> tuple[str, str]:
+    found = present(message) if isinstance(message, dict) else {}
+    said = set()
+    for role_key, content_key in SPELLINGS:
+        if role_key in found and content_key in found:
+            role, content = found[role_key], text(found[content_key], key).strip()
+            if not isinstance(role, str) or role not in ROLES:
+                wanted = f"wanted one of {', '.join(ROLES)}"
+                raise ValueError(f"{key} holds the role {shown(role)}, {wanted}")
+            said.add((ROLES[role], content))
+    if len(said) != 1:
+        wanted = "wanted a message with role and content (or from, value)"
+        raise ValueError(f"{key} holds {shown(message)}, {wanted}")
+    return said.pop()
+
+
+def transcript(value: str) -> Turns:
+    """HH-RLHF's text: a turn starts at "\\n\\nHuman:" or "\\n\\nAssistant:", and nowhere else. The
+    blank lines before the first turn may be missing. [] if the text does not start with a turn."""
+    if not value.lstrip().startswith(("Human:", "Assistant:")):
+        return []
+    turns = []
+    for i, part in enumerate(("\n\n" + value.lstrip()).split("\n\nHuman:")):
+        first, *replies = part.split("\n\nAssistant:")
+        if i > 0:
+            turns.append(("user", first.strip()))
+        turns += [("assistant", reply.strip()) for reply in replies]
+    return turns
+
+
+def question(value: str) -> Turns:
+    """A user's turn; or the turns of an HH transcript that ends where the reply belongs, or that
+    has its leading blank lines and ends with the user's turn."""
+    turns = transcript(value)
+    if len(turns) > 1 and turns[-1] == ("assistant", ""):
+        return turns[:-1]
+    if value.startswith("\n\n") and turns and turns[-1][0] == "user":
+        return turns
+    return [("user", value.strip())]
+
+
+def prompt_key(record: dict) -> Turns:
+    """TRL, HH-RLHF, UltraFeedback: {"prompt": a text or messages}."""
+    value = record["prompt"]
+    if isinstance(value, str):
+        return question(text(value, "prompt"))
+    return messages(value, "prompt")
+
+
+def conversations_key(record: dict) -> Turns:
+    """LLaMA-Factory's sharegpt: {"conversations": messages}."""
+    return messages(record["conversations"], "conversations")
+
+
+def messages_key(record: dict) -> Turns:
+    """LLaMA-Factory's openai form: {"messages": messages}."""
+    return messages(record["messages"], "messages")
+
+
+def instruction_key(record: dict) -> Turns:
+    """LLaMA-Factory's alpaca: {"instruction", "input", "history": [[question, answer], ...]}."""
+    turns, history = [], record.get("history", [])
+    for exchange in history if isinstance(history, list) else [history]:
+        if not isinstance(exchange, list) or len(exchange) != 2:
+            raise ValueError(f"history holds {shown(exchange)}, wanted [question, answer]")
+        asked, answered = (text(part, "history").strip() for part in exchange)
+        turns += [("user", asked), ("assistant", answered)]
+    return [*turns, *question(instruction_text(record))]
+
+
+def instruction_text(record: dict) -> str:
+    parts = [text(record[key], key) for key in ("instruction", "input") if key in record]
+    return "\n".join(part for part in parts if part)
+
+
+# Where the prompt of a record is. Without any of these keys, its answers hold the prompt: they are
+# whole conversations.
+PROMPT_FORMS: dict[str, Callable[[dict], Turns]] = {
+    "conversations": conversations_key,
+    "instruction": instruction_key,
+    "prompt": prompt_key,
+    "messages": messages_key,
+}
+ID_KEYS = ("prompt_ids", "chosen_ids", "rejected_ids")  # token ids, used as they are
+
+
+def parse_pair(record: object) -> tuple | None:
+    """(prompt, chosen, rejected): turns and two texts, or three int32 arrays of token ids.
+
+    None if the two sides have different prompts. ValueError if the record is not a pair, if a
+    prompt has no user's turn, or if two keys give different prompts.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"a record is a JSON object, found {shown(record)}")
+    record = present(record)
+    if any(key in record for key in ID_KEYS):
+        return tuple(np.array(token_ids(record, key), dtype=np.int32) for key in ID_KEYS)
+    for key in ("chosen", "rejected"):
+        if key not in record:
+            raise ValueError(f"key {key} is missing, found {shown(', '.join(sorted(record)))}")
+    for key in ("chosen", "rejected", "prompt", "conversations", "messages"):
+        if isinstance(record.get(key), str):
+            record[key] = stored_messages(record[key], key)
+    prompts, conversation = read_prompt_keys(record), None
+    if "messages" in prompts and prompts["messages"][-1][0] == "assistant":
+        # UltraFeedback repeats the chosen conversation there: it is not a prompt.
+        conversation = prompts.pop("messages")
+    first, *others = prompts or [None]
+    for other in others:
+        if prompts[other] != prompts[first]:
+            raise ValueError(f"{first} and {other} give different prompts, wanted one")
+    prompt = prompts[first] if prompts else []
+    prompt_w, chosen = parse_side(prompt, record, "chosen")
+    prompt_l, rejected = parse_side(prompt, record, "rejected")
+    if conversation and spoken(conversation) != spoken([*prompt_w, ("assistant", chosen)]):
+        raise ValueError("messages hold another conversation than chosen, wanted one")
+    return (prompt_w, chosen, rejected) if prompt_w == prompt_l else None
+
+
+def spoken(turns: Turns) -> Turns:
+    return [turn for turn in turns if turn[0] != "system"]
+
+
+def read_prompt_keys(record: dict) -> dict[str, Turns]:
+    """The prompt that each of the record's keys gives. An empty one counts as absent beside
+    another."""
+    found = [key for key in PROMPT_FORMS if key in record]
+    filled = [key for key in found if record[key] not in ("", [])]
+    return {key: PROMPT_FORMS[key](record) for key in filled or found[:1]}
+
+
+def parse_side(prompt: Turns, record: dict, key: str) -> tuple[Turns, str]:
+    """The prompt and the reply of one side. Its value is the reply (a text, or messages that start
+    with the assistant's) or a whole conversation that holds the prompt."""
+    value = record[key]
+    if isinstance(value, str):
+        turns = transcript(text(value, key))
+    else:
+        turns = messages(value if isinstance(value, list) else [value], key)
+    # A system turn or earlier turns may stand before the prompt's own, so these may start anywhere.
+    whole = any(turns[i : i + len(prompt)] == prompt for i in range(len(turns)))
+    if isinstance(value, str) and prompt and not whole:
+        if transcript(str(record.get("prompt", ""))) and turns and turns[0][0] == "user":
+            raise ValueError(f"prompt is a transcript, and {key} is one without its turns")
+        turns = [*prompt, ("assistant", value.strip())]
+    elif turns and not whole:
+        if turns[0][0] != "assistant":
+            raise ValueError(
+                f"prompt is not among the turns of {key}, nor do they start with the assistant's"
+            )
+        turns = [*prompt, *turns]
+    if not turns or turns[-1][0] != "assistant":
+        turns = [*turns, ("assistant", "")]  # encode_preferences drops the pair as empty
+    if not any(role == "user" for role, _ in turns[:-1]):
+        wanted = f"{', '.join(PROMPT_FORMS)}, or whole conversations as answers"
+        found = shown(", ".join(sorted(record)))
+        raise ValueError(
+            f"key prompt is missing or has no user's turn: found {found}, wanted {wanted}"
+        )
+    turns = with_system(turns, record)
+    return turns[:-1], turns[-1][1]
+
+
+def with_system(turns: Turns, record: dict) -> Turns:
+    """The turns with the record's own `system` text, if it has one: it takes the place of a system
+    turn that is equal but for white space. Any other system turn is a second source: ValueError."""
+    system = text(record.get("system", ""), "system").strip()
+    given = [turn for turn in turns if turn[0] == "system"]
+    if not system:
+        return turns
+    if not given:
+        return [("system", system), *turns]
+    same = [turn for turn in given if turn[1].split() == system.split()]
+    if not same:
+        raise ValueError(f"system is {shown(system)}, and a system turn is {shown(given[0][1])}")
+    return [("system", system) if turn in same else turn for turn in turns]
+
+
+def repeats_prompt(prompt, chosen, rejected) -> bool:
+    """True if both answers begin with the prompt (texts: with its last turn). They would be scored
+    on repeating it."""
+    if not isinstance(chosen, str):
+        n = len(prompt)
+        return n > 0 and all(np.array_equal(ids[:n], prompt) for ids in (chosen, rejected))
+    asked = re.compile(re.escape(prompt[-1][1]) + r"(?!\w)")
+    return bool(prompt[-1][1]) and all(asked.match(answer) for answer in (chosen, rejected))
+
+
+# ----------------------------------------------------------------------------------- checked values
+
+# Messages that went through text begin with a bracket (json.dumps), perhaps after a quote
+# (json.dumps twice) or a name (str() of numpy, Spark, ...), and name a role.
+BRACKET = re.compile(r"""\s*["']?(?:\w+\()?[\[({]""")
+ANY_ROLE = rf"""\\?["'](?:{"|".join(ROLES)})\\?["']"""
+NAMED_ROLE = re.compile(rf"""\b(?:role|from)\\?["']?\s*[:=]\s*{ANY_ROLE}|\{{{ANY_ROLE},""")
+
+
+def stored_messages(value: str, key: str) -> object:
+    """The messages that a text holds as JSON, or the text itself. ValueError for messages that
+    cannot be read back: a repr of Python's, numpy's or polars', or JSON that was cut."""
+    if not BRACKET.match(value):
+        return value
+    try:
+        parsed = json.loads(value, object_pairs_hook=unique)
+    except (ValueError, RecursionError):
+        if not NAMED_ROLE.search(value):
+            return value
+        found = f"{key} holds messages as text that is not JSON ({shown(value)})"
+        raise ValueError(f"{found}; wanted a list") from None
+    if isinstance(parsed, str):
+        return stored_messages(parsed, key)
+    if isinstance(parsed, list):
+        return parsed if parsed and all(map(looks_like_message, parsed)) else value
+    # A lone object may be an answer in JSON, such as {"from": "Rome", "value": "3"}.
+    return parsed if looks_like_message(parsed) and NAMED_ROLE.search(value) else value
+
+
+def looks_like_message(value: object) -> bool:
+    found = present(value) if isinstance(value, dict) else {}
+    return any(
+        isinstance(found.get(a), str) and isinstance(found.get(b), str) for a, b in SPELLINGS
+    )
+
+
+def text(value: object, key: str) -> str:
+    """The value itself, if it is a string of whole Unicode characters."""
+    if not isinstance(value, str):
+        raise ValueError(f"{key} is {shown(value)}, wanted a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{key} holds half a surrogate pair, which is not Unicode text") from None
+    return value
+
+
+def token_ids(record: dict, key: str) -> list[int]:
+    """The value of a key, if it is a list of token ids."""
+    value = record.get(key)
+    if not isinstance(value, list) or not all(map(is_token_id, value)):
+        found = "missing" if value is None else shown(value)
+        raise ValueError(f"{key} is {found}, wanted a list of token ids")
+    return value
+
+
+def is_token_id(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31  # JSON's true is an int to isinstance

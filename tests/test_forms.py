@@ -1,0 +1,615 @@
+"""What a record says, and what is said twice, nowhere, or in another format: nothing is trained on
+by mistake. Expected turns and answers are written out by hand."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from data import ChatFormat, encode_preferences, read_preferences
+from evaluation.prompts import read_prompts
+from support.files import InputError
+
+EXAMPLE = ROOT / "examples" / "model"
+FRUIT, ASK = "Name a fruit.", [("user", "Name a fruit.")]
+TEXTS = {"chosen": "An apple.", "rejected": "No."}
+HH_TALK = "Human: Hi.\n\nAssistant: Hello.\n\nHuman: Name a fruit.\n\nAssistant:"
+TALK = [("user", "Hi."), ("assistant", "Hello."), *ASK]
+
+
+def messages(*turns: str) -> list[dict]:
+    """Messages with role and content, each of a text such as "user: Hi"."""
+    split = (turn.split(": ", 1) for turn in turns)
+    return [{"role": role, "content": content} for role, content in split]
+
+
+def answers(*before: str, **both) -> dict:
+    """Both answers as messages, after the turns `before`."""
+    sides = {"chosen": "assistant: An apple.", "rejected": "assistant: No."}
+    return {key: messages(*before, last) for key, last in sides.items()} | both
+
+
+def transcripts(before: str) -> dict:
+    """Both answers as HH transcripts, after the text `before`."""
+    return {key: f"{before} {last}" for key, last in TEXTS.items()}
+
+
+def stored(record: dict, dump=json.dumps) -> dict:
+    """A record whose lists are text."""
+    return {k: dump(v) if isinstance(v, list | dict) else v for k, v in record.items()}
+
+
+TOLD = [f"user: {FRUIT}"]
+REPLIES, WHOLE = answers(), answers(*TOLD)
+
+
+def read_one(record, tmp_path: Path) -> tuple:
+    """(prompt, chosen, rejected), or the complaint about the record, and the counts."""
+    path, counts = tmp_path / "a.jsonl", Counter()
+    path.write_text(json.dumps(record) + "\n")
+    kept = read_preferences(path, counts, skip_bad_lines=True)
+    if kept:
+        return (kept[0].prompt, kept[0].chosen, kept[0].rejected), counts
+    with pytest.raises(InputError) as caught:
+        read_preferences(path)
+    first = str(caught.value).splitlines()[0]
+    assert first.startswith(f"{path}:1: ") and first.isprintable() and first.isascii()
+    return first, counts
+
+
+def prompt_of(row, tmp_path: Path, **options):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    [prompt] = read_prompts(path, **options)
+    return prompt.prompt, prompt.reference
+
+
+def refused_prompt(row, tmp_path: Path, **options) -> str:
+    with pytest.raises(InputError) as caught:
+        prompt_of(row, tmp_path, **options)
+    assert str(caught.value).startswith(f"{tmp_path / 'p.jsonl'}:1: ")
+    return str(caught.value)
+
+
+KIND = [("system", "Be kind."), *ASK]
+BESIDE = {"system": " Be kind.\n"}
+SPACED = "system: Be \n kind."  # equal but for white space
+NAN = float("nan")
+READ = {
+    # the prompt under `messages`
+    "messages, then messages": ({"messages": messages(*TOLD)} | REPLIES, ASK),
+    "messages, then texts": ({"messages": messages(*TOLD)} | TEXTS, ASK),
+    "messages, then one message each": (
+        {"messages": messages(*TOLD)} | {k: v[0] for k, v in REPLIES.items()},
+        ASK,
+    ),
+    "messages in both spellings of LLaMA-Factory": (
+        {"messages": [{"from": "human", "value": FRUIT}]} | TEXTS,
+        ASK,
+    ),
+    # a prompt in two places
+    "messages that repeat the chosen conversation": (
+        {"prompt": FRUIT, "messages": WHOLE["chosen"]} | WHOLE,
+        ASK,
+    ),
+    "the same with a system turn": (
+        {"prompt": FRUIT, "messages": WHOLE["chosen"], "system": "Be kind."} | WHOLE,
+        KIND,
+    ),
+    "messages that repeat it, without a prompt": ({"messages": WHOLE["chosen"]} | WHOLE, ASK),
+    "two keys with one prompt": (
+        {"prompt": FRUIT, "instruction": f" {FRUIT}", "messages": messages(*TOLD)} | TEXTS,
+        ASK,
+    ),
+    "an empty prompt beside another": ({"prompt": "", "instruction": FRUIT} | TEXTS, ASK),
+    # a system text in two places, equal but for white space
+    "system beside whole conversations": (BESIDE | answers(SPACED, *TOLD), KIND),
+    "system beside a prompt's": (BESIDE | {"prompt": messages(SPACED, *TOLD)} | TEXTS, KIND),
+    "system beside one side's": (
+        BESIDE | WHOLE | {"chosen": messages(SPACED, *TOLD, "assistant: An apple.")},
+        KIND,
+    ),
+    "an empty system text": ({"system": " \n", "prompt": FRUIT} | TEXTS, ASK),
+    # answers that repeat their prompt as transcripts
+    "HH twice": ({"prompt": f"\n\n{HH_TALK}"} | transcripts(f"\n\n{HH_TALK}"), TALK),
+    "HH twice, without blank lines": ({"prompt": HH_TALK} | transcripts(HH_TALK), TALK),
+    "a plain prompt and transcripts": (
+        {"prompt": FRUIT} | transcripts(f"\n\nHuman: {FRUIT}\n\nAssistant:"),
+        ASK,
+    ),
+    "an instruction and transcripts": (
+        {"instruction": FRUIT} | transcripts(f"\n\nHuman: {FRUIT}\n\nAssistant:"),
+        ASK,
+    ),
+    "messages and transcripts": (
+        {"messages": messages(*TOLD)} | transcripts(f"Human: {FRUIT}\n\nAssistant:"),
+        ASK,
+    ),
+    # HH prompts
+    "an HH prompt without blank lines": ({"prompt": HH_TALK} | TEXTS, TALK),
+    "an HH prompt with one blank line": ({"prompt": f"\n{HH_TALK}\n"} | TEXTS, TALK),
+    "an HH prompt as instruction": ({"instruction": HH_TALK, "input": ""} | TEXTS, TALK),
+    "an HH prompt that the assistant begins": (
+        {"prompt": f"Assistant: Yes?\n\n{HH_TALK}"} | TEXTS,
+        [("assistant", "Yes?"), *TALK],
+    ),
+    "an HH prompt without its last marker": (
+        {"prompt": f"\n\n{HH_TALK}".removesuffix("\n\nAssistant:")} | TEXTS,
+        TALK,
+    ),
+    "an HH prompt and message lists": ({"prompt": HH_TALK} | REPLIES, TALK),
+    # message lists that went through text
+    "answers in JSON": ({"prompt": FRUIT} | stored(WHOLE), ASK),
+    "answers in JSON, dumped twice": (
+        {"prompt": FRUIT} | stored(WHOLE, lambda v: json.dumps(json.dumps(v))),
+        ASK,
+    ),
+    "one message in JSON": ({"prompt": FRUIT} | stored({k: v[0] for k, v in REPLIES.items()}), ASK),
+    "a prompt in JSON": ({"prompt": json.dumps(messages(*TOLD), indent=1)} | TEXTS, ASK),
+    "messages in JSON": (stored({"messages": messages(*TOLD)} | REPLIES), ASK),
+    "conversations in JSON": (
+        stored({"conversations": [{"id": 1, "from": "human", "value": FRUIT}]} | REPLIES),
+        ASK,
+    ),
+    # null and NaN under keys that a row does not have
+    "null columns": (
+        {"prompt": FRUIT, "conversations": None, "instruction": None, "system": None, "tools": None}
+        | {"prompt_ids": None, "chosen_ids": None, "rejected_ids": None, "messages": None}
+        | TEXTS,
+        ASK,
+    ),
+    "null as prompt": ({"prompt": None, "history": None} | WHOLE, ASK),
+    "NaN columns": (
+        {"prompt": FRUIT, "instruction": NAN, "system": NAN, "score": NAN} | TEXTS,
+        ASK,
+    ),
+    "null input and history": ({"instruction": FRUIT, "input": None, "history": None} | TEXTS, ASK),
+    "null within messages": (
+        {"prompt": [{"role": None, "content": None, "from": "human", "value": FRUIT}]}
+        | {k: [v[0] | {"from": None, "value": NAN}] for k, v in REPLIES.items()},
+        ASK,
+    ),
+    "both spellings of one message": (
+        {"prompt": [{"role": "user", "content": FRUIT, "from": "human", "value": f"{FRUIT} "}]}
+        | TEXTS,
+        ASK,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_record_is_read_as_its_one_question_and_answers(name, tmp_path):
+    record, turns = READ[name]
+    pair, counts = read_one(record, tmp_path)
+    assert pair == (turns, "An apple.", "No.")
+    assert counts == {"read": 1, "bad lines": 0}
+
+
+BAD = {
+    # no user's turn, whatever the answers are
+    "question, then messages": ({"question": FRUIT} | REPLIES, "no user's turn"),
+    "question, then one message": (
+        {"question": FRUIT, "chosen": REPLIES["chosen"][0], "rejected": REPLIES["rejected"][0]},
+        "found 'chosen, question, rejected', wanted conversations, instruction, prompt, messages",
+    ),
+    "question, then texts": ({"question": FRUIT} | TEXTS, "no user's turn"),
+    "the prompt under `conversation`": (
+        {"conversation": messages(*TOLD)} | REPLIES,
+        "no user's turn",
+    ),
+    "a transcript that the assistant begins": (transcripts("\n\nAssistant:"), "no user's turn"),
+    "the same without blank lines": (transcripts("Assistant:"), "no user's turn"),
+    "a system turn only": ({"prompt": messages("system: Be kind.")} | TEXTS, "no user's turn"),
+    "system beside nothing": ({"system": FRUIT} | REPLIES, "no user's turn"),
+    "an assistant's turn only": ({"prompt": messages("assistant: Yes?")} | TEXTS, "no user's turn"),
+    "one side without": (WHOLE | {"rejected": REPLIES["rejected"]}, "no user's turn"),
+    "messages that end with the assistant's": (
+        {"messages": WHOLE["chosen"]} | REPLIES,
+        "no user's turn",
+    ),
+    "null as prompt": ({"prompt": None} | TEXTS, "key prompt is missing"),
+    "NaN as prompt": ({"prompt": NAN} | REPLIES, "key prompt is missing"),
+    # two sources that differ
+    "another system turn": (
+        BESIDE | answers("system: Be brief.", *TOLD),
+        "system is 'Be kind.', and a system turn is 'Be brief.'",
+    ),
+    "another system turn in the prompt": (
+        BESIDE | {"prompt": messages("system: Be brief.", *TOLD)} | TEXTS,
+        "a system turn is 'Be brief.'",
+    ),
+    "another system turn in conversations": (
+        BESIDE | {"conversations": messages("system: Be brief.", *TOLD)} | TEXTS,
+        "a system turn is",
+    ),
+    "prompt and instruction": (
+        {"prompt": FRUIT, "instruction": "Name a colour."} | TEXTS,
+        "instruction and prompt give different prompts",
+    ),
+    "prompt and conversations": (
+        {"prompt": "Name a colour.", "conversations": messages(*TOLD)} | TEXTS,
+        "conversations and prompt give different prompts",
+    ),
+    "prompt and messages": (
+        {"prompt": "Name a colour.", "messages": messages(*TOLD)} | REPLIES,
+        "prompt and messages give different prompts",
+    ),
+    "messages of another conversation": (
+        {"prompt": FRUIT, "messages": messages(*TOLD, "assistant: A pear.")} | WHOLE,
+        "messages hold another conversation than chosen",
+    ),
+    "two spellings of one message": (
+        {"prompt": [{"role": "user", "content": FRUIT, "from": "human", "value": "Name a colour."}]}
+        | TEXTS,
+        "prompt holds",
+    ),
+    "two roles of one message": (
+        {"prompt": [{"role": "user", "content": FRUIT, "from": "gpt", "value": FRUIT}]} | TEXTS,
+        "prompt holds",
+    ),
+    "transcripts of another prompt": (
+        {"prompt": HH_TALK} | transcripts("Human: Name a colour.\n\nAssistant:"),
+        "prompt is a transcript, and chosen is one without its turns",
+    ),
+    # message lists that went through text and cannot be read back
+    "Python's repr": ({"prompt": FRUIT} | stored(WHOLE, str), "messages as text that is not JSON"),
+    "Python's repr of one message": (
+        {"prompt": FRUIT} | stored({k: v[0] for k, v in REPLIES.items()}, str),
+        "not JSON",
+    ),
+    "Python's repr of the prompt": (
+        {"prompt": str(messages(*TOLD))} | TEXTS,
+        "prompt holds messages as text",
+    ),
+    "numpy's repr": (
+        {"prompt": FRUIT} | stored(WHOLE, lambda v: str(np.array(v, dtype=object))),
+        "not JSON",
+    ),
+    "numpy's other repr": (
+        {"prompt": FRUIT} | stored(WHOLE, lambda v: repr(np.array(v, dtype=object))),
+        "not JSON",
+    ),
+    "polars' repr": (
+        {
+            "prompt": FRUIT,
+            "chosen": '[{"user","Name a fruit."}, {"assistant","An apple."}]',
+            "rejected": "No.",
+        },
+        "not JSON",
+    ),
+    "rows of Spark": (
+        {
+            "prompt": FRUIT,
+            "chosen": "[Row(content='An apple.', role='assistant')]",
+            "rejected": "No.",
+        },
+        "not JSON",
+    ),
+    "JSON that was cut": (
+        {"prompt": FRUIT} | stored(WHOLE, lambda v: json.dumps(v)[:-4]),
+        "not JSON",
+    ),
+    "JSON of an unknown role": (
+        {"prompt": FRUIT} | stored(answers(chosen=messages("model: An apple."))),
+        "the role 'model'",
+    ),
+    # null where a value is needed
+    "null as an answer": (
+        {"prompt": FRUIT, "chosen": None, "rejected": "No."},
+        "key chosen is missing",
+    ),
+    "NaN as an answer": (
+        {"prompt": FRUIT, "chosen": "An apple.", "rejected": NAN},
+        "key rejected is missing",
+    ),
+    "null as content": ({"prompt": [{"role": "user", "content": None}]} | TEXTS, "prompt holds"),
+    "null as role": ({"prompt": [{"role": None, "content": FRUIT}]} | TEXTS, "prompt holds"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_record_without_one_clear_prompt_and_answers_is_a_bad_line(name, tmp_path):
+    record, found = BAD[name]
+    complaint, counts = read_one(record, tmp_path)
+    assert found in complaint and counts == {"read": 1, "bad lines": 1}
+
+
+# Answers that look like stored messages, or like transcripts, and are not.
+LITERAL = [
+    "[1, 2, 3]",
+    "[]",
+    "{}",
+    "(a) An apple.",
+    "[An apple]",
+    '{"role": 5, "content": "x"}',
+    '{"a": "user"}',
+    '{"from": "Rome", "value": "3"}',
+    '[{"fruit": "apple"}]',
+    "{'fruit': 'apple'}",
+    "Human: what is it?\n\nAssistant: An apple.",
+    "Assistant: An apple.",
+    '"An apple," he said.',
+]
+
+
+@pytest.mark.parametrize("answer", LITERAL)
+def test_an_answer_that_only_looks_like_messages_or_a_transcript_stays_text(answer, tmp_path):
+    pair, _ = read_one({"prompt": FRUIT, "chosen": answer, "rejected": "No."}, tmp_path)
+    assert pair == (ASK, answer, "No.")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["Human: Hi.", "Human: Hi.\n\nAssistant: Hello.", "Assistant:", "[1] What is this?"]
+)
+def test_a_prompt_that_only_looks_like_a_transcript_stays_one_turn(prompt, tmp_path):
+    assert read_one({"prompt": prompt} | TEXTS, tmp_path)[0][0] == [("user", prompt)]
+    assert prompt_of({"prompt": prompt}, tmp_path)[0] == [("user", prompt)]
+
+
+@pytest.mark.parametrize(
+    "record, repeats",
+    [
+        ({"prompt": FRUIT, "chosen": f"{FRUIT}\nAn apple.", "rejected": f" {FRUIT} No."}, 1),
+        (
+            {"prompt": FRUIT}
+            | answers(
+                chosen=messages(f"assistant: {FRUIT} An apple."),
+                rejected=messages(f"assistant: {FRUIT}"),
+            ),
+            1,
+        ),
+        (
+            {
+                "instruction": "Sort.",
+                "input": "b a",
+                "chosen": "Sort.\nb a\na b",
+                "rejected": "Sort.\nb a: no",
+            },
+            1,
+        ),
+        ({"prompt": HH_TALK, "chosen": f"{FRUIT} An apple.", "rejected": f"{FRUIT} No."}, 1),
+        ({"prompt_ids": [1, 2], "chosen_ids": [1, 2, 3], "rejected_ids": [1, 2, 4]}, 1),
+        ({"prompt": FRUIT, "chosen": f"{FRUIT} An apple.", "rejected": "No."}, 0),
+        ({"prompt": "Hi", "chosen": "High noon.", "rejected": "Hide."}, 0),
+        ({"prompt_ids": [1, 2], "chosen_ids": [1, 2, 3], "rejected_ids": [1, 3]}, 0),
+        ({"prompt_ids": [], "chosen_ids": [1, 2, 3], "rejected_ids": [1, 3]}, 0),
+    ],
+)
+def test_pairs_whose_answers_both_begin_with_their_prompt_are_kept_and_counted(
+    record, repeats, tmp_path
+):
+    pair, counts = read_one(record, tmp_path)
+    assert isinstance(pair, tuple) and counts["repeat their prompt"] == repeats
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"prompt": " \n"} | TEXTS, {"instruction": "", "input": ""} | TEXTS]
+    + [{"prompt": messages("system: Be kind.", "user: ")} | TEXTS]
+    + [transcripts("\n\nHuman:\n\nAssistant:")],
+)
+def test_a_pair_whose_users_turns_are_empty_is_dropped_as_empty(record, tmp_path):
+    path, counts = tmp_path / "a.jsonl", Counter()
+    path.write_text(json.dumps(record))
+    pairs = encode_preferences(
+        read_preferences(path, counts), ChatFormat(EXAMPLE), 99, counts=counts
+    )
+    assert not pairs and counts["empty"] == 1
+
+
+# ------------------------------------------------------------------------------------------ prompts
+
+ROWS = {
+    "AlpacaEval's": (
+        {"dataset": "koala", "instruction": FRUIT, "output": "An apple.", "generator": "x"},
+        ASK,
+        "An apple.",
+    ),
+    "unknown keys": ({"prompt": FRUIT, "id": 3, "tags": ["a"], "question": "x"}, ASK, None),
+    "null columns": (
+        {
+            "prompt": None,
+            "messages": None,
+            "instruction": FRUIT,
+            "input": None,
+            "system": NAN,
+            "reference": None,
+            "chosen": None,
+        },
+        ASK,
+        None,
+    ),
+    "an HH prompt": ({"prompt": HH_TALK}, TALK, None),
+    "an HH prompt as a row": (HH_TALK, TALK, None),
+    "an HH prompt as instruction": ({"instruction": HH_TALK}, TALK, None),
+    "a preference of HH": (transcripts(f"Human: {FRUIT}\n\nAssistant:"), ASK, "An apple."),
+    "a preference with null columns": (
+        {"prompt": FRUIT, "messages": None, "rejected": None, "chosen": "An apple."},
+        ASK,
+        "An apple.",
+    ),
+    "messages in JSON": (stored({"messages": messages(*TOLD)}), ASK, None),
+    "a prompt in JSON": (stored({"prompt": messages(*TOLD)}), ASK, None),
+    "the system text twice": (BESIDE | {"messages": messages(SPACED, *TOLD)}, KIND, None),
+    "system beside": (BESIDE | {"messages": messages(*TOLD)}, [("system", "Be kind."), *ASK], None),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_prompt_to_answer_follows_the_rules_of_pairs(name, tmp_path):
+    row, turns, reference = ROWS[name]
+    assert prompt_of(row, tmp_path) == (turns, reference)
+
+
+BAD_ROWS = {
+    "another system turn": (
+        BESIDE | {"messages": messages("system: Be brief.", *TOLD)},
+        "a system turn is",
+    ),
+    "another in a preference": (BESIDE | answers("system: Be brief.", *TOLD), "a system turn is"),
+    "a preference without a prompt": ({"question": FRUIT} | REPLIES, "no user's turn"),
+    "a preference with an empty prompt": ({"prompt": ""} | TEXTS, "the prompt is empty"),
+    "a preference of ids": ({"prompt_ids": [1], "chosen": "x"}, "token ids"),
+    "Python's repr": ({"messages": str(messages(*TOLD))}, "messages as text that is not JSON"),
+    "null as prompt": ({"prompt": None}, "wanted one of the keys prompt, messages"),
+    "null as content": ({"messages": [{"role": "user", "content": None}]}, "messages holds"),
+    "no user's turn": ({"prompt": messages("system: Be kind.")}, "the system's, wanted the user's"),
+    "two prompts": ({"prompt": FRUIT, "instruction": FRUIT}, "wanted one of the keys"),
+    "an unknown key only": ({"question": FRUIT}, "wanted one of the keys prompt, messages"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_prompt_that_is_not_clear_is_refused(name, tmp_path):
+    row, found = BAD_ROWS[name]
+    assert found in refused_prompt(row, tmp_path)
+
+
+def test_a_raw_prompt_stays_as_it_is(tmp_path):
+    for text in (
+        f"\n\n{HH_TALK}",
+        f"  {HH_TALK} ",
+        json.dumps(messages(*TOLD)),
+        str(messages(*TOLD)),
+    ):
+        assert prompt_of({"prompt": text, "id": 1}, tmp_path, raw=True) == (text, None)
+        assert prompt_of({"instruction": text}, tmp_path, raw=True) == (text.strip(), None)
+    for row in (
+        {"prompt": messages(*TOLD)},
+        {"prompt": "x", "system": "y"},
+        {"messages": "x"},
+        WHOLE,
+    ):
+        assert "--raw" in refused_prompt(row, tmp_path, raw=True)
+
+
+# ------------------------------------------------------------------------------------ other formats
+
+LINES = [
+    json.dumps({"prompt": FRUIT} | TEXTS),
+    json.dumps({"prompt": "\xc4pfel?"} | stored(REPLIES), ensure_ascii=False),
+]
+GOOD = "".join(line + "\n" for line in LINES)
+
+
+def zipped() -> bytes:
+    file = io.BytesIO()
+    zipfile.ZipFile(file, "w").writestr("a.jsonl", GOOD)
+    return file.getvalue()
+
+
+def tarred() -> bytes:
+    file, member = io.BytesIO(), tarfile.TarInfo("a.jsonl")
+    member.size = len(GOOD.encode())
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(member, io.BytesIO(GOOD.encode()))
+    return file.getvalue()
+
+
+# name in the message -> the file, and what its command begins with; its command is run.
+CONVERTED = {
+    "xz": (lzma.compress(GOOD.encode()), "xz "),
+    "bzip2": (bz2.compress(GOOD.encode()), "bzip2 "),
+    "zip": (zipped(), "unzip "),
+    "tar": (tarred(), "tar "),
+    "UTF-16": (GOOD.encode("utf-16"), "iconv "),
+    "UTF-16 ": (GOOD.encode("utf-16-le"), "iconv "),
+    "UTF-16  ": (GOOD.encode("utf-16-be"), "iconv "),
+    "UTF-32": (GOOD.encode("utf-32"), "iconv "),
+    "UTF-16, gzipped": (gzip.compress(GOOD.encode("utf-16")), "gzip "),
+}
+NAMED = {
+    "zstd": (b"\x28\xb5\x2f\xfd....", "zstd -dc "),
+    "lz4": (b"\x04\x22\x4d\x18....", "lz4 -dc "),
+    "7z": (b"7z\xbc\xaf\x27\x1c....", "7z x -so "),
+    "Parquet": (b"PAR1....PAR1", "python -c 'import pandas; pandas.read_parquet("),
+    "Feather": (b"ARROW1\0\0", "python -c 'import pandas; pandas.read_feather("),
+    "Arrow": (b"\xff\xff\xff\xff\x80", "python -c 'import datasets; "),
+    "CSV": (b"prompt,chosen,rejected\na,b,c\n", "python -c 'import pandas; pandas.read_csv("),
+    "a pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull "),
+}
+
+
+def refusal_of(path: Path, content: bytes) -> tuple[str, str]:
+    """The name and the command in the complaint about a file."""
+    path.write_bytes(content)
+    found = set()
+    for read in (read_preferences, read_prompts):
+        with pytest.raises(InputError) as caught:
+            read(path)
+        found.add(str(caught.value))
+    [message] = found
+    start, command = message.split(", wanted JSONL in UTF-8; convert it: ")
+    assert "\n" not in message and start.startswith(f"{path}: ")
+    return start.removeprefix(f"{path}: "), command
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_a_file_of_another_format_is_named_with_a_command_that_converts_it(name, tmp_path):
+    content, command = CONVERTED[name]
+    path = tmp_path / "it's a file"
+    found, convert = refusal_of(path, content)
+    assert found == name.strip() and convert.startswith(command)
+    if subprocess.run(["which", command.strip()], capture_output=True).returncode:
+        pytest.skip(f"{command.strip()} is not installed")
+    subprocess.run(convert, shell=True, check=True)
+    converted = tmp_path / "it's a file.jsonl"
+    if name == "UTF-16, gzipped":  # the first of two steps
+        assert converted.read_bytes() == GOOD.encode("utf-16")
+    else:
+        assert converted.read_text(encoding="utf-8-sig") == GOOD
+        assert len(read_preferences(converted)) == 2
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_file_of_another_format_is_named_with_a_command(name, tmp_path):
+    content, command = NAMED[name]
+    found, convert = refusal_of(tmp_path / "a.jsonl", content)
+    assert found == name and convert.startswith(command)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "feather", "csv"])
+def test_the_command_for_a_table_gives_the_same_pairs(kind, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    if kind != "csv":
+        pytest.importorskip("pyarrow")
+    more = {"prompt": "Name a fruit, please."} | TEXTS
+    rows = [{"prompt": FRUIT, "system": "Be kind."} | TEXTS, more]
+    table, path = pandas.DataFrame(rows), tmp_path / f"it's.{kind}"
+    write = getattr(table, f"to_{kind}")
+    write(path, index=False) if kind == "csv" else write(path)
+    found, convert = refusal_of(path, path.read_bytes())
+    assert found.lower() == kind
+    subprocess.run(convert.replace("python", sys.executable, 1), shell=True, check=True)
+    pairs = read_preferences(f"{path}.jsonl")
+    assert [(p.prompt, p.chosen) for p in pairs] == [
+        (KIND, "An apple."),
+        ([("user", "Name a fruit, please.")], "An apple."),
+    ]
+
+
+def test_message_lists_in_parquet_come_through_its_command(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "a.parquet"
+    pandas.DataFrame([WHOLE, WHOLE]).to_parquet(path)
+    _, convert = refusal_of(path, path.read_bytes())
+    subprocess.run(convert.replace("python", sys.executable, 1), shell=True, check=True)
+    assert [p.prompt for p in read_preferences(f"{path}.jsonl")] == [ASK, ASK]
+
+
+def test_json_that_begins_like_a_table_is_json(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('"prompt, chosen, rejected"\n"a\\tprompt"\n')
+    assert [p.prompt[0][1] for p in read_prompts(path)] == ["prompt, chosen, rejected", "a\tprompt"]
