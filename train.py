@@ -485,7 +485,7 @@ def answer(
 def attach_reference(
     config: Config, mesh: DeviceMesh, model: Llama, parts: list[Pairs], key: str, cache: Path
 ) -> None:
-    """Gives each part the log-probs of the frozen starting model, from a live copy or computed once.
+    """Gives each part the log-probs of the frozen starting model: of a live copy, or computed once.
 
     Must be called while `model` holds the starting weights, before a checkpoint is loaded. `key`
     names weights, pairs and precision; the cache of another key is refused.

@@ -24,9 +24,9 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from data import read_records
 from support.files import InputError, naming, shown, write_whole
 from support.processes import on_first_process
+from support.records import read_records
 
 # ---------------------------------------------------------------------------------------- processes
 
@@ -129,12 +129,11 @@ def json_rows(path: str | Path, *keys: str, torn: bool = False) -> list[tuple[st
     """("file:line", row) of a JSONL file. Raises InputError, naming the line, if it is not a JSON
     object with these keys. With `torn` a last line that is not JSON is left out: whoever wrote it
     was killed."""
-    records = list(read_records(Path(path)))
+    records = list(read_records(path))
     if torn and records and isinstance(records[-1][1], ValueError):
         records.pop()
     rows = []
-    for line, row in records:
-        place = f"{path}:{line}"
+    for place, row in records:
         if isinstance(row, ValueError):
             raise InputError(f"{place}: {row}")
         if lacks := [key for key in keys if not isinstance(row, dict) or key not in row]:

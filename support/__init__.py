@@ -1,6 +1,6 @@
 """What keeps a run alive and honest, and what a reader of the method may skip.
 
-    files.py           reading files that may hold anything; writing files that must not be half there
+    files.py           reading files that may hold anything; writing files that are never half there
     llama_config.py    config.json of a Llama, checked key by key
     tensors.py         safetensors files, and which rows of a sharded tensor a process holds
     processes.py       devices, agreement between processes, signals, exit codes

@@ -31,7 +31,10 @@ def describe(counts: Counter) -> str:
     reasons = ("bad lines", "unequal prompts", "empty", "overlong", "identical")
     dropped = ", ".join(f"{counts[reason]:,} {reason}" for reason in reasons)
     kept = f"{counts['kept']:,} kept, {counts['truncated']:,} of them truncated"
-    return f"{counts['read']:,} read, {kept}; dropped: {dropped}"
+    text = f"{counts['read']:,} read, {kept}; dropped: {dropped}"
+    if repeats := counts["repeat their prompt"]:
+        text += f". Of {repeats:,} both answers begin with their prompt: is it in them by mistake?"
+    return text
 
 
 def header(config, out: Path, model, parts: list, counts: list[Counter], steps: int) -> str:

@@ -299,7 +299,6 @@ BAD_ROWS = """
 {"prompt_ids": [600]} -> token id 600 is not below the model's vocab_size 512
 {"question": "x"} -> wanted one of the keys prompt, messages
 "\\ud800" -> surrogate
-{"prompt": "x", "refrence": "y"} -> 'refrence' is unknown
 {"prompt": "x", "output": 3} -> output is 3
 {"prompt": "x", "messages": []} -> wanted one of the keys
 {"prompt": "x", "output": "y", "reference": "y"} -> wanted one of them

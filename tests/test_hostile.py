@@ -525,7 +525,8 @@ def test_a_key_that_stands_twice_in_a_record_is_a_bad_line(tmp_path):
     with pytest.raises(files.InputError, match=said):
         read_preferences(path)
     path.write_text(f"[{GOOD},\n{twice}]")
-    assert refusal(read_preferences, path).startswith(f"{path}:2: ")
+    said = f"{path}: not a JSON array of records (not JSON: key 'chosen' stands twice"
+    assert refusal(read_preferences, path).startswith(said)
 
 
 # What `>` writes in Windows PowerShell, and its cousin.
@@ -534,10 +535,8 @@ def test_a_key_that_stands_twice_in_a_record_is_a_bad_line(tmp_path):
 def test_a_file_in_utf_16_is_called_so_in_one_line(tmp_path, encoding, pack):
     path = tmp_path / "a.jsonl"
     path.write_bytes(pack(f"{GOOD}\r\n{GOOD}\r\n".encode(encoding)))
-    assert refusal(read_preferences, path) == f"{path}: UTF-16, wanted UTF-8"
-    path.write_bytes(f"{GOOD}\n".encode("utf-16-be"))  # without a mark there are only bytes
-    with pytest.raises(files.InputError, match=f"^{path}:1: "):
-        read_preferences(path)
+    said = refusal(read_preferences, path)
+    assert said.startswith(f"{path}: {encoding.upper()}") and "wanted JSONL in UTF-8" in said
 
 
 def test_a_file_that_unpacks_to_a_thousand_times_its_size_is_refused_before_it_does(tmp_path):
