@@ -56,7 +56,6 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 import asft
@@ -88,6 +87,7 @@ from support.processes import (
     StopRequest,
     choose_device,
     exit_code,
+    join_group,
     leave,
     on_first_process,
     together,
@@ -127,14 +127,11 @@ class Config:
     ipo_sum: bool = flag(False, "ipo: summed log-probs. OPEN: public code has both; TRL has means")
     reference: str = flag(
         "precompute",
-        "dpo, ipo: reference log-probs computed once, or a live frozen copy. Same losses. "
-        "PAPER: live",
+        "log-probs computed once, or by a live copy. PAPER: live",
         ("precompute", "live"),
     )
     reference_cache: str | None = flag(
-        None,
-        "dpo, ipo: file that keeps the reference log-probs over runs; other weights or pairs are "
-        "refused (default: in OUT)",
+        None, "file that keeps the reference's log-probs over runs with equal weights and pairs"
     )
 
     lr: float = flag(1e-5, "peak learning rate. PAPER: 1e-5")
@@ -157,10 +154,7 @@ class Config:
         None, "of a prompt with one response (default: 2048, or the model's limit). PAPER: 2048"
     )
     overlong: str = flag(
-        "truncate",
-        "a response that does not fit after its prompt: cut its end, or drop the pair. OPEN: "
-        "PAPER truncates, but does not say how",
-        ("truncate", "drop"),
+        "truncate", "too long a response: cut its end, or drop its pair. OPEN", ("truncate", "drop")
     )
     skip_bad_lines: bool = flag(False, "count malformed lines instead of stopping at them")
     max_tokens_per_gpu: int = flag(
@@ -170,15 +164,10 @@ class Config:
 
     device: str = flag("auto", "cuda if each process has a GPU", ("auto", "cpu", "cuda"))
     precision: str = flag(
-        "auto",
-        "of matrix products: bf16 on CUDA, fp32 on a CPU; all else is fp32. OPEN: the paper's "
-        "FlashAttention-2 implies half precision",
-        ("auto", "fp32", "bf16"),
+        "auto", "of matrix products: bf16 on CUDA, fp32 on a CPU. OPEN", ("auto", "fp32", "bf16")
     )
     checkpoint_blocks: str = flag(
-        "auto",
-        "recompute each block in backward instead of keeping its activations: on for CUDA",
-        ("auto", "on", "off"),
+        "auto", "recompute blocks in backward to save memory: on for CUDA", ("auto", "on", "off")
     )
     compile: str = flag(
         "auto", "compile each block, once for all lengths: on for CUDA", ("auto", "on", "off")
@@ -191,9 +180,7 @@ class Config:
     save_every: int = flag(200, "steps between checkpoints (12 bytes a parameter each); 0: none")
     keep: int = flag(2, "checkpoints to keep, the newest")
     resume: str | None = flag(
-        None,
-        "resume the run in this directory from its newest whole checkpoint. Without a directory: "
-        "resume the run in --out, or begin it there",
+        None, "resume the run in this directory; alone: the run in --out, or begin it there"
     )
     plan: int | None = flag(
         None, "print steps, FLOPs and memory of the run on so many GPUs, and stop; no weights read"
@@ -522,22 +509,18 @@ def attach_reference(
 
 def start_processes(config: Config) -> DeviceMesh:
     """Joins the process group that torchrun made, or a group of one. Returns the mesh to shard
-    over."""
+    over: one axis, or with --replicas (replicate, shard)."""
     cuda = choose_device(config.device, config.precision)[0].type == "cuda"
     # Saturated losses give subnormal gradients, which make a CPU ten times slower.
     torch.set_flush_denormal(True)
-    store, rank, world = dist.HashStore(), 0, 1
-    if "RANK" in os.environ:
-        store, rank, world = next(rendezvous("env://"))
-        # torchrun keeps its store when it restarts processes, with the dead ones' addresses in it.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    join_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    world = dist.get_world_size()
     if world % config.replicas:
         raise InputError(f"--replicas {config.replicas} does not divide {world} processes")
     shape, names = (config.replicas, world // config.replicas), ("replicate", "shard")
     first = 1 if config.replicas == 1 else 0
-    return init_device_mesh("cuda" if cuda else "cpu", shape[first:], mesh_dim_names=names[first:])
+    device = "cuda" if cuda else "cpu"
+    return init_device_mesh(device, shape[first:], mesh_dim_names=names[first:])
 
 
 def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:

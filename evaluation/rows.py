@@ -22,10 +22,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from support.files import InputError, naming, shown, write_whole
-from support.processes import on_first_process
+from support.processes import join_group, on_first_process
 from support.records import read_records
 
 # ---------------------------------------------------------------------------------------- processes
@@ -48,11 +47,7 @@ def torchrun_group() -> Iterator[None]:
     One process may have to wait for another that still has hours of answers to make.
     """
     if "RANK" in os.environ:
-        store, rank, world = next(rendezvous("env://"))
-        # torchrun keeps its store when it restarts the processes, with the dead ones' addresses.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
-        options = {"store": store, "rank": rank, "world_size": world}
-        dist.init_process_group("gloo", timeout=timedelta(days=30), **options)
+        join_group("gloo", timeout=timedelta(days=30))
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ import typing
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from support.files import InputError
 
@@ -59,6 +60,17 @@ def peak_memory_gib() -> float:
 
 
 # ------------------------------------------------------------------------------------ agreement
+
+
+def join_group(backend: str, **options) -> None:
+    """Joins the process group that torchrun made, or makes a group of one. Options as of
+    torch.distributed.init_process_group."""
+    store, rank, world = dist.HashStore(), 0, 1
+    if "RANK" in os.environ:
+        store, rank, world = next(rendezvous("env://"))
+        # torchrun keeps its store when it restarts processes, with the dead ones' addresses in it.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, **options)
 
 
 def together(action: typing.Callable[[], typing.Any]) -> list:
