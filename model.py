@@ -556,7 +556,8 @@ def load_weights(model: Llama, directory: str | Path) -> None:
     A sharded parameter (DTensor) gets only this process's rows: no full copy anywhere, no
     broadcast. The stored dtype is converted to the parameter's. Raises InputError, naming file and
     key, for all that `check_weights` refuses, for a NaN or an infinity, and if a tied model's spare
-    `lm_head.weight` differs from its embedding.
+    `lm_head.weight` differs from its embedding. (torch's HuggingFaceStorageReader reads shards as
+    well, but takes keys left over and values that are not finite in silence.)
     """
     places = check_weights(directory, model.config)
     parameters = dict(model.named_parameters())
