@@ -460,7 +460,10 @@ BAD_ROWS = {
     "another in a preference": (BESIDE | answers("system: Be brief.", *TOLD), "a system turn is"),
     "a preference without a prompt": ({"question": FRUIT} | REPLIES, "no user's turn"),
     "a preference with an empty prompt": ({"prompt": ""} | TEXTS, "the prompt is empty"),
-    "a preference of ids": ({"prompt_ids": [1], "chosen": "x"}, "token ids"),
+    "a preference of ids": (
+        {f"{k}_ids": [1] for k in ("prompt", "chosen", "rejected")} | TEXTS,
+        "no token ids",
+    ),
     "Python's repr": ({"messages": str(messages(*TOLD))}, "messages as text that is not JSON"),
     "null as prompt": ({"prompt": None}, "wanted one of the keys prompt, messages"),
     "null as content": ({"messages": [{"role": "user", "content": None}]}, "messages holds"),
