@@ -2,6 +2,8 @@
 
     files.py           reading files that may hold anything; writing files that are never half there
     llama_config.py    config.json of a Llama, checked key by key
+    records.py         the records of a data file, each with its place
+    forms.py           every form that a record of preferences may have
     tensors.py         safetensors files, and which rows of a sharded tensor a process holds
     processes.py       devices, agreement between processes, signals, exit codes
     flags.py           the command line <-> Config <-> config.json
