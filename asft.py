@@ -5,30 +5,30 @@ Pure functions: per-response log-probabilities in, one loss per pair and a dict 
 metrics out. The caller averages over pairs. This file imports only torch, so you can copy it into
 any trainer.
 
-The equations are reconstructed from the paper's Appendix B and its prose, and bear its numbers.
+The equations are reconstructed from the paper's Appendix B and its prose; their numbers are the
+paper's.
 
 In reading order
-    log1mexp, log_odds      the two numerically delicate functions; everything else is a sum
+    log1mexp, log_odds      the two numerically delicate functions
     sft_loss, asft_loss     equation 14, and its two halves
     orpo_loss, simpo_loss   baselines without a reference model
     dpo_loss, ipo_loss      baselines with one
-    LOSSES                  all that train.py knows about losses
+    LOSSES                  the table through which train.py knows the losses
     response_logps          padded logits -> log-probs of each response: the portable form
 
 Notation, here and in the other files. x is a prompt, y_w the chosen and y_l the rejected response
-(w: winner, l: loser), |y| a response's number of tokens, its closing <|eot_id|> included. Log is
-natural, log-probs are in nats.
+(w: winner, l: loser), |y| a response's number of tokens, its closing <|eot_id|> included unless it
+was cut. Log is natural, log-probs are in nats.
     l(y) = 1/|y| sum_t log pi(y_t | x, y_<t)    mean log-prob      logp_w_B, logp_l_B
     s(y) = |y| l(y)                             summed log-prob    sum_logp_w_B, sum_logp_l_B
     p(y) = exp(l(y))                            geometric-mean token probability, in (0, 1]
 
-Shape letters. A tensor's name ends in the letters of its axes; scalars and lists carry none.
+Shape letters. A name ends in the letters of its tensor's axes.
     B pairs   R responses (2B)   T packed tokens   S scored tokens (those of responses)
     C a chunk of S   N keys of packed attention   D width   V vocabulary   F feed-forward
     H query heads   G key/value heads   K head size
 
-Left out: reference log-probs are inputs (train.py computes them), and nothing here reduces over a
-batch.
+Not here: computing the reference's log-probs (train.py), and the mean over a batch.
 """
 
 import inspect
@@ -47,9 +47,9 @@ def log1mexp(x: Tensor) -> Tensor:
     """log(1 - exp(x)) for x < 0, accurate over the whole range. Half types are computed and
     returned in fp32.
 
-    Two branches meet at -ln 2: log(-expm1(x)) keeps its digits near 0, log1p(-exp(x)) far from it.
-    `where` also replaces the *inputs* of the branch that is not taken, since 0 * inf in its
-    backward pass would be NaN. At x = 0 the value is -inf: clamp first, as `asft_loss` does.
+    Two branches meet at -ln 2: log(-expm1(x)) is accurate near 0, log1p(-exp(x)) far from it. The
+    branch that is not taken gets a harmless input, since 0 * inf in its backward pass would be NaN.
+    At x = 0 the value is -inf: clamp first, as `asft_loss` does.
     """
     x = at_least_fp32(x)
     near = x > -math.log(2)
@@ -59,16 +59,17 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def log_odds(logp: Tensor) -> Tensor:
-    """log(p / (1-p)) of p = exp(logp), logp < 0: the sigmoids' argument in equations 10 to 13."""
+    """log(p / (1-p)) of p = exp(logp), logp < 0: the argument of the sigmoids in equations 10 to
+    13. asft_loss needs it only for its tempered form and a metric."""
     return logp - log1mexp(logp)
 
 
 def sft_loss(logp_w_B: Tensor, logp_l_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
-    """L_SFT = -l_w, the first term of equation 14. Exact; takes mean log-probs.
+    """L_SFT = -l_w, the first term of equation 14. Takes mean log-probs.
 
     The mean is over each response's own tokens, so every pair weighs the same; pooling the tokens
     of a batch, as language modelling does, would weigh long answers more. `logp_l_B` does not enter
-    the loss: it adds margin and accuracy.
+    the loss, only the metrics margin and accuracy.
     """
     logp_w_B = at_least_fp32(logp_w_B)
     loss_B = -logp_w_B
@@ -89,37 +90,39 @@ def asft_loss(
 ) -> tuple[Tensor, Metrics]:
     """L_ASFT = L_SFT + beta * L_align (equation 14). Takes mean log-probs; no reference model.
 
-    Equation 13, which the paper's Appendix B means to print, written out:
+    Equations 13 and 14 written out, as the paper's Appendix B means to print them:
 
         odds_w = logp_w - log(1 - exp(logp_w))        odds_l = logp_l - log(1 - exp(logp_l))
         align  = -logsigmoid(odds_w) - logsigmoid(-odds_l)
         loss   = -logp_w + beta * align
 
-    (As printed, the two lines of `align` are not in parentheses, so the rejected half would be
-    lost.) Since sigmoid(log(p/(1-p))) = p, this is, rewritten and equal (tests/test_asft.py):
+    (It prints `align` on two lines without parentheses, so that the rejected half would be lost.)
+    Since sigmoid(log(p/(1-p))) = p, this is, rewritten and equal (tests/test_asft.py):
 
         loss   = -(1 + beta) * logp_w - beta * log(1 - exp(logp_l))
         dloss/dlogp_w = -(1 + beta)        dloss/dlogp_l = beta * p_l / (1 - p_l)
 
     which is what runs at temperature 1: no odds, no cancellation, and no trouble at logp_w = 0.
+    (With sft_weight, 1 + beta is sft_weight + beta.)
 
     Args:
         logp_w_B, logp_l_B: mean log-probs in nats, at most 0, of equal shape. Half types are
             computed in fp32; float64 stays float64.
-        beta: weight of the align term (the paper's beta; 0.1 to 0.5 works). Not a temperature, not
-            DPO's beta.
+        beta: weight of the align term, the paper's beta (it finds 0.1 to 0.5 to work). Not a
+            temperature, not DPO's beta.
         sft_weight: weight of L_SFT; 0 leaves beta * L_align ("align only").
         temperature: T of the tempered form of arXiv 2502.01237, in which the align term is
             -logsigmoid(T * odds_w) - logsigmoid(-T * odds_l). The paper has 1.
-        eps: log-probs above -eps count as -eps inside the align term's log(1 - p), nats. The
+        eps: log-probs above -eps (in nats) count as -eps inside the align term's log(1 - p), which
+            is infinite at logp = 0 and has the gradient 1/|logp| near it: eps bounds both. The
             gradient is passed through, so a rejected response that the model knows by heart is
-            pushed with weight about beta / eps, neither NaN nor 0. The paper is silent here; in
-            fp32 1 - exp(l) is exactly 0 for |l| < 3e-8. `clamped` counts how often it acts.
+            pushed with weight about beta / eps, neither NaN nor 0. The paper is silent here.
+            `clamped` counts how often it acts.
 
     Returns:
         loss_B, and per-pair metrics, detached: sft, align (both unweighted), align_w and align_l
-        (its chosen and rejected half), rejected_weight (the loss's gradient for logp_l,
-        beta * p_l / (1 - p_l) at temperature 1; compare it with the chosen side's 1 + beta),
+        (its chosen and rejected half), rejected_weight (the loss's gradient with respect to
+        logp_l, beta * p_l / (1 - p_l) at temperature 1; the chosen side's is 1 + beta in size),
         clamped (1 if eps acted), margin, accuracy.
 
     Raises ValueError for unequal shapes and for beta < 0, sft_weight < 0, temperature <= 0,
@@ -130,7 +133,7 @@ def asft_loss(
             "asft_loss needs beta >= 0, sft_weight >= 0, temperature > 0, eps > 0; "
             f"found {beta=}, {sft_weight=}, {temperature=}, {eps=}"
         )
-    logp_w_B, logp_l_B = _pair(logp_w_B, logp_l_B)
+    logp_w_B, logp_l_B = _same_shape(logp_w_B, logp_l_B)
     bounded_l_B = _bounded(logp_l_B, eps)
     sft_B = -logp_w_B
     if temperature == 1:
@@ -142,6 +145,7 @@ def asft_loss(
     align_B = align_w_B + align_l_B
     loss_B = sft_weight * sft_B + beta * align_B
     with torch.no_grad():
+        # The chosen side is bounded only in the tempered form.
         clamped_B = (logp_l_B > -eps) | ((temperature != 1) & (logp_w_B > -eps))
         # d align_l / d logp_l = T sigmoid(T odds_l) * d odds_l / d logp_l, and d odds / d logp is
         # 1 / (1 - p). At T = 1 the sigmoid is p_l, so this is the odds p_l / (1 - p_l).
@@ -164,14 +168,14 @@ def orpo_loss(
     """ORPO (arXiv 2403.07691): -l_w - beta * logsigmoid(odds_w - odds_l). Takes mean log-probs; no
     reference model.
 
-    Its align term is ASFT's plus log(p_w(1-p_l) + p_l(1-p_w)), a number of at most 0, exactly.
+    Its align term is exactly ASFT's plus log(p_w(1-p_l) + p_l(1-p_w)), which is at most 0.
     Differs from TRL 1.16, whose odds term is the same but whose SFT term pools prompt and response
     tokens over the batch; the SFT term here is LLaMA-Factory's, the one that ASFT has. `beta` is
     ORPO's lambda. eps as in `asft_loss`, for both responses; ValueError unless it is above 0.
     """
     if eps <= 0:
         raise ValueError(f"orpo_loss needs eps > 0; found {eps=}")
-    logp_w_B, logp_l_B = _pair(logp_w_B, logp_l_B)
+    logp_w_B, logp_l_B = _same_shape(logp_w_B, logp_l_B)
     sft_B = -logp_w_B
     odds_w_B, odds_l_B = log_odds(_bounded(logp_w_B, eps)), log_odds(_bounded(logp_l_B, eps))
     align_B = -F.logsigmoid(odds_w_B - odds_l_B)
@@ -186,11 +190,10 @@ def simpo_loss(
     """SimPO (arXiv 2405.14734): -logsigmoid(beta * (l_w - l_l) - gamma). Takes mean log-probs; no
     reference model.
 
-    `gamma` is the target margin in units of the reward beta * l. TRL's CPO trainer computes the
-    same from gamma / beta (its `simpo_gamma` is this gamma) and adds an SFT term unless cpo_alpha
-    is 0. There is no SFT term here.
+    `gamma` is the target margin in units of the reward beta * l, as TRL's `simpo_gamma`. TRL's CPO
+    trainer adds an SFT term unless cpo_alpha is 0. There is no SFT term here.
     """
-    logp_w_B, logp_l_B = _pair(logp_w_B, logp_l_B)
+    logp_w_B, logp_l_B = _same_shape(logp_w_B, logp_l_B)
     loss_B = -F.logsigmoid(beta * (logp_w_B - logp_l_B) - gamma)
     rewards = _rewards(beta * logp_w_B, beta * logp_l_B)
     return loss_B, {"align": loss_B.detach()} | rewards | comparison(logp_w_B, logp_l_B)
@@ -218,11 +221,11 @@ def dpo_loss(
 def ipo_loss(
     logp_w_B: Tensor, logp_l_B: Tensor, ref_w_B: Tensor, ref_l_B: Tensor, *, beta: float = 0.1
 ) -> tuple[Tensor, Metrics]:
-    """IPO (arXiv 2310.12036): (h - 1/(2 beta))^2 with h = (w - w_ref) - (l - l_ref), in nats
-    squared.
+    """IPO (arXiv 2310.12036): (h - 1/(2 beta))^2 in nats squared, with
+    h = (l_w - l_w_ref) - (l_l - l_l_ref).
 
     Takes mean log-probs (TRL, LLaMA-Factory; train.py's default) or sums (OpenRLHF, the DPO
-    reference code), the same kind for model and reference. They are different losses: with sums h
+    reference code), the same kind for model and reference. They are different losses: with sums, h
     grows with the length.
     """
     ratio_w_B, ratio_l_B = _ratios(logp_w_B, logp_l_B, ref_w_B, ref_l_B)
@@ -236,7 +239,7 @@ class Loss(NamedTuple):
 
     function: Callable[..., tuple[Tensor, Metrics]]
     logps: str  # "mean" or "sum": which log-probs the function takes
-    reference: bool  # True if it also takes a reference model's
+    reference: bool  # True if it also takes the log-probs of a reference model
 
     @property
     def options(self) -> dict[str, float]:
@@ -294,7 +297,7 @@ def response_logps(
 def comparison(logp_w_B: Tensor, logp_l_B: Tensor) -> Metrics:
     """margin = l_w - l_l in nats, and accuracy: 1 if the chosen response is likelier per token; a
     tie counts 0."""
-    logp_w_B, logp_l_B = _pair(logp_w_B, logp_l_B)
+    logp_w_B, logp_l_B = _same_shape(logp_w_B, logp_l_B)
     margin_B = (logp_w_B - logp_l_B).detach()
     return {"margin": margin_B, "accuracy": (margin_B > 0).to(margin_B.dtype)}
 
@@ -311,9 +314,9 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _pair(*logps: Tensor) -> list[Tensor]:
-    """All in at least fp32. Unequal shapes would broadcast (B,) with (B, 1) into (B, B) and train
-    on it."""
+def _same_shape(*logps: Tensor) -> list[Tensor]:
+    """All in at least fp32. Raises ValueError for unequal shapes: (B,) and (B, 1) would broadcast
+    to (B, B) in silence."""
     if len({x.shape for x in logps}) > 1:
         raise ValueError(f"log-probs of unequal shapes: {[tuple(x.shape) for x in logps]}")
     return [at_least_fp32(x) for x in logps]
@@ -323,7 +326,7 @@ def _ratios(
     logp_w_B: Tensor, logp_l_B: Tensor, ref_w_B: Tensor, ref_l_B: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of the model less that of the reference, of both responses."""
-    logp_w_B, logp_l_B, ref_w_B, ref_l_B = _pair(logp_w_B, logp_l_B, ref_w_B, ref_l_B)
+    logp_w_B, logp_l_B, ref_w_B, ref_l_B = _same_shape(logp_w_B, logp_l_B, ref_w_B, ref_l_B)
     return logp_w_B - ref_w_B, logp_l_B - ref_l_B
 
 

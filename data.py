@@ -11,8 +11,9 @@ Rules. Only the last assistant turn is scored; all turns before it are prompt. B
 one prompt, or the pair is dropped. Text never becomes a control token. What is scored is built
 together with the ids, never inferred later.
 
-Behind two doors: support/records.py unpacks and parses a file, support/forms.py recognises the
-forms of a record (docs/data-formats.md shows them).
+In support/: records.py unpacks and parses a file, forms.py recognises the forms of a record
+(docs/data-formats.md shows them).
+
 Left out: tools, images, and attention across pairs (each pair sees only itself).
 """
 
@@ -32,7 +33,8 @@ from torch import Tensor
 
 from model import Batch, LlamaConfig, Segments
 from support.files import InputError, read_json, read_start, shown, unique
-from support.forms import Turns, is_token_id, parse_pair, repeats_prompt
+from support.forms import Turns, parse_pair, repeats_prompt
+from support.llama_config import token_ids
 from support.records import read_records
 
 # ------------------------------------------------------------------------------------------ reading
@@ -56,9 +58,10 @@ def read_preferences(
     """Reads a whole file before anything is trained on; each record may have a form of its own.
 
     `counts` gains "read", "bad lines", "unequal prompts" (dropped: the two sides have different
-    prompts) and, if there are any, "repeat their prompt" (kept: both answers begin with the prompt,
-    but an answer may quote its question). Unless skip_bad_lines, raises InputError with the place
-    and fault of the first 20 records that are not pairs. `read_records` says what is never skipped.
+    prompts) and, if there are any, "repeat their prompt" (kept, since an answer may quote its
+    question, but both answers begin with their prompt). Unless skip_bad_lines, raises InputError
+    with the place and fault of the first 20 records that are not pairs. `read_records` says what is
+    never skipped.
     """
     counts = Counter() if counts is None else counts
     preferences, bad = [], []
@@ -83,13 +86,13 @@ def read_preferences(
         if len(bad) > BAD_LINES_SHOWN:
             lines.append(f"... and {len(bad) - BAD_LINES_SHOWN} more")
         total = f"{len(bad)} bad of {counts['read']} records"
-        raise InputError("\n".join([*lines, f"{total}; mend them, or pass --skip-bad-lines"]))
+        raise InputError("\n".join([*lines, f"{total}; fix them, or pass --skip-bad-lines"]))
     return preferences
 
 
 # -------------------------------------------------------------------------------------- chat format
 
-TOKENIZER_BYTES = 2**25  # Llama 3's has 9 MB
+TOKENIZER_BYTES = 2**25  # Llama 3's is 9 MB
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -100,7 +103,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         parsed = json.loads(raw, object_pairs_hook=unique)
         model = parsed.get("model") if isinstance(parsed, dict) else None
-        # Llama 3's is null. At others the tokenizers library panics, which may abort the process.
+        # Llama 3's is null. With another value the tokenizers library may abort the process.
         if isinstance(model, dict) and (prefix := model.get("continuing_subword_prefix")):
             raise ValueError(f"continuing_subword_prefix is {shown(prefix)}, wanted null")
         tokenizer = Tokenizer.from_str(raw.decode())
@@ -108,7 +111,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise InputError(f"{path}: not a tokenizer ({shown(str(error), 150)})") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    # Despite its name: "<|eot_id|>" in a text is encoded as text. tokenizer.json cannot say so.
+    # True means that "<|eot_id|>" in a text is encoded as text. tokenizer.json cannot say so.
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -187,16 +190,10 @@ class ChatFormat:
 def generation_eos(directory: str | Path) -> set[int]:
     """The eos ids in a directory's generation_config.json; InputError if it is malformed."""
     path = Path(directory) / "generation_config.json"
-    if not path.exists():
-        return set()
-    raw, wanted = read_json(path), "a token id or a list of them"
+    raw = read_json(path, "a generation_config.json") if path.exists() else {}
     if not isinstance(raw, dict):
-        raise InputError(f"{path}: {shown(raw)}, wanted an object, its eos_token_id {wanted}")
-    value = raw.get("eos_token_id")
-    ids = value if isinstance(value, list) else [value]
-    if value is not None and not all(map(is_token_id, ids)):
-        raise InputError(f"{path}: eos_token_id is {shown(value)}, wanted {wanted}")
-    return set() if value is None else set(ids)
+        raise InputError(f"{path}: {shown(raw)}, wanted an object with eos_token_id")
+    return set(token_ids(raw, "eos_token_id", path))
 
 
 # ----------------------------------------------------------------------------------------- encoding
@@ -306,33 +303,36 @@ def resolve_max_tokens(max_tokens: int | None, config: LlamaConfig) -> int:
 
 def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = None) -> Batch:
     """Packs pairs one after the other as [prompt, chosen, rejected]: the prompt is computed once
-    and both responses attend to it.
+    and both responses attend to it (model.Segments shows an example).
 
-    The last prompt row predicts the first token of both responses, so it is scored twice. With
-    share_prompt=False a pair is [prompt, chosen, prompt, rejected], two independent sequences: the
-    same numbers for more work. `longest` bounds the tokens of a sequence (default: the longest
+    With share_prompt=False a pair is [prompt, chosen, prompt, rejected], two independent sequences:
+    the same numbers for more work. `longest` bounds the tokens of a sequence (default: the longest
     here); pass a constant, so that compiled kernels see one value.
     """
-    tokens, positions, key_rows, scored, targets, lengths = [], [], [], [], [], []
+    tokens, positions, keys, scored, targets, lengths = [], [], [], [], [], []
     query_lengths, key_lengths = [], []
-    row = 0  # of the pair's first token
+    start = 0  # index of the pair's first token
     for pair in pairs:
         n_p, n_w, n_l = len(pair.prompt), len(pair.chosen), len(pair.rejected)
-        again = 0 if share_prompt else n_p  # prompt tokens that are computed a second time
-        row_w = row + n_p  # of the first chosen token
-        row_l = row_w + n_w + again  # of the first rejected token
-        prompt_l = np.arange(row, row_w) if share_prompt else np.arange(row_w + n_w, row_l)
-        tokens += [pair.prompt, pair.chosen, pair.prompt[:again], pair.rejected]
-        positions += [np.arange(n_p + n_w), np.arange(n_p - again, n_p + n_l)]
-        query_lengths += [n_p + n_w, again + n_l]
+        start_w = start + n_p  # of the chosen response
+        end_w = start_w + n_w
+        repeated = 0 if share_prompt else n_p  # prompt tokens that stand before rejected again
+        start_l = end_w + repeated
+        end_l = start_l + n_l
+        prompt_l = np.arange(start, start_w) if share_prompt else np.arange(end_w, start_l)
+
+        tokens += [pair.prompt, pair.chosen, pair.prompt[:repeated], pair.rejected]
+        # Rejected continues where the prompt ends, as chosen does.
+        positions += [np.arange(n_p + n_w), np.arange(n_p - repeated, n_p + n_l)]
+        query_lengths += [n_p + n_w, repeated + n_l]
         key_lengths += [n_p + n_w, n_p + n_l]
-        key_rows += [np.arange(row, row_w + n_w), prompt_l, np.arange(row_l, row_l + n_l)]
-        # The row before a response token predicts it; before the first one is the last prompt row.
-        scored.append(np.arange(row_w - 1, row_w + n_w - 1))
-        scored += [prompt_l[-1:], np.arange(row_l, row_l + n_l - 1)]
+        keys += [np.arange(start, end_w), prompt_l, np.arange(start_l, end_l)]
+        # A response token is predicted at the token before it, the first one at the prompt's last.
+        scored.append(np.arange(start_w - 1, end_w - 1))
+        scored += [prompt_l[-1:], np.arange(start_l, end_l - 1)]
         targets += [pair.chosen, pair.rejected]
         lengths += [n_w, n_l]
-        row = row_l + n_l
+        start = end_l
 
     def int64(parts: list) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
@@ -347,12 +347,12 @@ def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = Non
         segments=Segments(
             query_starts=starts(query_lengths),
             key_starts=starts(key_lengths),
-            key_row_N=int64(key_rows) if share_prompt else None,
+            key_index_N=int64(keys) if share_prompt else None,
             longest=max(key_lengths) if longest is None else longest,
         ),
-        scored_row_S=int64(scored),
+        scored_index_S=int64(scored),
         target_S=int64(targets),
-        response_S=torch.repeat_interleave(length_R),
+        response_S=torch.repeat_interleave(length_R),  # 0, 0, ..., 1, 1, ...
         length_R=length_R,
     )
 
@@ -406,7 +406,8 @@ def split_pairs(
             f"a pair of {lengths[0]} packed tokens exceeds --max-tokens-per-gpu {max_tokens}; "
             "raise that or lower --max-tokens"
         )
-    # No split needs fewer: at most k pairs longer than max_tokens / (k + 1) fit in a micro-batch.
+    # Lower bounds of the number of bins: by all tokens; and, since at most k pairs longer than
+    # max_tokens / (k + 1) fit in one bin, by the number of such pairs.
     bins = max(1, -(-int(lengths.sum()) // max_tokens))
     for k in range(1, 9):
         bins = max(bins, -(-int((lengths * (k + 1) > max_tokens).sum()) // k))
@@ -429,4 +430,4 @@ def fill_bins(
             return None
         contents[b].append(i)
         heapq.heapreplace(loads, (load + length, b))
-    return [contents[b] for _, b in sorted(loads, key=lambda bin: (-bin[0], bin[1]))]
+    return [contents[b] for _, b in sorted(loads, key=lambda load: (-load[0], load[1]))]

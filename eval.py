@@ -11,7 +11,7 @@
     python eval.py figures --out DIR --runs RUN NAME=RUN ...          the paper's figures
     python eval.py COMMAND --help                                     the flags of a command
 
-A command that was interrupted continues when the same call is made again. Under torchrun each
+If generate, answer or judge is interrupted, the same command continues it. Under torchrun each
 process holds the whole model and takes its share of the rows. Each command is a module of
 evaluation/ with its own flags; docs/evaluation.md shows all of them at work.
 """

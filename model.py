@@ -2,17 +2,17 @@
 
 In reading order
     LlamaConfig                     config.json, read strictly
-    Segments, Batch, attention      the packed row, and which of its rows attend to which
+    Segments, Batch, attention      the packed sequence, and which of its tokens attend to which
     rope_tables, rotate             rotary positions, with Llama 3.1's frequency scaling
     RMSNorm, Attention, MLP, Block
     target_logps, Head              log-probs of the scored tokens without fp32 logits
     Llama                           the model; its module names are the checkpoint's keys
-    load_model ... load_weights     Hugging Face directories, whole or one process's rows of them
+    load_model ... load_weights     Hugging Face directories, whole or this process's share
     save_model                      a directory that transformers and vLLM load
 
-There is no padding, no attention mask and no batch axis: everything is one row of T packed tokens,
-and Segments says where the sequences are. Norms, rotary tables and log-probs are computed in fp32
-whatever the weights are (float64 stays float64).
+There is no padding, no attention mask and no batch axis: a batch is one sequence of T packed
+tokens, and Segments says which of them attend to which. Norms, rotary tables and log-probs are
+computed in fp32 whatever the weights are (float64 stays float64).
 
 Left out: dropout (Llama 3 has none), attention and MLP biases, rope types other than Llama 3's,
 quantised weights, Meta's own consolidated.*.pth layout (its q and k rows are in another order).
@@ -56,8 +56,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The fields of config.json that matter, under its own names. Defaults are those that
-    transformers takes for a missing key."""
+    """The fields of config.json that matter, under its own names, with transformers' defaults."""
 
     vocab_size: int  # V
     hidden_size: int  # D
@@ -97,34 +96,46 @@ class LlamaConfig:
 
 @dataclass(frozen=True)
 class Segments:
-    """Which packed rows attend to which.
+    """Which packed tokens attend to which.
 
-    Segment i's queries are rows query_starts[i] : query_starts[i+1]; its keys are the rows named by
-    key_row_N[key_starts[i] : key_starts[i+1]]. Attention is causal, aligned at the last query and
-    the last key. A pair [prompt, chosen, rejected] is two segments: prompt+chosen attends to
-    itself, rejected attends to prompt ++ rejected.
+    Segment i's queries are the tokens query_starts[i] : query_starts[i+1]. Its keys are the tokens
+    at the indexes key_index_N[key_starts[i] : key_starts[i+1]]. Attention is causal and aligned at
+    the bottom right: the last query sees all keys, the one before it all but the last, and so on.
+
+    A pair [prompt, chosen, rejected] is two segments. With prompt a b, chosen c d, rejected e f:
+
+        index          0 1 2 3 4 5
+        token          a b c d e f
+        position       0 1 2 3 2 3
+        queries        0 1 2 3   | 4 5
+        keys           0 1 2 3   | 0 1 4 5
+        scored_index   1 2       | 1 4        the token whose output predicts ...
+        target         c d       | e f        ... this one
     """
 
-    query_starts: Tensor  # int32, number of segments + 1
-    key_starts: Tensor  # int32, the same length
-    key_row_N: Tensor | None  # int64 packed rows; None if the keys are the rows themselves
-    longest: int  # at least every segment's keys. Constant over a run: kernels specialise on it
+    query_starts: Tensor  # int32, (segments + 1,)
+    key_starts: Tensor  # int32, (segments + 1,)
+    key_index_N: Tensor | None  # int64; None if the keys are the queries' own tokens
+    # An upper bound of every segment's number of keys. A kernel specialises on it, so it is
+    # constant over a run; larger than needed costs nothing.
+    longest: int
 
     def to(self, device: torch.device | str) -> "Segments":
-        rows = None if self.key_row_N is None else self.key_row_N.to(device)
+        keys = None if self.key_index_N is None else self.key_index_N.to(device)
         starts = (self.query_starts.to(device), self.key_starts.to(device))
-        return Segments(*starts, rows, self.longest)
+        return Segments(*starts, keys, self.longest)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs as one row of T tokens, without padding (made by data.pack). Responses 2i and 2i+1 are
-    the chosen and the rejected one of pair i."""
+    """Pairs as one sequence of T tokens, without padding (made by data.pack). Responses 2i and 2i+1
+    are the chosen and the rejected one of pair i."""
 
     tokens_T: Tensor  # int64
     positions_T: Tensor  # int64; chosen and rejected both continue where their prompt ends
     segments: Segments
-    scored_row_S: Tensor  # int64: the row whose output predicts each scored token
+    # int64: the token whose output predicts each scored token. A prompt's last one is there twice.
+    scored_index_S: Tensor
     target_S: Tensor  # int64: the token it should predict
     response_S: Tensor  # int64: the response that the token belongs to
     length_R: Tensor  # int64: scored tokens of each response
@@ -147,23 +158,25 @@ def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments) -
     h // (H / G).
 
     The loop over `scaled_dot_product_attention` defines the result. CUDA's variable-length flash
-    kernel, for half types only, must equal it up to rounding (tests/test_cuda.py). Causal means
-    aligned at the bottom right. SDPA's own `is_causal` is aligned at the top left: with unequal
-    lengths it would show a rejected token only the first tokens of its prompt.
+    kernel, for half types only, must equal it up to rounding (tests/test_cuda.py). SDPA's own
+    `is_causal` is aligned at the top left: with unequal lengths it would show a rejected token only
+    the first tokens of its prompt, so a mask says bottom right.
     """
-    if segments.key_row_N is not None:
+    k_NGK, v_NGK = k_TGK, v_TGK
+    if segments.key_index_N is not None:
         # The backward of index_select is one index-add; indexing with [] would sort.
-        k_TGK = k_TGK.index_select(0, segments.key_row_N)
-        v_TGK = v_TGK.index_select(0, segments.key_row_N)
+        k_NGK = k_TGK.index_select(0, segments.key_index_N)
+        v_NGK = v_TGK.index_select(0, segments.key_index_N)
     starts, longest = (segments.query_starts, segments.key_starts), segments.longest
     if on_cuda(q_THK) and q_THK.dtype in (torch.bfloat16, torch.float16):
+        # A window of (-1, 0): all keys before, none after, counted from the bottom right.
         return varlen_attn(
-            q_THK, k_TGK, v_TGK, *starts, longest, longest, window_size=(-1, 0), **GROUPED
+            q_THK, k_NGK, v_NGK, *starts, longest, longest, window_size=(-1, 0), **GROUPED
         )
     query_lengths, key_lengths = (start.diff().tolist() for start in starts)
     outputs = []
     for q, k, v in zip(
-        q_THK.split(query_lengths), k_TGK.split(key_lengths), v_TGK.split(key_lengths), strict=True
+        q_THK.split(query_lengths), k_NGK.split(key_lengths), v_NGK.split(key_lengths), strict=True
     ):
         n_q, n_k = len(q), len(k)
         mask = None
@@ -178,8 +191,8 @@ def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments) -
 
 
 def rope_frequencies(config: LlamaConfig, device: torch.device | str = "cpu") -> Tensor:
-    """Angle per position of each of the K/2 rotated pairs, fp32; with Llama 3.1's scaling if the
-    configuration has it."""
+    """Angle per position of each of the K/2 pairs of components, fp32; with Llama 3.1's scaling if
+    the configuration has it."""
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequency = 1.0 / config.rope_theta**half
     if (scaling := config.rope_scaling) is None:
@@ -193,8 +206,7 @@ def rope_frequencies(config: LlamaConfig, device: torch.device | str = "cpu") ->
 
 
 def rope_tables(config: LlamaConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, (T, 1, K/2), fp32. Cheap to compute in each forward pass. As a buffer, they
-    would have to be filled after the model is built on the meta device."""
+    """cos and sin, (T, 1, K/2), fp32. Cheap enough to compute in each forward pass."""
     angles = positions_T[:, None, None].float() * rope_frequencies(config, positions_T.device)
     return angles.cos(), angles.sin()
 
@@ -211,8 +223,8 @@ def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """RMSNorm that keeps its input and one number a row for backward. Autograd would also keep the
-    normed rows, and of a half type an fp32 copy of the input.
+    """RMSNorm that keeps its input and one number per token for backward. Autograd would also keep
+    the normed input, and of a half type an fp32 copy of it.
 
     With n = x / rms(x) and g the gradient of n, that of x is (g - n mean(g n)) / rms(x).
     """
@@ -288,8 +300,8 @@ class MLP(nn.Module):
         gate_TF, up_TF = self.gate_proj(x_TD), self.up_proj(x_TD)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return self.down(gate_TF, up_TF)
-        # Keeps gate and up for backward, not the two wide rows made of them: the recomputation
-        # stops before the matrix product. A compiled block does the like unasked.
+        # Saves gate and up for backward. silu(gate) and the product are recomputed there, the
+        # matrix product is not. torch.compile does this by itself.
         return checkpoint(self.down, gate_TF, up_TF, use_reentrant=False, preserve_rng_state=False)
 
     def down(self, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
@@ -321,16 +333,16 @@ class Block(nn.Module):
 
 # ---------------------------------------------------------------------------------------- head
 
-# Logits in fp32 at one time: on a CPU as many as stay in its cache, on a GPU enough to keep it
-# busy (1 GiB).
+# How many logits are held in fp32 at once: on a CPU as many as fit in its cache, on a GPU enough to
+# keep it busy (1 GiB).
 CHUNK_ELEMENTS, CHUNK_ELEMENTS_CUDA = 2**20, 2**28
-# Rows of one matrix product without gradients: fewer would read the weights too often.
+# Scored tokens in one matrix product without gradients: with fewer, the weights are read too often.
 MATMUL_ROWS = 256
 
 
 def _exp_in_place(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
     """Overwrites logits with exp(logits - their maximum). Returns logp_C = log softmax at the
-    targets, and Z_C1, the sum of each row's exponentials."""
+    targets, and Z_C1, the sum of each token's exponentials."""
     top_C1 = logits_CV.amax(-1, keepdim=True)
     logit_C1 = logits_CV.gather(-1, target_C[:, None])
     total_C1 = logits_CV.sub_(top_C1).exp_().sum(-1, keepdim=True)
@@ -339,28 +351,29 @@ def _exp_in_place(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
 
 class _TargetLogps(torch.autograd.Function):
     """log softmax(hidden @ weight.T)[target]. Backward needs the gradient of the logits: it is kept
-    in the place of the logits, up to a factor per row.
+    in the place of the logits, up to a factor per scored token.
 
-    With m the largest logit of a row and Z = sum exp(logits - m),
+    With m a token's largest logit and Z = sum exp(logits - m),
         d logp / d logits = onehot - exp(logits - m) / Z = (exp(logits - m) - Z onehot) * (-1 / Z).
-    So forward overwrites the logits, in their own dtype, by exp(logits - m) - Z onehot. Backward
-    multiplies the factor -grad / Z, one number a row, into the small side of its two products.
+    So forward overwrites the logits, in their own dtype, by exp(logits - m) - Z onehot. The factor
+    -grad / Z, one number per scored token, follows in backward: it is multiplied into the (S, D)
+    operand or result of the two matrix products, not into the (S, V) one.
     """
 
     @staticmethod
     def forward(ctx, hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor) -> Tensor:
         logits_SV = hidden_SD @ weight_VD.T
-        chunk, logp_S, factor_S = _chunk_rows(hidden_SD, weight_VD), [], []
+        chunk, logps, factors = _chunk_tokens(hidden_SD, weight_VD), [], []
         for logits_CV, target_C in zip(logits_SV.split(chunk), target_S.split(chunk), strict=True):
             exp_CV = at_least_fp32(logits_CV)  # a copy of half types; else the logits themselves
             logp_C, total_C1 = _exp_in_place(exp_CV, target_C)
             exp_CV.scatter_add_(-1, target_C[:, None], -total_C1)
             if exp_CV.dtype != logits_CV.dtype:
                 logits_CV.copy_(exp_CV)
-            logp_S.append(logp_C)
-            factor_S.append(-1 / total_C1[:, 0])
-        ctx.save_for_backward(hidden_SD, weight_VD, logits_SV, torch.cat(factor_S))
-        return torch.cat(logp_S)
+            logps.append(logp_C)
+            factors.append(-1 / total_C1[:, 0])
+        ctx.save_for_backward(hidden_SD, weight_VD, logits_SV, torch.cat(factors))
+        return torch.cat(logps)
 
     @staticmethod
     @once_differentiable
@@ -376,27 +389,28 @@ def target_logps(hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor) -> Tens
     float64.
 
     Keeps the S x V logits once, in the dtype of the weights, and never more than a chunk of them in
-    fp32; three matrix products, nothing recomputed. Without gradients it keeps a few rows at a
-    time. Not for training in fp16, whose range ends at 65,504: Z may be as large as V.
+    fp32; three matrix products, nothing recomputed. Without gradients it keeps those of a few
+    tokens at a time. Not for training in fp16, whose range ends at 65,504: Z may be as large as V.
     """
     if torch.is_grad_enabled() and (hidden_SD.requires_grad or weight_VD.requires_grad):
         return _TargetLogps.apply(hidden_SD, weight_VD, target_S)
-    chunk, logp_S = _chunk_rows(hidden_SD, weight_VD), []
-    rows = max(chunk, MATMUL_ROWS // chunk * chunk)
-    for hidden_CD, target_C in zip(hidden_SD.split(rows), target_S.split(rows), strict=True):
-        logits_CV = hidden_CD @ weight_VD.T
-        for part_CV, ids_C in zip(logits_CV.split(chunk), target_C.split(chunk), strict=True):
-            logp_S.append(_exp_in_place(at_least_fp32(part_CV), ids_C)[0])
-    return torch.cat(logp_S)
+    chunk, logps = _chunk_tokens(hidden_SD, weight_VD), []
+    several = max(chunk, MATMUL_ROWS // chunk * chunk)
+    for hidden, target in zip(hidden_SD.split(several), target_S.split(several), strict=True):
+        logits = hidden @ weight_VD.T
+        for logits_CV, target_C in zip(logits.split(chunk), target.split(chunk), strict=True):
+            logps.append(_exp_in_place(at_least_fp32(logits_CV), target_C)[0])
+    return torch.cat(logps)
 
 
-def _chunk_rows(hidden_SD: Tensor, weight_VD: Tensor) -> int:
+def _chunk_tokens(hidden_SD: Tensor, weight_VD: Tensor) -> int:
     elements = CHUNK_ELEMENTS_CUDA if on_cuda(hidden_SD) else CHUNK_ELEMENTS
     return max(1, elements // len(weight_VD))
 
 
 class Head(nn.Linear):
-    """An untied head. A separate module, so that FSDP can shard it."""
+    """An untied head. FSDP gathers its weight only during its forward, so the log-probs are
+    computed there."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config.hidden_size, config.vocab_size, bias=False)
@@ -426,14 +440,14 @@ class Llama(nn.Module):
                 "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
             }
         )
-        # A tied model has no head of its own. An alias of the embedding may break in conversions.
+        # A tied model has no head of its own: an alias of the embedding may be untied by .to().
         self.lm_head = None if config.tie_word_embeddings else Head(config)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns mean_R and sum_R, the mean and summed log-prob of each response in nats, at least
         fp32. The packed form of asft.response_logps, equal to it."""
         hidden_TD = self.hidden(batch.tokens_T, batch.positions_T, batch.segments)
-        logp_S = self.head(hidden_TD.index_select(0, batch.scored_row_S), batch.target_S)
+        logp_S = self.output(hidden_TD.index_select(0, batch.scored_index_S), batch.target_S)
         sum_R = logp_S.new_zeros(len(batch.length_R)).index_add(0, batch.response_S, logp_S)
         return sum_R / batch.length_R, sum_R
 
@@ -443,7 +457,7 @@ class Llama(nn.Module):
         ends = torch.tensor([0, len(tokens_T)], dtype=torch.int32, device=tokens_T.device)
         positions_T = torch.arange(len(tokens_T), device=tokens_T.device)
         segments = Segments(ends, ends, None, len(tokens_T))
-        return self.head(self.hidden(tokens_T, positions_T, segments))
+        return self.output(self.hidden(tokens_T, positions_T, segments))
 
     def hidden(
         self,
@@ -464,7 +478,7 @@ class Llama(nn.Module):
                 x_TD = block(x_TD, rope, segments, attend)
         return x_TD
 
-    def head(self, hidden_SD: Tensor, target_S: Tensor | None = None) -> Tensor:
+    def output(self, hidden_SD: Tensor, target_S: Tensor | None = None) -> Tensor:
         """Final norm and head: log-probs of the targets (S,); without targets, logits (S, V)."""
         hidden_SD = self.model["norm"](hidden_SD)
         if self.lm_head is not None:
@@ -516,9 +530,8 @@ def check_weights(directory: str | Path, config: LlamaConfig) -> dict[str, Path]
     """Key -> the file that holds it; reads only headers.
 
     Raises InputError unless every expected key is there exactly once, in the right shape and a
-    floating dtype, and nothing else is there. Ignored: `rotary_emb.inv_freq`, which old exports
-    hold and which is derived, and a tied model's spare `lm_head.weight` (`load_weights` compares
-    it).
+    floating dtype, and nothing else is there. Ignored: `rotary_emb.inv_freq` of old exports, which
+    is computed here, and a tied model's spare `lm_head.weight` (`load_weights` compares it).
     """
     headers = tensor_headers(Path(directory))
     found = {key: x for key, x in headers.items() if not key.endswith("rotary_emb.inv_freq")}
@@ -593,10 +606,10 @@ def save_model(
 
     Weights in `dtype`, in files of at most 5 GB with an index if there are several; tokenizer and
     generation files are copied from `source`. `stop_ids` are added to the eos_token_id of
-    config.json and generation_config.json: a base model's ends texts, and an answer trained to end
-    with its turn would run on. `directory` never holds half a model: it is written aside, flushed,
-    and renamed. Process 0 writes and holds one file's tensors at a time. Raises InputError if
-    `directory` exists, cannot be written, or would hold a NaN or an infinity.
+    config.json and generation_config.json: a base model's ends a text, not a turn, so generation
+    would not stop at the end of an answer. `directory` never holds half a model: it is written
+    aside, flushed, and renamed. Process 0 writes and holds one file's tensors at a time. Raises
+    InputError if `directory` exists, cannot be written, or would hold a NaN or an infinity.
     """
     directory = Path(directory)
     if directory.exists():
@@ -613,7 +626,7 @@ def save_model(
         for key in keys:
             tensor = model.get_parameter(key).detach().to(dtype)
             tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # collective
-            if not finite(tensor):  # found alike on every process
+            if not finite(tensor):  # every process finds the same
                 raise InputError(f"{directory}: {key} holds a NaN or an infinity; not saved")
             if writer:
                 tensors[key] = tensor.cpu().contiguous()

@@ -111,7 +111,7 @@ EXAMPLE = {
 @dataclass(frozen=True)
 class Config:
     """The run. Each field is a flag. PAPER: the paper's setting; OPEN: the paper does not say, and
-    this is the choice made here. A loss's own defaults (asft.py) come before these."""
+    this is the choice made here. A loss's own defaults (asft.py) override these."""
 
     model: str = flag("", "Hugging Face directory of a Llama: config, safetensors, tokenizer")
     data: str = flag("", "preference pairs, JSONL or JSONL.gz (docs/data-formats.md)")
@@ -135,19 +135,19 @@ class Config:
     )
 
     lr: float = flag(1e-5, "peak learning rate. PAPER: 1e-5")
-    warmup_ratio: float = flag(0.1, "share of the steps with linear warm-up. PAPER: linear; OPEN")
+    warmup_ratio: float = flag(0.1, "share of the steps that warm up. PAPER: linear. OPEN: length")
     min_lr_ratio: float = flag(0.0, "last rate over the peak, cosine between. OPEN: 0 is usual")
     epochs: int = flag(2, "passes over the pairs. PAPER: 2")
     max_steps: int | None = flag(None, "stop after so many steps; the schedule ends there too")
     pairs_per_step: int = flag(
-        32, "pairs of one update, over all GPUs. OPEN: 'batch size 4' does not say of what; 4 x 8"
+        32, "pairs of one update, over all GPUs. OPEN: PAPER says batch size 4; here 4 on 8 GPUs"
     )
     weight_decay: float = flag(0.0, "AdamW's. OPEN: 0, as usual in preference tuning")
     adam_beta1: float = flag(0.9, "AdamW's. OPEN: torch's default")
     adam_beta2: float = flag(0.999, "AdamW's. OPEN: torch's default")
     adam_eps: float = flag(1e-8, "AdamW's. OPEN: torch's default")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm. OPEN: usual")
-    seed: int = flag(0, "of the order of the pairs. OPEN: any; report several")
+    seed: int = flag(0, "seed of the pairs' order. OPEN: any; report several")
     shuffle: bool = flag(True, "a new order of the pairs each epoch; without, the file's. OPEN")
 
     max_tokens: int | None = flag(
@@ -180,7 +180,7 @@ class Config:
     save_every: int = flag(200, "steps between checkpoints (12 bytes a parameter each); 0: none")
     keep: int = flag(2, "checkpoints to keep, the newest")
     resume: str | None = flag(
-        None, "resume the run in this directory; alone: the run in --out, or begin it there"
+        None, "resume the run in this directory; without one, resume or begin the run in --out"
     )
     plan: int | None = flag(
         None, "print steps, FLOPs and memory of the run on so many GPUs, and stop; no weights read"
@@ -190,7 +190,9 @@ class Config:
         for names, wanted, allowed in RANGES:
             require(self, names, wanted, allowed)
         if self.beta == 0 and self.loss in ("dpo", "ipo", "simpo"):
-            raise InputError(f"--beta is 0.0, wanted more for --loss {self.loss}: it would be 0")
+            raise InputError(
+                f"--beta is 0.0, wanted more for --loss {self.loss}: it would be constant"
+            )
         if self.ipo_sum and self.loss != "ipo":
             raise InputError(f"--ipo-sum goes with --loss ipo, found --loss {self.loss}")
         if not self.model or not self.data:
@@ -235,22 +237,23 @@ def step_loss(
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Forward pass of one micro-batch: packed pairs -> one loss per pair.
 
-    Returns loss_B, per-pair metrics (detached; under the same names for every loss), and
-    present_B: 1 for a pair, 0 for the stand-in that an empty micro-batch computes.
+    Returns loss_B; per-pair metrics, detached (those in `common` for every loss); and present_B: 1
+    for a pair, 0 for the stand-in that an empty micro-batch computes.
     """
     loss, options = pairs.config.loss_row, pairs.config.loss_options
-    rows, batch, present_B = pairs.batch(indexes)
+    indexes, batch, present_B = pairs.batch(indexes)
     mean_R, sum_R = model(batch)  # responses 2i and 2i+1: chosen and rejected of pair i
     logp_R = mean_R if loss.logps == "mean" else sum_R
     inputs = [logp_R[0::2], logp_R[1::2]]
     if loss.reference:
-        reference_R = pairs.reference_logps(rows, batch)[loss.logps == "sum"]
+        mean_ref_R, sum_ref_R = pairs.reference_logps(indexes, batch)
+        reference_R = mean_ref_R if loss.logps == "mean" else sum_ref_R
         inputs += [reference_R[0::2], reference_R[1::2]]
     loss_B, metrics = loss.function(*inputs, **options)
 
     mean_R, sum_R = mean_R.detach(), sum_R.detach()
     logp_w_B, logp_l_B = mean_R[0::2], mean_R[1::2]
-    always = {
+    common = {
         "loss": loss_B.detach(),
         "sft": -logp_w_B,
         "logp_w": logp_w_B,
@@ -259,7 +262,7 @@ def step_loss(
         "sum_logp_l": sum_R[1::2],
         **asft.comparison(logp_w_B, logp_l_B),
     }
-    return loss_B, always | metrics, present_B
+    return loss_B, common | metrics, present_B
 
 
 def train(run: "Run", done: int) -> None:
@@ -274,20 +277,21 @@ def train(run: "Run", done: int) -> None:
     for step in range(done, run.steps):
         started = time.perf_counter()
         micro_batches = pairs.plan(step, world)  # [process][micro-batch] -> indexes of pairs
-        drawn = [i for of_rank in micro_batches for indexes in of_rank for i in indexes]
+        drawn = [i for by_rank in micro_batches for indexes in by_rank for i in indexes]
 
         sums, losses = Sums(), []
         for indexes in micro_batches[rank]:
             loss_B, metrics, present_B = step_loss(model, pairs, indexes)
-            # FSDP averages gradients over processes, hence `world`. It does so in every backward,
-            # so that no process ever holds the whole model's gradients.
+            # A pair weighs 1/pairs_per_step, also in an epoch's short last step. FSDP averages
+            # gradients over processes, hence `world`. It does so in every micro-batch: put off to
+            # the last one, each process would hold the whole model's gradients.
             ((loss_B * present_B).sum() * (world / config.pairs_per_step)).backward()
             sums.add(metrics, present_B)
             losses.append((indexes, loss_B.detach()))
 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        means = sums.mean(len(drawn))
+        means = sums.mean_over_processes(len(drawn))
         if not math.isfinite(means["loss"]) or not math.isfinite(norm):
             stop_non_finite(step + 1, means["loss"], norm, pairs, losses, drawn)
 
@@ -297,7 +301,8 @@ def train(run: "Run", done: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-        row = {"step": step + 1, "epoch": pairs.epochs(step + 1), **means, "lr": rate}
+        # Metrics are those of the weights before this update.
+        row = {"step": step + 1, "epoch": pairs.epochs_done(step + 1), **means, "lr": rate}
         row |= {"grad_norm": norm} | speed(
             pairs.sizes[drawn], time.perf_counter() - started, pairs.device
         )
@@ -331,9 +336,9 @@ def learning_rate(
 ) -> float:
     """Rate of update `step` (from 0) of `steps`: linear warm-up to the peak, then cosine.
 
-    The first update has a rate above 0 (peak / warm-up steps), update ceil(warmup_ratio * steps)
-    has the peak, and the last one has min_lr_ratio * peak. The paper says linear warm-up and
-    cosine, not how long and how far.
+    The first update has a rate above 0 (peak / warmup), the last one of the warm-up has the peak,
+    and the last of all has min_lr_ratio * peak: with 0, it changes nothing. The paper says linear
+    warm-up and cosine, not how long and how far.
     """
     warmup = max(1, math.ceil(warmup_ratio * steps))
     if step < warmup:
@@ -343,8 +348,8 @@ def learning_rate(
 
 
 class Pairs:
-    """Pairs on their way to the device, and the reference's log-probs of them for losses that need
-    it."""
+    """Encoded pairs, how steps draw and batch them, and the reference's log-probs of them if the
+    loss needs those."""
 
     def __init__(self, pairs: list[Pair], config: Config, device: str):
         self.pairs, self.config, self.device = pairs, config, device
@@ -357,7 +362,7 @@ class Pairs:
         """Updates of an epoch. The last one may have fewer pairs."""
         return -(-len(self.pairs) // self.config.pairs_per_step)
 
-    def epochs(self, step: int) -> float:
+    def epochs_done(self, step: int) -> float:
         """Epochs done after so many updates."""
         return round(step / self.steps_per_epoch, 4)
 
@@ -378,17 +383,18 @@ class Pairs:
         A process without a pair in this micro-batch must still take part in the collectives of the
         sharded model: it computes the shortest pair, which counts 0.
         """
-        rows = indexes or [int(self.sizes.argmin())]
-        chosen = [self.pairs[i] for i in rows]
-        batch = pack(chosen, self.config.share_prompt, self.config.max_tokens).to(self.device)
-        return rows, batch, torch.full((len(rows),), float(bool(indexes)), device=self.device)
+        present = float(bool(indexes))
+        indexes = indexes or [int(self.sizes.argmin())]
+        drawn = [self.pairs[i] for i in indexes]
+        batch = pack(drawn, self.config.share_prompt, self.config.max_tokens).to(self.device)
+        return indexes, batch, torch.full((len(indexes),), present, device=self.device)
 
     @torch.no_grad()
-    def reference_logps(self, rows: list[int], batch: Batch) -> tuple[Tensor, Tensor]:
+    def reference_logps(self, indexes: list[int], batch: Batch) -> tuple[Tensor, Tensor]:
         """mean_R and sum_R of the batch's responses under the reference."""
         if isinstance(self.reference, Llama):
             return self.reference(batch)
-        return self.reference[rows].flatten(0, 1).unbind(-1)
+        return self.reference[indexes].flatten(0, 1).unbind(-1)
 
 
 class Sums(dict):
@@ -399,7 +405,7 @@ class Sums(dict):
         for name, value_B in metrics.items():
             self[name] = self.get(name, 0) + (value_B * present_B).sum()
 
-    def mean(self, pairs: int) -> dict[str, float]:
+    def mean_over_processes(self, pairs: int) -> dict[str, float]:
         """Means over so many pairs, equal on all processes."""
         total = torch.stack([value.double() for value in self.values()])
         dist.all_reduce(total)
@@ -418,7 +424,7 @@ def stop_non_finite(
     of the step if only the gradient is not."""
     bad = []
     for indexes, loss_B in losses:
-        bad += [
+        bad += [  # not strict: an empty micro-batch has the loss of its stand-in
             i
             for i, value in zip(indexes, loss_B.tolist(), strict=False)
             if not math.isfinite(value)
@@ -446,7 +452,7 @@ def evaluate(
         _, metrics, present_B = step_loss(model, pairs, indexes)
         sums.add(metrics, present_B)
     reshard(model)
-    means = sums.mean(len(pairs.pairs))
+    means = sums.mean_over_processes(len(pairs.pairs))
     row = {f"eval_{name}": value for name, value in means.items()}
     log.evaluation(step, row, answers or [])
     return row
@@ -489,9 +495,9 @@ def attach_reference(
         logps = torch.zeros(len(pairs), 2, 2, device=mesh.device_type)
         with torch.no_grad():
             for indexes in everything.split():
-                rows, batch, present_B = everything.batch(indexes)
+                indexes, batch, present_B = everything.batch(indexes)
                 logps_B22 = torch.stack(model(batch), -1).unflatten(0, (-1, 2))
-                logps[rows] += logps_B22 * present_B[:, None, None]
+                logps[indexes] += logps_B22 * present_B[:, None, None]
         reshard(model)
         dist.all_reduce(logps)
         if not finite(logps):
@@ -572,8 +578,8 @@ def build_model(config: Config, mesh: DeviceMesh) -> Llama:
 
 
 def make_optimizer(config: Config, model: Llama) -> torch.optim.AdamW:
-    """AdamW with its moments, zero as its first step would make them: too little memory then shows
-    before the first step, and a checkpoint has tensors to fill."""
+    """AdamW. Its moments are allocated now, as the zeros that its first step would make: too little
+    memory shows early, and a checkpoint has tensors to fill."""
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.lr,
@@ -616,11 +622,13 @@ def run(config: Config) -> None:
     if config.resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         raise InputError(
             "torchrun has started this run again, which needs --out DIR --resume; the "
-            "reason stands above"
+            "reason is printed above"
         )
     llama = LlamaConfig.load(config.model)
     config = dataclasses.replace(config, max_tokens=resolve_max_tokens(config.max_tokens, llama))
     if config.plan:
+        if "RANK" in os.environ:
+            raise InputError("--plan runs in one process: python train.py, without torchrun")
         plan(config, llama, config.plan)
         return
     weights = check_weights(config.model, llama)

@@ -204,7 +204,7 @@ def prepare(a: argparse.Namespace, shape: str, *flags):
 def dense_attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments) -> Tensor:
     """model.attention, with the segments as a dense mask that is computed from their starts. Like
     CUDA's kernel, and unlike the CPU's loop, it compiles once for all lengths."""
-    k, v = k_TGK.index_select(0, segments.key_row_N), v_TGK.index_select(0, segments.key_row_N)
+    k, v = k_TGK.index_select(0, segments.key_index_N), v_TGK.index_select(0, segments.key_index_N)
     query, key = torch.arange(q_THK.shape[0]), torch.arange(k.shape[0])
     # The segment of each query and key, and how many rows of the segment are left from there on.
     of_query = torch.searchsorted(segments.query_starts, query, right=True) - 1

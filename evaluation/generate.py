@@ -115,7 +115,7 @@ def prefill(model: Llama, prompts: list[list[int]], cache: Cache, row: int) -> T
     row_T = (row + torch.repeat_interleave(lengths)).to(device)
     attends = cache.attends(attend_packed, row_T, position_T)
     hidden_TD = model.hidden(tokens_T, position_T, segments, attends)
-    return model.head(hidden_TD.index_select(0, ends[1:].to(device) - 1))
+    return model.output(hidden_TD.index_select(0, ends[1:].to(device) - 1))
 
 
 def step(model: Llama, tokens: list[int], lengths: list[int], cache: Cache) -> Tensor:
@@ -132,7 +132,7 @@ def step(model: Llama, tokens: list[int], lengths: list[int], cache: Cache) -> T
         masks.append((part, mask_BN[part, None, None, : max(lengths[part]) + 1]))
     row_B = torch.arange(rows, device=device)
     attends = cache.attends(attend_cached, row_B, position_B, masks)
-    return model.head(model.hidden(tokens_B, position_B, None, attends))
+    return model.output(model.hidden(tokens_B, position_B, None, attends))
 
 
 class Request(NamedTuple):

@@ -1,6 +1,6 @@
-"""What keeps a run alive and honest, and what a reader of the method may skip.
+"""Protections and checks around a run: a reader of the method may skip them.
 
-    files.py           reading files that may hold anything; writing files that are never half there
+    files.py           reading files that may hold anything; writing files whole
     llama_config.py    config.json of a Llama, checked key by key
     records.py         the records of a data file, each with its place
     forms.py           every form that a record of preferences may have
@@ -22,6 +22,6 @@ if os.name == "nt":
     print("ASFT runs on Linux and macOS; on Windows, use WSL", file=sys.stderr)
     sys.exit(2)
 
-# OpenMP threads that wait spin for milliseconds by default. Beside another busy process that makes
-# a step on a CPU five times slower; this setting costs a few per cent. torch reads it on loading.
+# Waiting OpenMP threads keep a CPU busy for milliseconds by default. Beside another busy process
+# that makes a step five times slower; this setting costs a few per cent. torch reads it on loading.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -5,8 +5,10 @@ its rows of every weight and moment in fp32, and checkpoint.json with their chec
 under a hidden name and renamed when all of it is on the disk, so a directory with this name is
 whole unless the disk damaged it. Nothing in it can execute.
 
+All functions here but `checkpoints` must be called on every process.
+
     save_checkpoint       written by all processes; then the oldest is removed
-    newest_checkpoint     the newest one that is whole; damaged ones are named and set aside
+    newest_checkpoint     the newest one that is whole; damaged ones are reported and renamed
     load_checkpoint       each process fills its own rows, from any number of files
 
 torch's HuggingFaceStorageWriter reshards as well, but it holds a rank's whole shard in host memory
@@ -66,7 +68,7 @@ def save_checkpoint(
     mesh: DeviceMesh,
     keep: int,
 ) -> None:
-    """Writes OUT/checkpoints/step-..., then removes all but the newest `keep`; a collective call.
+    """Writes OUT/checkpoints/step-..., then removes all but the newest `keep`.
 
     `identity` names the run: only that run resumes from it. Raises StoppedError for a value that
     is not finite, and InputError if it cannot be written; earlier checkpoints stay whole.
@@ -83,7 +85,7 @@ def save_checkpoint(
         aside.mkdir(parents=True)
 
     def write() -> dict[str, str]:
-        if any(replica):  # the first replica's rows are all rows
+        if any(replica):  # all replicas hold the same rows; the first one writes them
             return {}
         file = f"{index:05d}-of-{mesh.shape[-1]:05d}.safetensors"
         rows = [(key, local_rows(tensor)[0]) for key, tensor in tensors]
@@ -125,11 +127,17 @@ def newest_checkpoint(
     out: Path, identity: str, say: typing.Callable[[str], None]
 ) -> tuple[Path | None, dict]:
     """The newest checkpoint that is whole, and its checkpoint.json; (None, {"step": 0}) if OUT has
-    no checkpoint. A collective call.
+    no checkpoint.
 
-    Newer ones are reported with `say` and set aside as damaged-step-... Raises InputError if no
+    Newer ones are reported with `say` and renamed damaged-step-... Raises InputError if no
     checkpoint is whole, if one cannot be read, or if it belongs to another run.
     """
+
+    def set_aside(bad: Path) -> None:
+        aside = bad.with_name(f"damaged-{bad.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        bad.rename(aside)
+
     found = on_first_process(lambda: checkpoints(out))[::-1]
     for i, path in enumerate(found):
         try:
@@ -139,16 +147,16 @@ def newest_checkpoint(
             continue
         if facts.get("run") != identity:
             raise InputError(
-                f"{path}: of a run with other flags, pairs or weights than {out / 'config.json'}"
+                f"{path}: belongs to a run with other flags, pairs or weights than "
+                f"{out / 'config.json'}"
             )
-        if dist.get_rank() == 0:
-            for bad in found[:i]:
-                aside = bad.with_name(f"damaged-{bad.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                bad.rename(aside)
+        on_first_process(lambda bad=found[:i]: [set_aside(path) for path in bad])
         return path, facts
     if found:
-        raise InputError(f"{out / 'checkpoints'}: none of {len(found)} checkpoints is whole")
+        raise InputError(
+            f"{out / 'checkpoints'}: none of {len(found)} checkpoints is whole; to begin again, "
+            "name a fresh --out"
+        )
     return None, {"step": 0}
 
 
@@ -161,7 +169,7 @@ def checked_facts(path: Path) -> dict:
         if facts.pop("checksum") != checksum(facts):
             raise ValueError("its checksum differs")
         if path.name != f"step-{facts['step']:06d}" or any("/" in file for file in facts["files"]):
-            raise ValueError("it is another directory's")
+            raise ValueError("it belongs to another directory")
         if not facts["files"]:
             raise ValueError("it names no file")
         for name in sorted(facts["files"])[dist.get_rank() :: dist.get_world_size()]:

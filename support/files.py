@@ -1,4 +1,4 @@
-"""Reading files that may hold anything, and writing files that must never be half there.
+"""Reading files that may hold anything, and writing files that are complete or absent.
 
 Nothing that is read can execute code: JSON, safetensors and tokenizer.json hold only data, and
 pickles are never opened. Each reader checks the size that a file claims before it allocates it.
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-# Of config.json, an index or a safetensors header. Those of Llama 405B take a quarter of it.
+# The most that a config.json, an index or a safetensors header may have. Llama 405B's have a
+# quarter of it.
 JSON_BYTES = 2**19
 
 
@@ -49,7 +50,7 @@ def read_start(path: Path, limit: int, wanted: str) -> bytes:
 
 def read_json(path: Path, wanted: str = "a Hugging Face model directory"):
     """A parsed JSON file of at most half a megabyte. Raises InputError if it is missing, larger
-    or not JSON."""
+    or not JSON; `wanted` ends the message."""
     raw = read_start(path, JSON_BYTES + 1, wanted)
     if len(raw) > JSON_BYTES:
         raise InputError(f"{path}: more than {JSON_BYTES:,} bytes; wanted {wanted}")
@@ -60,7 +61,7 @@ def read_json(path: Path, wanted: str = "a Hugging Face model directory"):
 
 
 def unique(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object, as json's object_pairs_hook. Raises ValueError if a key stands twice: Python
+    """A JSON object, as json's object_pairs_hook. Raises ValueError if a key occurs twice: Python
     silently takes the last one, other readers the first."""
     found = {}
     for key, value in pairs:
@@ -128,8 +129,8 @@ def file_checksum(path: str | Path) -> str:
 
 
 def files_checksum(paths: Iterable[str | Path]) -> str:
-    """Hash of the contents of several files, in this order; a missing file counts as missing.
-    They are read in parallel."""
+    """Hash of the contents of several files, in this order, read in parallel. A missing file has a
+    hash of its own kind."""
     with ThreadPoolExecutor() as threads:
         found = threads.map(
             lambda path: file_checksum(path) if Path(path).exists() else "none", paths

@@ -21,8 +21,8 @@ from support.files import InputError, read_json, shown
 
 LOSS_OPTIONS = {option for loss in asft.LOSSES.values() for option in loss.options}
 REFERENCE_OPTIONS = {"reference", "reference_cache"}
-# Flags that --resume may change. Every other flag, also a new one, would change the updates.
-# The paths may change, but not the content behind them: support/run_directory.py compares it.
+# Flags that --resume may change. Any other flag, also a new one, is taken to change the run. Paths
+# may change, but not the content behind them: support/run_directory.py compares it.
 MAY_CHANGE = {
     *("model", "data", "eval_data", "reference_cache", "out", "resume"),
     *("save_every", "keep", "eval_every", "save_dtype", "plan"),
@@ -107,7 +107,7 @@ def _parser(config_class: type, description: str) -> FlagParser:
         how = {"type": kind, "choices": field.metadata["choices"]}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        if field.name == "resume":  # alone, it resumes the run in --out
+        if field.name == "resume":  # without a directory it resumes the run in --out
             how |= {"nargs": "?", "const": ""}
         parser.add_argument(spell(field.name), help=text.replace("%", "%%"), **how)
     return parser
@@ -125,7 +125,7 @@ def recorded_flags(config_class: type, given: dict) -> dict | None:
             "leave one out"
         )
     if "out" not in given:
-        raise InputError("--resume needs the directory of a run, its own or --out's")
+        raise InputError("--resume needs a directory: --resume DIR, or --out DIR --resume")
     path = Path(given["out"]) / "config.json"
     if not path.exists() and given["resume"]:
         raise InputError(f"{path}: No such file; --resume DIR needs the directory of a run")

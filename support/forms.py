@@ -5,7 +5,7 @@ In reading order
     present, messages, transcript       a conversation as JSON and as HH's text
     prompt_key ... PROMPT_FORMS         where the prompt is: recognition, in one place
     parse_pair, parse_side              a record -> prompt, chosen, rejected
-    with_system, repeats_prompt         what may be said twice
+    with_system, repeats_prompt         a system text or a prompt that is given twice
     stored_messages, text, token_ids    checked values
 
 A function here raises ValueError that says what it found; its caller adds file and line.
@@ -39,7 +39,8 @@ def present(record: dict) -> dict:
 def messages(value: object, key: str) -> Turns:
     """[{"role", "content"}, ...], or [{"from", "value"}, ...]."""
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{key} is {shown(value)}, wanted a string or a list of messages")
+        text_too = "a string or " if key in ("prompt", "chosen", "rejected") else ""
+        raise ValueError(f"{key} is {shown(value)}, wanted {text_too}a list of messages")
     return [parse_message(message, key) for message in value]
 
 
@@ -186,7 +187,7 @@ def parse_side(prompt: Turns, record: dict, key: str) -> tuple[Turns, str]:
     whole = any(turns[i : i + len(prompt)] == prompt for i in range(len(turns)))
     if isinstance(value, str) and prompt and not whole:
         if transcript(str(record.get("prompt", ""))) and turns and turns[0][0] == "user":
-            raise ValueError(f"prompt is a transcript, and {key} is one without its turns")
+            raise ValueError(f"{key} is a transcript that does not contain the prompt's turns")
         turns = [*prompt, ("assistant", value.strip())]
     elif turns and not whole:
         if turns[0][0] != "assistant":
@@ -233,7 +234,7 @@ def repeats_prompt(prompt, chosen, rejected) -> bool:
 
 # ----------------------------------------------------------------------------------- checked values
 
-# Messages that went through text begin with a bracket (json.dumps), perhaps after a quote
+# Messages that were turned into text begin with a bracket (json.dumps), perhaps after a quote
 # (json.dumps twice) or a name (str() of numpy, Spark, ...), and name a role.
 BRACKET = re.compile(r"""\s*["']?(?:\w+\()?[\[({]""")
 ANY_ROLE = rf"""\\?["'](?:{"|".join(ROLES)})\\?["']"""

@@ -21,7 +21,7 @@ ONLY = {
     "partial_rotary_factor": [1],
     "sliding_window": [None],
 }
-# Whole numbers are below 2**24, except these: --plan builds every layer before any file could
+# Whole numbers are below 2**24, some lower: --plan builds every layer before any file could
 # contradict config.json, and no tensor may have 2**63 bytes. Llama 405B has 126 layers.
 MOST = {"num_hidden_layers": 2**12, "head_dim": 2**12}
 ROPE_SCALING = {
@@ -50,7 +50,9 @@ def checked_config(raw: dict, where: str | Path) -> dict:
         raise InputError(f"{where}: tie_word_embeddings is {shown(tie)}, wanted true or false")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise InputError(f"{where}: rope_scaling is {shown(rope)}, wanted an object")
+        raise InputError(
+            f"{where}: rope_parameters or rope_scaling is {shown(rope)}, wanted an object"
+        )
 
     def number(key: str, kind: type = int, default=None, source: dict = raw):
         return _positive(source, key, kind, where, default)

@@ -33,7 +33,7 @@ def describe(counts: Counter) -> str:
     kept = f"{counts['kept']:,} kept, {counts['truncated']:,} of them truncated"
     text = f"{counts['read']:,} read, {kept}; dropped: {dropped}"
     if repeats := counts["repeat their prompt"]:
-        text += f". Of {repeats:,} both answers begin with their prompt: is it in them by mistake?"
+        text += f". In {repeats:,} both answers begin with the prompt: left in by mistake?"
     return text
 
 
@@ -95,8 +95,8 @@ def device_name(config) -> str:
 
 
 def speed(sizes: np.ndarray, seconds: float, device: str) -> dict[str, float]:
-    """Size (of pairs with so many tokens each), speed and peak memory of a step; a collective
-    call: the memory is the largest of all processes."""
+    """Size, speed and peak memory (the largest of all processes) of a step. To be called on every
+    process. sizes: tokens of its pairs."""
     peak = torch.tensor(peak_memory_gib(), device=device)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     pairs, tokens = len(sizes), int(sizes.sum())
@@ -132,8 +132,8 @@ class Log:
     def __init__(self, out: Path):
         self.out, self.active = out, dist.get_rank() == 0
         self.moving = sys.stdout.isatty()
-        self.steps = 0  # that this process has logged
-        self.seconds = 0.0  # of a step, averaged over the last 20
+        self.steps = 0  # logged by this process
+        self.seconds = 0.0  # a step takes, averaged mostly over the last 20
 
     def say(self, text: str) -> None:
         """Prints a text."""
@@ -166,7 +166,7 @@ class Log:
     def answers(self, prompts: list[str], after: list[str]) -> None:
         """Prints sample prompts with their answers before training (from eval.jsonl) and after."""
         first = json.loads((self.out / "eval.jsonl").read_text().split("\n")[0])
-        before = first.get("answers", ["(not in eval.jsonl)"] * len(prompts))  # may be lost
+        before = first.get("answers", ["(not in eval.jsonl)"] * len(prompts))
         for prompt, old, new in zip(prompts, before, after, strict=True):
             self.say(f"\n  prompt  {one_line(prompt)}")
             self.say(f"  before  {one_line(old)}\n  after   {one_line(new)}")
@@ -186,7 +186,7 @@ class Log:
         path, home = self.out / "metrics.jsonl", self.out / "checkpoints"
         if not done and path.exists():
             logged = path.read_bytes().count(b"\n")
-            every = read_json(self.out / "config.json")["flags"]["save_every"]
+            every = read_json(self.out / "config.json", "a run")["flags"]["save_every"]
             if 0 < every < logged:
                 raise InputError(
                     f"{path}: has {logged} steps, but there is no checkpoint in {home}; to begin "
@@ -195,8 +195,8 @@ class Log:
         kept = self._rows_until(path, done)
         if len(kept) != done:
             raise InputError(
-                f"{path}: {len(kept)} whole rows up to step {done}, of which there is a "
-                'checkpoint; for a lost one a line {"step": N} may stand'
+                f"{path}: has {len(kept)} complete rows, but the checkpoint is of step {done}; "
+                'put a line {"step": N} for each lost row'
             )
         write_whole(path, b"".join(kept))
         path = self.out / "eval.jsonl"

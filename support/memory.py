@@ -22,8 +22,8 @@ from support.processes import StoppedError, out_of_memory
 def largest_micro_batches(
     plans: Iterable[list[list[list[int]]]], sizes: np.ndarray
 ) -> list[list[int]]:
-    """The largest micro-batch of the run, then the largest that meets the gradients of an earlier
-    one of its step (if steps have several): run in this order, they take the run's peak memory.
+    """The largest micro-batch of the run, then the largest that is not the first of its step and so
+    runs beside gradients (if steps have several). In this order they take the run's peak memory.
 
     plans: of every step, [process][micro-batch] -> indexes of pairs; sizes: tokens of each pair.
     """

@@ -52,7 +52,7 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def peak_memory_gib() -> float:
-    """Peak memory of this process so far: the GPU's, or without one the resident memory."""
+    """Peak memory of this process so far: of the GPU, or on a CPU the resident memory."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -94,8 +94,8 @@ def together(action: typing.Callable[[], typing.Any]) -> list:
 
 
 def on_first_process(action: typing.Callable[[], typing.Any]) -> typing.Any:
-    """Runs action() on process 0 only and returns its result on every process, or raises there
-    what `together` raises."""
+    """Runs action() on process 0 and returns its result on every process. If it failed, raises its
+    InputError on all of them."""
     return together(lambda: action() if dist.get_rank() == 0 else None)[0]
 
 
@@ -111,11 +111,11 @@ class StoppedError(RuntimeError):
 
 
 class StopRequest:
-    """While it is entered, SIGTERM and Ctrl-C set `number` instead of ending the process.
+    """Inside its `with` block, SIGTERM and Ctrl-C set `number` instead of ending the process.
 
-    The loop then finishes its step and saves. A second signal ends the process at once, but not
-    within the first second: a scheduler signals torchrun and its processes, and torchrun signals
-    them again.
+    The loop then finishes its step and saves. A second signal ends the process at once, unless it
+    comes within a second: a scheduler signals torchrun and its processes, and torchrun signals them
+    again.
     """
 
     def __enter__(self) -> "StopRequest":
@@ -157,8 +157,8 @@ def exit_code(program: str, action: typing.Callable[[], None], memory_advice: ty
     """Runs action() and returns the program's exit code, with one line for every known failure.
 
     0: done. 2: a user's mistake, or a file that cannot be read or written. 1: out of memory
-    (memory_advice() says which flag to lower; None if that is not the user's to mend), or numbers
-    that are not finite. 128 + a signal's number: stopped by that signal.
+    (memory_advice() says which flag to lower; None: the error is raised), or numbers that are not
+    finite. 128 + a signal's number: stopped by that signal.
     """
     try:
         action()

@@ -1,7 +1,7 @@
 """The records of a data file, each with its place: JSONL or a JSON array, plain or gzipped.
 
-Anything may be in such a file. What is not a JSON record becomes a complaint with file and line;
-what has no readable lines at all is refused, and named if it is a known format.
+A line that is not a JSON record becomes a complaint with file and line. A file without readable
+lines is refused, and named if its format is known.
 """
 
 import codecs
@@ -110,7 +110,7 @@ COLUMNS = {b"prompt", b"chosen", b"rejected", b"instruction", b"messages", b"con
 
 
 def other_format(raw: bytes) -> tuple[str, str] | None:
-    """(name, command that converts it) of what is known not to be JSON in UTF-8."""
+    """(name, command that converts it) if the bytes are of a known format that is not JSON."""
     for start, name, command in FORMATS:
         if raw.startswith(start):
             return name, command

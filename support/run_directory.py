@@ -1,4 +1,4 @@
-"""OUT, the directory of a run: who holds it, what the run is made of, the cache of a reference.
+"""OUT, the directory of a run: its lock, its fingerprint, the cache of a reference.
 
 fingerprint              hashes of all that a run's numbers depend on, besides its flags
 claim_out                creates OUT, or checks that it holds the run to resume; locks it
@@ -41,10 +41,10 @@ def claim_out(out: str | None, resume: bool, marks: dict[str, str]) -> Path:
     be `marks`. Locks it until this process ends. On process 0 only. Raises InputError."""
     path = Path(out or f"runs/{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3])
     if resume and (path / "config.json").exists():
-        there = read_json(path / "config.json").get("fingerprint")
+        there = read_json(path / "config.json", "a run").get("fingerprint")
         for name in sorted(marks):
             if not isinstance(there, dict) or marks[name] != there.get(name):
-                raise InputError(f"--resume {path}: other {name} than the run began with")
+                raise InputError(f"--resume {path}: the {name} differ from those it began with")
     elif path.exists() and (not path.is_dir() or any(p.name[0] != "." for p in path.iterdir())):
         raise InputError(
             f"--out {path} is not empty: a new run needs a fresh directory; --resume continues "
@@ -80,8 +80,8 @@ def read_cache(cache: Path, key: str, pairs: int) -> Tensor | None:
         found = metadata.get("key")
         if found != key:
             raise InputError(
-                f"{cache}: of other weights, pairs or precision (key {shown(found)}, wanted "
-                f"{key}); name another --reference-cache"
+                f"{cache}: was made from other weights, pairs or precision (key {shown(found)}, "
+                f"wanted {shown(key)}); name another --reference-cache"
             )
         shape = [pairs, 2, 2]
         if set(file.keys()) != {"logps"} or file.get_slice("logps").get_shape() != shape:

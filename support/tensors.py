@@ -46,7 +46,7 @@ def open_safetensors(path: Path):
     """safe_open with one-line errors (InputError).
 
     The library itself checks shapes, dtypes and offsets. Checked here, before it: a Git LFS
-    pointer, a key that stands twice (taken silently) and a huge header (read for minutes).
+    pointer, a key that occurs twice (taken silently) and a huge header (read for minutes).
     """
     start = read_start(path, 8 + JSON_BYTES, "a safetensors file")
     if start.startswith(b"version https://git-lfs"):

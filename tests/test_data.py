@@ -989,13 +989,13 @@ def test_a_packed_batch_equals_the_one_worked_by_hand():
     assert batch.positions_T.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 1, 2]
     assert segments.query_starts.tolist() == [0, 5, 8, 10, 12]
     assert segments.key_starts.tolist() == [0, 5, 11, 13, 16]
-    assert segments.key_row_N.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9, 8, 10, 11]
-    assert batch.scored_row_S.tolist() == [2, 3, 2, 5, 6, 8, 8, 10]
+    assert segments.key_index_N.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9, 8, 10, 11]
+    assert batch.scored_index_S.tolist() == [2, 3, 2, 5, 6, 8, 8, 10]
     assert batch.target_S.tolist() == [4, 5, 6, 7, 8, 10, 11, 12]
     assert batch.response_S.tolist() == [0, 0, 1, 1, 1, 2, 3, 3]
     assert batch.length_R.tolist() == [2, 3, 1, 2] and segments.longest == 6
     assert segments.query_starts.dtype == segments.key_starts.dtype == torch.int32
-    indexes = [batch.tokens_T, batch.positions_T, segments.key_row_N, batch.scored_row_S]
+    indexes = [batch.tokens_T, batch.positions_T, segments.key_index_N, batch.scored_index_S]
     indexes += [batch.target_S, batch.response_S, batch.length_R]
     assert {x.dtype for x in indexes} == {torch.int64}
 
@@ -1007,8 +1007,8 @@ def test_a_batch_without_shared_prompts_equals_the_one_worked_by_hand():
     assert batch.positions_T.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 0, 1, 0, 1, 2]
     assert batch.segments.query_starts.tolist() == [0, 5, 11, 13, 16]
     assert batch.segments.key_starts.tolist() == [0, 5, 11, 13, 16]
-    assert batch.segments.key_row_N is None
-    assert batch.scored_row_S.tolist() == [2, 3, 7, 8, 9, 11, 13, 14]
+    assert batch.segments.key_index_N is None
+    assert batch.scored_index_S.tolist() == [2, 3, 7, 8, 9, 11, 13, 14]
     assert batch.target_S.tolist() == [4, 5, 6, 7, 8, 10, 11, 12]
     assert batch.response_S.tolist() == [0, 0, 1, 1, 1, 2, 3, 3]
     assert batch.length_R.tolist() == [2, 3, 1, 2] and batch.segments.longest == 6
@@ -1039,7 +1039,7 @@ def test_each_response_is_predicted_from_its_own_sequence(lengths, share_prompt,
     tokens, positions = batch.tokens_T.tolist(), batch.positions_T.tolist()
     segments, of_response = batch.segments, batch.response_S.tolist()
     queries, keys = segments.query_starts.tolist(), segments.key_starts.tolist()
-    key_rows = range(len(tokens)) if segments.key_row_N is None else segments.key_row_N.tolist()
+    key_rows = range(len(tokens)) if segments.key_index_N is None else segments.key_index_N.tolist()
     sides = [(p.prompt.tolist(), ids.tolist()) for p in pairs for ids in (p.chosen, p.rejected)]
     assert len(queries) == len(keys) == len(sides) + 1
     assert queries[-1] == len(tokens) and keys[-1] == len(key_rows)
@@ -1053,9 +1053,9 @@ def test_each_response_is_predicted_from_its_own_sequence(lengths, share_prompt,
         mine = [s for s, of in enumerate(of_response) if of == r]
         assert batch.target_S[mine].tolist() == response and batch.length_R[r] == len(response)
         for s in mine:
-            place = seen.index(batch.scored_row_S[s].item())
+            place = seen.index(batch.scored_index_S[s].item())
             assert tokens[seen[place + 1]] == batch.target_S[s]
-            assert positions[seen[place + 1]] == positions[batch.scored_row_S[s]] + 1 == place + 1
+            assert positions[seen[place + 1]] == positions[batch.scored_index_S[s]] + 1 == place + 1
 
 
 # --------------------------------------------------------------------------------------------- plan

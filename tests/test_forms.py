@@ -260,7 +260,7 @@ BAD = {
     ),
     "transcripts of another prompt": (
         {"prompt": HH_TALK} | transcripts("Human: Name a colour.\n\nAssistant:"),
-        "prompt is a transcript, and chosen is one without its turns",
+        "chosen is a transcript that does not contain the prompt's turns",
     ),
     # message lists that went through text and cannot be read back
     "Python's repr": ({"prompt": FRUIT} | stored(WHOLE, str), "messages as text that is not JSON"),

@@ -366,7 +366,7 @@ def test_on_cuda_half_types_go_to_the_variable_length_kernel_in_one_call(monkeyp
         out = model.attention(q, k, k, Segments(*map(on_cuda, indexes), longest))
         assert (out.shape, out.dtype, out.is_cuda) == (q.shape, torch.bfloat16, True)
     (((q_arg, k_arg, v_arg, query_starts, key_starts, *longest), options),) = calls
-    assert q_arg is q and k_arg.shape == v_arg.shape == (len(batch.segments.key_row_N), 2, 8)
+    assert q_arg is q and k_arg.shape == v_arg.shape == (len(batch.segments.key_index_N), 2, 8)
     assert query_starts.dtype == key_starts.dtype == torch.int32
     assert len(query_starts) == len(key_starts) == 5 and longest == [32, 32]
     before_enable_gqa = torch.__version__.startswith(("2.10", "2.11"))
