@@ -188,9 +188,11 @@ class ChatFormat:
 
 
 def generation_eos(directory: str | Path) -> set[int]:
-    """The eos ids in a directory's generation_config.json; InputError if it is malformed."""
-    path = Path(directory) / "generation_config.json"
-    raw = read_json(path, "a generation_config.json") if path.exists() else {}
+    """The eos ids in a directory's generation_config.json, or without that file in its config.json.
+    InputError if it is malformed."""
+    paths = [Path(directory) / name for name in ("generation_config.json", "config.json")]
+    path = next((path for path in paths if path.exists()), paths[0])
+    raw = read_json(path) if path.exists() else {}
     if not isinstance(raw, dict):
         raise InputError(f"{path}: {shown(raw)}, wanted an object with eos_token_id")
     return set(token_ids(raw, "eos_token_id", path))

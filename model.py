@@ -21,7 +21,7 @@ quantised weights, Meta's own consolidated.*.pth layout (its q and k rows are in
 import inspect
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,8 +37,10 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from asft import at_least_fp32
+from support.export import write_companions
 from support.files import InputError, flush, naming, read_json, shown, write_json
-from support.llama_config import checked_config, config_json, token_ids
+from support.llama_config import checked_config, config_json
+from support.processes import on_first_process
 from support.tensors import finite, local_rows, open_safetensors, tensor_headers
 
 # ------------------------------------------------------------------------------- configuration
@@ -493,10 +495,6 @@ class Llama(nn.Module):
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the dtypes that weights may have
 SHARD_BYTES = 5_000_000_000
-COMPANIONS = [  # copied beside saved weights
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"),
-    *("generation_config.json", "chat_template.jinja", "chat_template.json"),
-]
 
 
 def load_model(
@@ -537,7 +535,7 @@ def check_weights(directory: str | Path, config: LlamaConfig) -> dict[str, Path]
     found = {key: x for key, x in headers.items() if not key.endswith("rotary_emb.inv_freq")}
     expected = expected_shapes(config)
     layers = len({key.split(".")[2] for key in found if key.startswith("model.layers.")})
-    if layers != config.num_hidden_layers:
+    if layers and layers != config.num_hidden_layers:
         raise InputError(
             f"{directory}: config.json says num_hidden_layers {config.num_hidden_layers}, "
             f"the weights have model.layers of {layers}"
@@ -545,7 +543,7 @@ def check_weights(directory: str | Path, config: LlamaConfig) -> dict[str, Path]
     for key, shape in expected.items():
         if key not in found:
             names = ", ".join(sorted({header.path.name for header in found.values()})[:4])
-            raise InputError(f"{directory}: key {key} is missing from {names}")
+            raise InputError(f"{directory}: key {key} is missing from {names}{_alike(key, found)}")
         path, found_shape, dtype = found[key]
         if found_shape != shape:
             raise InputError(
@@ -559,6 +557,14 @@ def check_weights(directory: str | Path, config: LlamaConfig) -> dict[str, Path]
         path, key = found[extra[0]].path, shown(extra[0])
         raise InputError(f"{path}: key {key} is not one of this model's ({len(extra)} such)")
     return {key: header.path for key, header in found.items()}
+
+
+def _alike(key: str, found: Iterable[str]) -> str:
+    """What a message says of a key's like under another prefix, as wrappers of models write."""
+    for other in sorted(found):
+        if other.endswith(key) or key.endswith(other):
+            return f", which has {shown(other)} instead: give the keys their own names"
+    return ""
 
 
 @torch.no_grad()
@@ -605,14 +611,15 @@ def save_model(
     """Writes a Hugging Face directory that transformers and vLLM load; a collective call.
 
     Weights in `dtype`, in files of at most 5 GB with an index if there are several; tokenizer and
-    generation files are copied from `source`. `stop_ids` are added to the eos_token_id of
-    config.json and generation_config.json: a base model's ends a text, not a turn, so generation
-    would not stop at the end of an answer. `directory` never holds half a model: it is written
-    aside, flushed, and renamed. Process 0 writes and holds one file's tensors at a time. Raises
-    InputError if `directory` exists, cannot be written, or would hold a NaN or an infinity.
+    generation files come from `source`. `stop_ids`, of a model trained on chats, end its answers,
+    and its directory gets the chat template that was trained (support/export.py).
+
+    `directory` never holds half a model: it is written aside, flushed, and renamed. Process 0
+    writes and holds one file's tensors at a time. Raises InputError if `directory` exists, cannot
+    be written, or would hold a NaN or an infinity.
     """
     directory = Path(directory)
-    if directory.exists():
+    if on_first_process(directory.exists):  # one answer for all: process 0 will soon create it
         raise InputError(f"{directory} exists; a model is saved to a fresh directory")
     writer = not dist.is_initialized() or dist.get_rank() == 0
     aside = directory.with_name(f".{directory.name}.partial")
@@ -636,18 +643,12 @@ def save_model(
                 (aside / name).chmod(0o644)  # safetensors lets only the owner read it
     if writer:
         with naming(aside):
-            write_json(aside / "config.json", model.config.to_dict(dtype))
+            write_companions(aside, model.config.to_dict(dtype), source, stop_ids)
             if len(files) > 1:
                 size = sum(p.numel() * dtype.itemsize for p in model.parameters())
                 weight_map = {key: name for name, keys in files.items() for key in keys}
                 index = {"metadata": {"total_size": size}, "weight_map": weight_map}
                 write_json(aside / "model.safetensors.index.json", index)
-            for name in COMPANIONS:
-                if source is not None and (Path(source) / name).is_file():
-                    shutil.copyfile(Path(source) / name, aside / name)
-            for path in (aside / "config.json", aside / "generation_config.json"):
-                if stop_ids and path.exists():
-                    _add_stop_ids(path, stop_ids)
             for path in [*aside.iterdir(), aside]:
                 flush(path)
             aside.rename(directory)
@@ -670,11 +671,3 @@ def _shards(model: Llama, dtype: torch.dtype) -> dict[str, list[str]]:
         return {"model.safetensors": files[0]}
     total = len(files)
     return {f"model-{i:05d}-of-{total:05d}.safetensors": keys for i, keys in enumerate(files, 1)}
-
-
-def _add_stop_ids(path: Path, stop_ids: Sequence[int]) -> None:
-    """Adds ids to the eos_token_id of a JSON file, unless it has them already."""
-    raw = read_json(path)
-    eos = token_ids(raw, "eos_token_id", path)
-    if more := [i for i in stop_ids if i not in eos]:
-        write_json(path, raw | {"eos_token_id": [*eos, *more]})

@@ -217,8 +217,10 @@ class Config:
         return {name: getattr(self, name) for name in self.loss_row.options}
 
 
+SMALLEST = torch.finfo(torch.float32).smallest_normal  # below it, numbers are flushed to 0
 RANGES = (
-    ("lr eps temperature adam_eps", "a number above 0", lambda x: 0 < x < math.inf),
+    ("lr temperature", "a number above 0", lambda x: 0 < x < math.inf),
+    ("eps adam_eps", "1.2e-38 or more, fp32's smallest", lambda x: SMALLEST <= x < math.inf),
     ("max_grad_norm", "a number above 0", lambda x: x > 0),  # inf: no clipping
     ("epochs max_steps pairs_per_step max_tokens max_tokens_per_gpu", "1 or more", lambda x: x > 0),
     ("replicas keep plan", "1 or more", lambda x: x > 0),
@@ -340,7 +342,7 @@ def learning_rate(
     and the last of all has min_lr_ratio * peak: with 0, it changes nothing. The paper says linear
     warm-up and cosine, not how long and how far.
     """
-    warmup = max(1, math.ceil(warmup_ratio * steps))
+    warmup = max(1, math.ceil(round(warmup_ratio * steps, 6)))  # 0.07 * 100 is above 7 in floats
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step + 1 - warmup) / (steps - warmup)
@@ -658,7 +660,7 @@ def run(config: Config) -> None:
             f"--out {out}: process {seen.index(False)} does not see it; all processes need one "
             "directory on a shared disk"
         )
-    log.say(header(config, out, model, parts, counts, steps))
+    log.say(header(config, out, model, parts, counts, steps, chat is not None))
     facts = json.dumps(run_facts(config, model, counts, steps, marks), indent=2) + "\n"
     record = partial(write_whole, out / "config.json", facts)
     on_first_process(lambda: (out / "config.json").exists() or record())

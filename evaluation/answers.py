@@ -23,7 +23,6 @@ from evaluation.rows import (
     between,
     is_first,
     join_parts,
-    on_first,
     read_rows,
     share,
     torchrun_group,
@@ -31,7 +30,7 @@ from evaluation.rows import (
 )
 from model import Llama, LlamaConfig, check_weights, load_model
 from support.files import InputError, files_checksum, naming, read_json
-from support.processes import choose_device
+from support.processes import choose_device, on_first_process
 
 Answers = Iterator[tuple[int, list[int], str]]  # as `generate` yields them
 SAMPLING = ("raw", "temperature", "top_p", "top_k", "seed", "max_new_tokens")
@@ -85,7 +84,7 @@ def claim_rows(
         join_parts(out, key, order)
         return set(rows)
 
-    return on_first(claim)
+    return on_first_process(claim)
 
 
 def describe(flags: argparse.Namespace, asked: str, names: Sequence[str]) -> dict:

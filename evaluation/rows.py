@@ -1,7 +1,7 @@
 """Files of JSON lines, and what the evaluation commands have in common.
 
 In reading order
-    share, is_first, torchrun_group, wait_for_all, on_first    the processes of torchrun
+    share, is_first, torchrun_group, wait_for_all   the processes of torchrun
     append_row, read_rows, join_parts    a file that several processes write
     json_rows, write_json                checked reading; writing of results
     named, between, add_model_flags      flags that several commands share
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from support.files import InputError, naming, shown, write_whole
-from support.processes import join_group, on_first_process
+from support.processes import join_group
 from support.records import read_records
 
 # ---------------------------------------------------------------------------------------- processes
@@ -62,11 +62,6 @@ def wait_for_all() -> None:
             dist.barrier()
     except RuntimeError:
         raise InputError("another process ended early; the same call continues") from None
-
-
-def on_first(action: Callable):
-    """What action() returns when process 0 runs it; its InputError is raised on every process."""
-    return on_first_process(action) if dist.is_initialized() else action()
 
 
 # --------------------------------------------------------------------------------------------- rows

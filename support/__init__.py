@@ -16,11 +16,17 @@ Nothing here imports model.py, data.py or train.py.
 """
 
 import os
+import signal
 import sys
+from pathlib import Path
 
 if os.name == "nt":
     print("ASFT runs on Linux and macOS; on Windows, use WSL", file=sys.stderr)
     sys.exit(2)
+
+# Ctrl-C while torch is imported ends the program without a traceback; exit_code takes over later.
+if Path(getattr(sys.modules["__main__"], "__file__", "")).name in ("train.py", "eval.py"):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Waiting OpenMP threads keep a CPU busy for milliseconds by default. Beside another busy process
 # that makes a step five times slower; this setting costs a few per cent. torch reads it on loading.

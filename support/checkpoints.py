@@ -18,6 +18,7 @@ torch's HuggingFaceStorageWriter reshards as well, but it holds a rank's whole s
 import functools
 import json
 import shutil
+import tempfile
 import typing
 from pathlib import Path
 
@@ -76,13 +77,15 @@ def save_checkpoint(
     tensors = trained_tensors(model, optimizer)
     stop_unless_finite(tensors, step)
     home, name = out / "checkpoints", f"step-{step:06d}"
-    aside = home / f".{name}.partial"
     *replica, index = mesh.get_coordinate()
 
-    def begin() -> None:
+    def begin() -> Path:
         for path in home.glob(".step-*"):  # left behind by a run that was killed
-            shutil.rmtree(path)
-        aside.mkdir(parents=True)
+            remove(path)
+        home.mkdir(exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=home))
+        aside.chmod(0o755)  # mkdtemp lets only the owner in
+        return aside
 
     def write() -> dict[str, str]:
         if any(replica):  # all replicas hold the same rows; the first one writes them
@@ -103,16 +106,28 @@ def save_checkpoint(
         flush(out)
         for old in checkpoints(out)[:-keep]:
             # Renamed first: a directory that is half removed must not count as a checkpoint.
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
+            try:
+                remove(old.rename(old.with_name(f".{old.name}.old")))
+            except OSError as error:
+                print(f"\n{old}: not removed ({error.strerror}); the run goes on", flush=True)
 
+    aside = on_first_process(begin)
     try:
-        on_first_process(begin)
         digests = together(write)
         on_first_process(finish)
     except InputError:
         if dist.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def remove(path: Path) -> None:
+    """Removes a directory as far as possible. A file in it that another process reads may have to
+    stay, for example on NFS: that is printed, and it is tried again at the next checkpoint."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        print(f"\n{path}: not removed ({error.strerror or error})", flush=True)
 
 
 def checkpoints(out: Path) -> list[Path]:

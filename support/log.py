@@ -18,6 +18,7 @@ import tokenizers
 import torch
 import torch.distributed as dist
 
+from support.export import CHAT_TEMPLATE, source_template
 from support.files import InputError, naming, read_json, write_whole
 from support.flags import command_line
 from support.processes import choose_device, peak_memory_gib
@@ -37,8 +38,11 @@ def describe(counts: Counter) -> str:
     return text
 
 
-def header(config, out: Path, model, parts: list, counts: list[Counter], steps: int) -> str:
-    """The text that a run prints first. `parts` are the training and the held-out pairs."""
+def header(
+    config, out: Path, model, parts: list, counts: list[Counter], steps: int, chat: bool
+) -> str:
+    """The text that a run prints first. `parts` are the training and the held-out pairs; chat: they
+    were given as texts."""
     llama, pairs = model.config, parts[0]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     responses = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs.pairs)
@@ -54,6 +58,7 @@ def header(config, out: Path, model, parts: list, counts: list[Counter], steps: 
         "loss": f"{config.loss} {options}".rstrip(),
         "data": f"{config.data}: {describe(counts[0])}",
         "held out": held_out,
+        "chat": describe_chat(config.model) if chat else "none: the pairs are token ids",
         "tokens": f"{pairs.sizes.sum():,} an epoch, {responses:,} of them in responses; "
         f"{pairs.sizes.mean():,.0f} a pair, at most {pairs.sizes.max():,}",
         "steps": f"{steps:,} of {config.pairs_per_step} pairs; warm-up to {config.lr:g}, then "
@@ -68,6 +73,15 @@ def header(config, out: Path, model, parts: list, counts: list[Counter], steps: 
     )
     text = [wrap.fill(f"  {name:<11}{line}") for name, line in lines.items()]
     return "\n".join(["ASFT, Aligned Supervised Fine-Tuning (arXiv 2409.10571)", *text])
+
+
+def describe_chat(model: str) -> str:
+    """Which chat format is trained and exported, and if that is not the source's."""
+    template = source_template(model)
+    text = "Llama 3's format; the export has its template"
+    if template is not None and template != CHAT_TEMPLATE:
+        text += f" instead of {model}'s own, which is another text"
+    return text
 
 
 def run_facts(config, model, counts: list[Counter], steps: int, fingerprint: dict) -> dict:

@@ -95,7 +95,9 @@ def together(action: typing.Callable[[], typing.Any]) -> list:
 
 def on_first_process(action: typing.Callable[[], typing.Any]) -> typing.Any:
     """Runs action() on process 0 and returns its result on every process. If it failed, raises its
-    InputError on all of them."""
+    InputError on all of them. Without a process group, just runs it."""
+    if not dist.is_initialized():
+        return action()
     return together(lambda: action() if dist.get_rank() == 0 else None)[0]
 
 
@@ -111,7 +113,8 @@ class StoppedError(RuntimeError):
 
 
 class StopRequest:
-    """Inside its `with` block, SIGTERM and Ctrl-C set `number` instead of ending the process.
+    """Inside its `with` block, SIGTERM, Ctrl-C, SIGHUP (a terminal that closes) and SIGUSR1 (a
+    scheduler's warning) set `number` instead of ending the process.
 
     The loop then finishes its step and saves. A second signal ends the process at once, unless it
     comes within a second: a scheduler signals torchrun and its processes, and torchrun signals them
@@ -120,8 +123,11 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self.number, self.since = 0, 0.0
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        self.before = {number: signal.signal(number, self.ask) for number in numbers}
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+        self.before = {}
+        for number in numbers:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: so does the run
+                self.before[number] = signal.signal(number, self.ask)
         return self
 
     def ask(self, number: int, _frame) -> None:
@@ -153,6 +159,16 @@ def complain(program: str, message: object) -> None:
     print(f"{program}: {message}", file=sys.stderr, flush=True)
 
 
+def another_ended(error: Exception) -> bool:
+    """True if this error means that another process of the run ended: its connections are closed.
+    gloo raises RuntimeErrors, known by their texts."""
+    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
+        return True
+    text = str(error).lower()
+    ends = ("closed by peer", "reset by peer", "broken pipe", "connect", "timed out")
+    return dist.is_initialized() and "gloo" in text and any(end in text for end in ends)
+
+
 def exit_code(program: str, action: typing.Callable[[], None], memory_advice: typing.Callable):
     """Runs action() and returns the program's exit code, with one line for every known failure.
 
@@ -160,6 +176,9 @@ def exit_code(program: str, action: typing.Callable[[], None], memory_advice: ty
     (memory_advice() says which flag to lower; None: the error is raised), or numbers that are not
     finite. 128 + a signal's number: stopped by that signal.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # see support/__init__.py
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know a character
     try:
         action()
         sys.stdout.flush()
@@ -177,6 +196,9 @@ def exit_code(program: str, action: typing.Callable[[], None], memory_advice: ty
             complain(program, error)
         return error.code
     except (RuntimeError, MemoryError) as error:
+        if another_ended(error):
+            complain(program, "another process of the run ended; its message says why")
+            return 1
         advice = memory_advice()
         if advice is None or not out_of_memory(error):
             raise

@@ -100,6 +100,12 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
     if not names or not all(isinstance(name, str) for name in names):
         raise InputError(f"{index_path}: wanted a weight_map of key to file name")
     files: dict[Path, set[str] | None] = {}
+    single = directory / "model.safetensors"
+    if single.exists() and single.name not in names:
+        raise InputError(
+            f"{directory}: has both {single.name} and {index_path.name}, which names other files; "
+            "remove the weights that are not meant"
+        )
     for key, name in weight_map.items():
         # A plain name. The file itself may be a link to anywhere, as in Hugging Face's cache.
         if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):

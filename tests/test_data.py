@@ -32,6 +32,7 @@ from data import (
     split_pairs,
 )
 from evaluation.prompts import read_prompts
+from support.export import CHAT_TEMPLATE
 from support.files import InputError
 
 NAMES = "begin_of_text end_of_text start_header_id end_header_id eom_id eot_id"
@@ -109,16 +110,16 @@ def raw(directory) -> Tokenizer:
     return Tokenizer.from_file(str(directory / "tokenizer.json"))
 
 
-@pytest.fixture(scope="module")
-def apply_template(directory):
-    """turns, add_generation_prompt -> ids, by transformers."""
+@pytest.fixture(scope="module", params=[LLAMA3_TEMPLATE, CHAT_TEMPLATE], ids=["Meta's", "ours"])
+def apply_template(request, directory):
+    """turns, add_generation_prompt -> ids, by transformers with either chat template."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(directory / "tokenizer.json"),
         bos_token="<|begin_of_text|>",
         eos_token="<|eot_id|>",
-        chat_template=LLAMA3_TEMPLATE,
+        chat_template=request.param,
     )
 
     def apply(turns, add_generation_prompt):

@@ -1,0 +1,181 @@
+"""The directory of an exported model: its chat template, configuration keys, and which weights of a
+source are meant."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, save_tiny
+from safetensors.torch import load_file, save_file
+from test_data import bare_tokenizer, save_tokenizer
+from transformers import AutoTokenizer
+
+import train
+from data import ChatFormat
+from model import LlamaConfig, check_weights, load_model, save_model
+from support.export import CHAT_TEMPLATE
+from support.files import InputError
+
+EXAMPLE = ROOT / "examples/model"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
+)
+CONVERSATIONS = (
+    [("user", "Name a fruit.")],
+    [("system", "Be brief."), ("user", "Name a fruit."), ("assistant", "Apple."), ("user", "Why?")],
+    [
+        ("user", "  \n outer white space \n\n"),
+        ("assistant", "\tinner\n\nlines "),
+        ("user", "é ☃ 한"),
+    ],
+    [
+        ("user", "{{ 7 * 7 }} {% if %} [INST] ' \" \\n"),
+        ("assistant", "1 < 2 && \n\n\n3"),
+        ("user", "?"),
+    ],
+    [("user", "")],
+)
+
+
+def source(tmp_path, **tokenizer_config):
+    """The example model, perhaps with a tokenizer_config.json."""
+    home = tmp_path / "source"
+    shutil.copytree(EXAMPLE, home)
+    if tokenizer_config:
+        (home / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    return home
+
+
+def exported(tmp_path, home, stop_ids=(510,)):
+    """What save_model writes of a model from this directory."""
+    save_model(load_model(home), tmp_path / "out", source=home, stop_ids=stop_ids)
+    return tmp_path / "out"
+
+
+def test_the_exported_template_gives_the_ids_that_were_trained_on_any_conversation(tmp_path):
+    home = source(tmp_path)
+    save_tokenizer(home, bare_tokenizer())  # split into words as Llama 3's
+    out = exported(tmp_path, home)
+    theirs, ours = AutoTokenizer.from_pretrained(out), ChatFormat(out)
+    for turns in CONVERSATIONS:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ids == ours.prompt(turns)
+        replied = [*messages, {"role": "assistant", "content": "It is so."}]
+        ids = theirs.apply_chat_template(replied, return_dict=False)
+        assert ids == ours.prompt(turns) + ours.response("It is so.")
+
+
+def test_the_template_that_was_trained_replaces_the_sources_in_one_file_only(tmp_path):
+    home = source(tmp_path, chat_template=CHATML, model_max_length=77)
+    (home / "chat_template.jinja").write_text(CHATML)
+    out = exported(tmp_path, home)
+    kept = json.loads((out / "tokenizer_config.json").read_text())
+    assert kept == {"chat_template": CHAT_TEMPLATE, "model_max_length": 77}
+    holders = [path for path in out.iterdir() if b"im_start" in path.read_bytes()[:100_000]]
+    assert not [path for path in holders if path.name != "tokenizer.json"]
+    assert not (out / "chat_template.jinja").exists()
+
+
+def test_a_model_that_was_trained_on_ids_keeps_its_sources_template(tmp_path):
+    home = source(tmp_path, chat_template=CHATML)
+    (home / "chat_template.jinja").write_text(CHATML)
+    out = exported(tmp_path, home, stop_ids=())
+    for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (out / name).read_bytes() == (home / name).read_bytes()
+
+
+@pytest.mark.parametrize("template", [None, CHATML, CHAT_TEMPLATE])
+def test_the_header_says_if_the_sources_template_is_another(tmp_path, capsys, template):
+    home = source(tmp_path, **({"chat_template": template} if template else {"bos_token": "x"}))
+    flags = ("--model", home, "--data", ROOT / "examples/heldout.jsonl", "--max-steps", 1)
+    assert train.main([str(word) for word in (*flags, "--out", tmp_path / "run")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Llama 3's format; the export has its template" in said
+    assert ("own, which is another text" in said) == (template == CHATML)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{"])
+def test_a_malformed_tokenizer_config_is_refused_before_training(tmp_path, capsys, content):
+    home = source(tmp_path)
+    (home / "tokenizer_config.json").write_text(content)
+    flags = ("--model", home, "--data", ROOT / "examples/heldout.jsonl", "--out", tmp_path / "run")
+    assert train.main([str(word) for word in flags]) == 2
+    assert "tokenizer_config.json: " in capsys.readouterr().err
+
+
+def test_keys_of_config_json_that_change_no_computation_are_passed_on(tmp_path):
+    home = source(tmp_path)
+    raw = json.loads((home / "config.json").read_text())
+    more = {"pad_token_id": 499, "use_cache": True, "initializer_range": 0.03}
+    less = {"auto_map": {"AutoModel": "evil.Model"}, "torch_dtype": "float64", "dtype": "float64"}
+    (home / "config.json").write_text(json.dumps(raw | more | less))
+    out = json.loads((exported(tmp_path, home) / "config.json").read_text())
+    assert {key: out.get(key) for key in more} == more
+    assert "auto_map" not in out and "dtype" not in out and out["torch_dtype"] == "bfloat16"
+    assert LlamaConfig.from_dict(out) == LlamaConfig.load(home)
+
+
+def test_without_generation_config_an_answer_ends_at_the_eos_of_config_json(tmp_path):
+    home = source(tmp_path)
+    raw = json.loads((home / "config.json").read_text())
+    (home / "generation_config.json").unlink()
+    (home / "config.json").write_text(json.dumps(raw | {"eos_token_id": 77}))
+    assert 77 in ChatFormat(home).stop_ids
+    (home / "generation_config.json").write_text('{"eos_token_id": 78}')
+    assert {78, 510} < ChatFormat(home).stop_ids and 77 not in ChatFormat(home).stop_ids
+
+
+def test_two_sets_of_weights_in_one_directory_are_refused_by_both_names(tmp_path):
+    home = save_tiny(tmp_path / "m")
+    tensors = load_file(home / "model.safetensors")
+    save_file(tensors, home / "model-00001-of-00001.safetensors", {"format": "pt"})
+    places = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
+    index = home / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(InputError, match=r"model\.safetensors and model\.safetensors\.index\.json"):
+        check_weights(home, LlamaConfig.load(home))
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")}))
+    assert set(check_weights(home, LlamaConfig.load(home))) == set(tensors)
+
+
+PREFIXES = ("_orig_mod.", "module.", "base_model.model.", "_fsdp_wrapped_module.")
+
+
+@pytest.mark.parametrize("prefix", [*PREFIXES, None])
+def test_keys_of_a_wrapped_model_are_shown_beside_the_wanted_ones(tmp_path, prefix):
+    home = save_tiny(tmp_path / "m")
+    tensors = load_file(home / "model.safetensors")
+    names = {key: key.removeprefix("model.") if prefix is None else prefix + key for key in tensors}
+    save_file(
+        {names[key]: x for key, x in tensors.items()}, home / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(InputError) as caught:
+        check_weights(home, LlamaConfig.load(home))
+    found = names["model.embed_tokens.weight"]
+    assert "key model.embed_tokens.weight is missing from model.safetensors" in str(caught.value)
+    assert f"has '{found}' instead" in str(caught.value) and "config.json" not in str(caught.value)
+
+
+def test_a_second_derivative_is_an_error_and_not_a_wrong_number():
+    from model import RMSNorm, target_logps
+
+    x = torch.randn(3, 8, requires_grad=True)
+    weight, target = torch.randn(5, 8, requires_grad=True), torch.tensor([0, 1, 4])
+    for value in (RMSNorm(8, 1e-5)(x).square().sum(), target_logps(x, weight, target).sum()):
+        (first,) = torch.autograd.grad(value, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+            first.sum().backward()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_head_of_no_token_is_empty(grad):
+    from model import target_logps
+
+    weight = torch.randn(5, 8, requires_grad=grad)
+    logp = target_logps(torch.zeros(0, 8), weight, torch.zeros(0, dtype=torch.int64))
+    assert logp.shape == (0,)
+    if grad:
+        logp.sum().backward()
+        assert not weight.grad.any()
