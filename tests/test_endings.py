@@ -1,0 +1,191 @@
+"""How a run ends that does not end well: signals, busy disks, processes that die, odd terminals."""
+
+import errno
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ON_CPU, ROOT, flags, main, words
+from test_resume import seven, weights, whole  # noqa: F401
+
+import train
+from support.processes import StopRequest, another_ended, exit_code
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGHUP, 129), (signal.SIGUSR1, 138)])
+def test_a_closed_terminal_and_a_schedulers_warning_save_like_sigterm(
+    start, whole, tmp_path, monkeypatch, number, code
+):
+    rate = train.learning_rate
+
+    def learning_rate(step, *more):
+        if step == 2:
+            signal.raise_signal(number)
+        return rate(step, *more)
+
+    monkeypatch.setattr(train, "learning_rate", learning_rate)
+    out = tmp_path / "out"
+    run = seven(start, out, "--save-every 0")
+    assert main(*run) == code
+    assert json.loads((out / "checkpoints/step-000003/checkpoint.json").read_text())["step"] == 3
+    monkeypatch.setattr(train, "learning_rate", rate)
+    assert main("--resume", out) == 0
+    assert weights(out) == weights(whole)
+
+
+def test_under_nohup_a_closed_terminal_does_not_stop_the_run():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.number == 0
+            signal.raise_signal(signal.SIGUSR1)
+            assert stop.number == signal.SIGUSR1
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_to_one_of_two_processes_under_torchrun_saves_the_run(start, tmp_path, number):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += words(ROOT / "train.py", *flags(start, out, "--epochs 3000 --save-every 0"))
+    process = subprocess.Popen(
+        command,
+        env=os.environ | ON_CPU,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True
+    ).stdout.split()
+    os.kill(int(children[-1]), number)
+    printed, said = process.communicate(timeout=120)
+    assert f"stopped by {signal.Signals(number).name} after step" in printed
+    assert list((out / "checkpoints").glob("step-*")) and process.returncode == 1
+    assert 'train.py", line' not in said  # torchrun has a traceback of its own
+
+
+@pytest.mark.parametrize("busy", ["rename", "rmtree"])
+def test_a_checkpoint_that_cannot_be_removed_is_said_and_left_and_the_run_goes_on(
+    start, whole, tmp_path, monkeypatch, capsys, busy
+):
+    rename, rmtree = Path.rename, shutil.rmtree
+
+    def busy_rename(path, target):
+        if busy == "rename" and str(target).endswith(".old"):
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        return rename(path, target)
+
+    def busy_rmtree(path, *more, **options):
+        if busy == "rmtree" and ".step-" in str(path) and not options.get("ignore_errors"):
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        return rmtree(path, *more, **options)
+
+    monkeypatch.setattr(Path, "rename", busy_rename)
+    monkeypatch.setattr(shutil, "rmtree", busy_rmtree)
+    out = tmp_path / "out"
+    run = seven(start, out, "--save-every 1 --keep 1")
+    assert main(*run) == 0
+    assert "not removed (Device or resource busy)" in capsys.readouterr().out
+    assert weights(out) == weights(whole)
+    shutil.rmtree(out / "model", ignore_errors=True)
+    assert main("--resume", out) == 0
+    assert weights(out) == weights(whole)
+
+
+def test_when_one_process_dies_the_others_say_so_in_one_line(capsys, monkeypatch):
+    gloo = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:1234")
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+
+    def action():
+        raise gloo
+
+    assert exit_code("train.py", action, lambda: None) == 1
+    said = capsys.readouterr().err
+    assert said == "train.py: another process of the run ended; its message says why\n"
+    assert another_ended(dist.DistNetworkError("x")) and not another_ended(RuntimeError("a bug"))
+
+
+def test_a_read_error_of_one_process_is_the_only_line_of_two(start, tmp_path):
+    """Rank 1 cannot read the weights; rank 0 waits for it in a collective."""
+    program = tmp_path / "broken.py"
+    program.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train\n"
+        "from support.processes import leave\n"
+        "load = train.load_weights\n"
+        "def load_weights(*more):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise MemoryError('out of memory')\n"
+        "    return load(*more)\n"
+        "train.load_weights = load_weights\n"
+        "leave(train.main())\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += words(program, *flags(start, tmp_path / "out", "--max-steps 3"))
+    done = subprocess.run(
+        command,
+        env=os.environ | ON_CPU,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py")]
+    assert done.returncode == 1
+    assert [line for line in lines if "out of memory" in line]
+    assert all("out of memory" in line or "another process" in line for line in lines)
+    assert 'train.py", line' not in done.stderr  # no traceback of ours
+
+
+def test_a_terminal_that_knows_only_latin_1_gets_every_line(start, tmp_path, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert exit_code("train.py", lambda: print("é \u2603"), lambda: None) == 0
+    assert terminal.buffer.getvalue() == b"\xe9 \\u2603\n"
+
+
+def test_ctrl_c_while_torch_is_imported_is_no_traceback(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", str(ROOT / "train.py"), "--help"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if "support" in line or "torch._" in line:
+            break
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == -signal.SIGINT and "Traceback" not in said
+
+
+@pytest.mark.parametrize("flag", ["--eps", "--adam-eps"])
+def test_an_eps_that_fp32_flushes_to_zero_is_refused(start, tmp_path, capsys, flag):
+    out = tmp_path / "out"
+    assert main(*flags(start, out, flag, "1e-38")) == 2
+    assert f"{flag} is 1e-38, wanted 1.2e-38 or more" in capsys.readouterr().err
+    train.Config(model="m", data="d", eps=torch.finfo(torch.float32).smallest_normal)
+
+
+@pytest.mark.parametrize("ratio, steps", [(0.07, 100), (0.29, 100), (0.1, 30), (0.55, 100)])
+def test_a_share_of_the_steps_is_not_rounded_up_by_a_floats_last_digit(ratio, steps):
+    rates = [train.learning_rate(step, steps, 1.0, ratio, 0.0) for step in range(steps)]
+    assert rates.index(1.0) + 1 == round(ratio * steps)
