@@ -22,7 +22,7 @@ PORTS = re.findall(r"```python\n(.*?beta=0\.1\).*?)```", "\n".join(PAGES.values(
 SOURCES = [ROOT / "eval.py", *ROOT.glob("evaluation/*.py"), *ROOT.glob("bench/*.py")]
 # Of torchrun, ruff and pytest.
 OTHER_FLAGS = set("--nproc_per_node --max-restarts --nnodes --node_rank --rdzv_endpoint".split())
-OTHER_FLAGS |= {"--check", "--help", "--durations", "--shutdown-timeout"}
+OTHER_FLAGS |= {"--check", "--help", "--durations", "--shutdown-timeout", "--signals-to-handle"}
 
 
 def commands() -> list[str]:
