@@ -384,6 +384,7 @@ def plan_step(
 
 @functools.lru_cache(maxsize=2)  # every step of an epoch asks for it
 def epoch_order(pairs: int, seed: int | None, epoch: int) -> np.ndarray:
+    """The order of an epoch's pairs; file order if seed is None."""
     order = np.arange(pairs)
     if seed is not None:
         order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(order)
