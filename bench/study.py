@@ -27,7 +27,7 @@ lies at an edge of the grid, and claim (c) is also shown at equal rates.
 A claim holds if its rule is true for every seed. ± is the standard deviation over seeds. The
 held-out pairs are the same for all seeds, so it says nothing about other pairs.
 
-The data sets of real text run if their files are beside the checkout. DIR/runs keeps config.json and
+The data sets of real text run if their files are beside the checkout. DIR/runs has config.json and
 metrics.jsonl of each training, for `eval.py figures`.
 """
 
