@@ -1,6 +1,6 @@
 """`eval.py figures`: the paper's Figure 1, its Figure 2 for runs of train.py, each run's curves.
 
-    bt_surface, asft_surface    the losses of Figure 1, and their gradients (equations 15 to 18)
+    bt_surface, asft_surface    the losses of Figure 1 (equations 15 and 17), and their `gradient`
     Run, read_run               what train.py logged in a run's directory
     draw_surfaces               figure1.png
     draw_margins, draw_costs    figure2a.png and figure2b.png: runs side by side
@@ -16,6 +16,8 @@ import io
 import math
 import re
 import statistics
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,36 +32,21 @@ from support.files import InputError, naming, read_json, shown
 def bt_surface(x1: Tensor, x2: Tensor, beta: float) -> Tensor:
     """L = -log(x1^b / (x1^b + x2^b)), in nats (equation 15, exact).
 
-    Bradley-Terry, the form of DPO's loss, at x1 = p_w and x2 = p_l, both in (0, 1)."""
+    Bradley-Terry, the form of DPO's loss, at x1 = p_w and x2 = p_l, both in (0, 1). The ratio of
+    its slopes is |dL/dx2| / |dL/dx1| = x1/x2 (equations 19 to 21)."""
     return -torch.log(x1**beta / (x1**beta + x2**beta))
-
-
-def bt_gradient(x1: Tensor, x2: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """dL/dx1 and dL/dx2 of `bt_surface` (equation 16, exact).
-
-    The ratio of their sizes is |dL/dx2| / |dL/dx1| = x1/x2 (equations 19 to 21)."""
-    total = x1**beta + x2**beta
-    return -beta * x2**beta / (x1 * total), beta * x2 ** (beta - 1) / total
 
 
 def asft_surface(x1: Tensor, x2: Tensor) -> Tensor:
     """L = -log(x1) - log(1 - x2), in nats (equation 17, exact): ASFT's align term at x1 = p_w and
-    x2 = p_l."""
+    x2 = p_l. The ratio of its slopes is |dL/dx1| / |dL/dx2| = (1-x2)/x1 (equations 22 to 25)."""
     return -torch.log(x1) - torch.log1p(-x2)
 
 
-def asft_gradient(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-    """dL/dx1 and dL/dx2 of `asft_surface` (equation 18, exact).
-
-    The ratio of their sizes is |dL/dx1| / |dL/dx2| = (1-x2)/x1 (equations 22 to 25)."""
-    return -1 / x1, 1 / (1 - x2)
-
-
-def log_gradient(x1: Tensor, x2: Tensor, gradient: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The same gradient with respect to l_w = log x1 and l_l = log x2: dL/dlog(x) = x dL/dx.
-
-    Not in the paper."""
-    return x1 * gradient[0], x2 * gradient[1]
+def gradient(surface: Callable, *points: Tensor) -> tuple[Tensor, ...]:
+    """The surface's slopes at each point, by autograd (equations 16 and 18)."""
+    leaves = [point.clone().requires_grad_() for point in points]
+    return torch.autograd.grad(surface(*leaves).sum(), leaves)
 
 
 MEANS = ("loss", "logp_w", "logp_l", "margin", "accuracy")  # over pairs
@@ -127,10 +114,10 @@ def draw_surfaces(figure, beta: float) -> str:
     figure.suptitle("Figure 1. Loss of one pair (colour), and how it moves both answers (arrows)")
     axes, half = figure.subplots(2, 2), math.log(0.5)
     losses = (
-        (f"Bradley-Terry (DPO), eq. 15, beta = {beta:g}", bt_surface, bt_gradient, (beta,)),
-        ("ASFT's align term, eq. 17", asft_surface, asft_gradient, ()),
+        (f"Bradley-Terry (DPO), eq. 15, beta = {beta:g}", partial(bt_surface, beta=beta)),
+        ("ASFT's align term, eq. 17", asft_surface),
     )
-    # Both answers are pushed equally on a line; given is its p_l at the left and the right edge.
+    # Both answers are pushed equally on a line, given by p_l at its left and its right end.
     columns = (
         ("", "probability per token", 0.02, 0.98, [(0.02, 0.98), (0.98, 0.02)]),
         ("log ", "nats per token", -4.0, -0.05, [None, (half, half)]),  # None: everywhere
@@ -138,18 +125,18 @@ def draw_surfaces(figure, beta: float) -> str:
     for j, (log, unit, low, high, equal) in enumerate(columns):
         axis = torch.linspace(low, high, 200, dtype=torch.float64)
         at_l, at_w = torch.meshgrid(axis, axis, indexing="ij")
-        x = (at_w.exp(), at_l.exp()) if log else (at_w, at_l)
-        for ax, line, (name, surface, gradient, options) in zip(
-            axes[:, j], equal, losses, strict=True
-        ):
-            arrows = gradient(*x, *options)
-            colour = ax.contourf(at_w, at_l, surface(*x, *options), levels=24, cmap="cividis")
+        for i, (name, surface) in enumerate(losses):
+            ax, line, places = axes[i, j], equal[i], "everywhere"
+
+            def loss(w: Tensor, l: Tensor, surface=surface, log=log) -> Tensor:
+                return surface(w.exp(), l.exp()) if log else surface(w, l)
+
+            colour = ax.contourf(at_w, at_l, loss(at_w, at_l), levels=24, cmap="cividis")
             figure.colorbar(colour, ax=ax, label="loss (nats)", shrink=0.85)
-            arrows = log_gradient(*x, arrows) if log else arrows
-            draw_arrows(ax, at_w, at_l, arrows, 0.07 * (high - low))
+            draw_arrows(ax, at_w, at_l, gradient(loss, at_w, at_l), 0.07 * (high - low))
             if line:
                 ax.plot([low, high], line, "--", color=COLOURS[1], linewidth=2.5)
-            places = "dashed line" if line else "everywhere"
+                places = "dashed line"
             ax.set(aspect="equal", xlim=(low, high), ylim=(low, high))
             ax.set_title(f"{name}\nboth pushed equally: {places}")
             ax.set_xlabel(f"{log}p_w of the chosen answer ({unit})")
@@ -164,10 +151,10 @@ def draw_surfaces(figure, beta: float) -> str:
     )
 
 
-def draw_arrows(ax, at_w: Tensor, at_l: Tensor, gradient: tuple[Tensor, Tensor], longest: float):
-    """Arrows against the gradient at some of the points, at most `longest` long."""
+def draw_arrows(ax, at_w: Tensor, at_l: Tensor, slopes: tuple[Tensor, ...], longest: float) -> None:
+    """Arrows against the slopes at some of the points, at most `longest` long."""
     few = slice(7, None, 15)
-    at_w, at_l, d_w, d_l = (x[few, few] for x in (at_w, at_l, *gradient))
+    at_w, at_l, d_w, d_l = (x[few, few] for x in (at_w, at_l, *slopes))
     size = torch.hypot(d_w, d_l)
     # Lengths grow with the logarithm of the gradient, and the shortest can still be seen.
     length = longest * (size.log1p() / size.log1p().max()).clamp(min=0.4) / size
@@ -263,9 +250,8 @@ def run(flags: argparse.Namespace) -> None:
         import matplotlib.figure
         from PIL import Image
     except ImportError as error:
-        raise InputError(
-            f"figures need matplotlib ({error}): pip install -r evaluation/requirements.txt"
-        ) from None
+        install = "pip install -r evaluation/requirements.txt"
+        raise InputError(f"figures need matplotlib ({error}): {install}") from None
     drawings = {"figure1": (draw_surfaces, flags.beta)}
     if runs := [read_run(text) for text in flags.runs]:
         drawings |= {"figure2a": (draw_margins, runs), "figure2b": (draw_costs, runs)}
