@@ -43,6 +43,14 @@ def prompts_of(lengths, vocab_size=97, seed=3):
     return [rng.integers(0, vocab_size, n).tolist() for n in lengths]
 
 
+def requests_of(lengths, limits, vocab_size=97):
+    prompts = prompts_of(lengths, vocab_size)
+    return [
+        Request(i, p, max_new_tokens=n)
+        for i, (p, n) in enumerate(zip(prompts, limits, strict=True))
+    ]
+
+
 def answers(model, requests, stop_ids=frozenset(), **options):
     """{index: (new ids, finish)}; each index once."""
     found = list(generate(model, requests, frozenset(stop_ids), **options))
@@ -97,8 +105,8 @@ def test_greedy_tokens_of_a_ragged_batch_equal_those_of_transformers(tmp_path, c
     mask = torch.tensor([[0] * (pad - len(p)) + [1] * len(p) for p in prompts])
     options = dict(max_new_tokens=80, do_sample=False, eos_token_id=None, pad_token_id=0)
     expected = theirs.generate(ids, attention_mask=mask, **options)[:, pad:].tolist()
-    found = answers(model, [Request(i, p, max_new_tokens=80) for i, p in enumerate(prompts)])
-    assert [found[i] for i in range(len(prompts))] == [(new, "length") for new in expected]
+    found = answers(model, requests_of(LENGTHS, [80] * 7))
+    assert [found[i] for i in range(7)] == [(new, "length") for new in expected]
 
 
 def test_a_step_over_the_cache_gives_the_logits_of_a_full_pass_over_all_tokens():
@@ -115,10 +123,7 @@ def test_a_step_over_the_cache_gives_the_logits_of_a_full_pass_over_all_tokens()
 
 def test_rows_that_stop_early_and_rows_that_take_their_place_get_the_tokens_they_get_alone():
     model = tiny_model(dtype=torch.float64).requires_grad_(False)
-    limits = [30, 3, 12, 1, 20, 25, 8] * 3
-    prompts = enumerate(zip(prompts_of(LENGTHS * 3), limits, strict=True))
-    requests = [Request(i, p, max_new_tokens=n) for i, (p, n) in prompts]
-    stop_ids = {5, 17, 40, 77}
+    requests, stop_ids = requests_of(LENGTHS * 3, [30, 3, 12, 1, 20, 25, 8] * 3), {5, 17, 40, 77}
     expected = {r.number: continued(model, r.prompt, stop_ids, r.max_new_tokens) for r in requests}
     assert {finish for _, finish in expected.values()} == {"stop", "length"}
     for cache_tokens in (1, 120, 65_536):
@@ -134,17 +139,15 @@ def test_the_cache_is_never_larger_than_told_unless_a_single_row_is(monkeypatch)
             super().__init__(model, rows, tokens)
 
     monkeypatch.setattr(generation, "Cache", Counted)
-    prompts = enumerate(prompts_of((200, 3, 3, 3, 90, 4, 5, 6, 7, 8)))
-    requests = [Request(i, p, max_new_tokens=8) for i, p in prompts]
+    requests = requests_of((200, 3, 3, 3, 90, 4, 5, 6, 7, 8), [8] * 10)
     assert len(answers(tiny_model(), requests, cache_tokens=100)) == 10
     assert made[0] == (1, 208) and all(rows * tokens <= 100 for rows, tokens in made[1:])
     assert max(rows for rows, _ in made) > 3  # the short ones are not computed one by one
 
 
 def test_an_answer_ends_at_its_limit_or_at_the_models_context_whichever_comes_first():
-    cases = [(10, 4), (10, 50), (16, 5), (15, 5)]  # tokens of the prompt, max_new_tokens
-    requests = [Request(i, [1] * n, max_new_tokens=most) for i, (n, most) in enumerate(cases)]
-    found = answers(tiny_model(max_position_embeddings=16), requests)
+    model = tiny_model(max_position_embeddings=16)
+    found = answers(model, requests_of((10, 10, 16, 15), (4, 50, 5, 5)))
     lengths = [(len(found[i][0]), found[i][1]) for i in range(4)]
     assert lengths == [(4, "length"), (6, "length"), (0, "overlong"), (1, "length")]
 
@@ -164,10 +167,9 @@ def test_on_cuda_in_bf16_a_step_gives_the_logits_of_a_full_pass_in_fp32_on_the_c
 def test_a_trained_model_generates_the_story_that_its_authors_documented_whatever_is_beside_it():
     model, chat, stop_ids = load_generator(REAL / "stories260K")
     story = (REAL / "stories260K" / "greedy.txt").read_text()
-    prompts = [[512], *prompts_of((30, 3, 70), vocab_size=512)]
-    requests = [Request(i, p, max_new_tokens=260) for i, p in enumerate(prompts)]
+    requests = requests_of((30, 3, 70), [260] * 3, 512) + [Request(3, [512], max_new_tokens=260)]
     found = answers(model, requests, stop_ids)
-    assert len(story) == 565 and chat.decode(found[0][0]).startswith(story)
+    assert len(story) == 565 and chat.decode(found[3][0]).startswith(story)
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -228,27 +230,12 @@ def test_samples_depend_only_on_seed_row_number_and_position():
     assert answers(model, [Request(4, [1, 2], 1.0, 50)], seed=9)[0] == (expected, "length")
 
 
-# -------------------------------------------------------------------------------------------- stops
-
-
-@pytest.mark.parametrize(
-    "text, more",
-    [('{"eos_token_id": 3}', {3}), ('{"eos_token_id": [3, 4]}', {3, 4})]
-    + [('{"eos_token_id": null}', set()), ("{}", set()), (None, set())],
-)
-def test_an_answer_stops_at_llamas_ends_and_at_those_of_generation_config(tmp_path, text, more):
-    linked(tmp_path, **({} if text is None else {"generation_config": text}))
+def test_an_answer_stops_at_the_ids_of_the_chat_format_and_of_generation_config(tmp_path):
+    linked(tmp_path, generation_config='{"eos_token_id": [7]}')
     tokens = json.loads((EXAMPLE / "tokenizer.json").read_text())["added_tokens"]
     names = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
     ends = {token["id"] for token in tokens if token["content"] in names}
-    assert len(ends) >= 2 and load_generator(tmp_path)[2] == ends | more
-
-
-@pytest.mark.parametrize("value", ["true", '[1, "x"]', "-1", None])
-def test_a_stop_id_that_is_not_a_token_id_is_refused(tmp_path, value):
-    linked(tmp_path, generation_config="[[]]" if value is None else f'{{"eos_token_id": {value}}}')
-    with pytest.raises(InputError, match="generation_config.json: .*token id"):
-        load_generator(tmp_path)
+    assert len(ends) >= 2 and load_generator(tmp_path)[2] == ends | {7}
 
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -261,33 +248,36 @@ def user(text):
     return f"<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>"
 
 
-@pytest.mark.parametrize(
-    "row, middle",
-    [
-        ("Name it.", user("Name it.")),
-        ({"prompt": " Name it. ", "system": "Be brief."}, SYSTEM + user("Name it.")),
-        ({"prompt": [BRIEF, HI]}, SYSTEM + user("Hi")),
-        ({"messages": [{"from": "human", "value": "Hi"}], "reference": "Ho"}, user("Hi")),
-        ({"instruction": "Name it.", "input": "Red.", "output": "Ho"}, user("Name it.\nRed.")),
-        ({"instruction": "Say <|eot_id|>."}, user("Say <|eot_id|>.")),
-    ],
-)
-def test_a_prompt_is_encoded_in_the_chat_format_up_to_the_assistants_header(tmp_path, row, middle):
-    (tmp_path / "p.jsonl").write_text(json.dumps(row))
-    (prompt,), chat = read_prompts(tmp_path / "p.jsonl"), ChatFormat(EXAMPLE)
-    (ids,) = encode_prompts([prompt], chat, 512)
+CHAT_PROMPTS = [
+    ("Name it.", user("Name it.")),
+    ({"prompt": " Name it. ", "system": "Be brief."}, SYSTEM + user("Name it.")),
+    ({"prompt": [BRIEF, HI]}, SYSTEM + user("Hi")),
+    ({"messages": [{"from": "human", "value": "Hi"}], "reference": "Ho"}, user("Hi")),
+    ({"instruction": "Name it.", "input": "Red.", "output": "Ho"}, user("Name it.\nRed.")),
+    ({"instruction": "Say <|eot_id|>."}, user("Say <|eot_id|>.")),
+]
+
+
+def read_and_encoded(path, text, raw=False):
+    """The prompts of a file with this text, and their ids as text."""
+    path.write_text(text)
+    prompts, chat = read_prompts(path, raw), ChatFormat(EXAMPLE)
+    return prompts, [chat.decode(ids) for ids in encode_prompts(prompts, chat, 512)]
+
+
+def test_a_prompt_is_encoded_in_the_chat_format_up_to_the_assistants_header(tmp_path):
+    text = "\n".join(json.dumps(row) for row, _ in CHAT_PROMPTS)
+    prompts, encoded = read_and_encoded(tmp_path / "p.jsonl", text)
     header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    assert chat.decode(ids) == "<|begin_of_text|>" + middle + header
-    assert prompt.reference == ("Ho" if "Ho" in str(row) else None)
+    assert encoded == [f"<|begin_of_text|>{middle}{header}" for _, middle in CHAT_PROMPTS]
+    assert [prompt.reference for prompt in prompts] == [None, None, None, "Ho", "Ho", None]
 
 
 def test_raw_prompts_are_their_text_after_bos_and_ids_are_used_as_they_are(tmp_path):
     rows = '" Once "\n{"prompt_ids": [3, 4]}\n{"instruction": "Go on.", "output": "x"}'
-    (tmp_path / "p.jsonl").write_text(rows)
-    chat = ChatFormat(EXAMPLE)
-    encoded = encode_prompts(read_prompts(tmp_path / "p.jsonl", raw=True), chat, 512)
-    assert chat.decode(encoded[0]) == "<|begin_of_text|> Once " and encoded[1] == [3, 4]
-    assert chat.decode(encoded[2]) == "<|begin_of_text|>Go on."
+    prompts, encoded = read_and_encoded(tmp_path / "p.jsonl", rows, raw=True)
+    assert encoded[::2] == ["<|begin_of_text|> Once ", "<|begin_of_text|>Go on."]
+    assert encode_prompts(prompts[1:2], ChatFormat(EXAMPLE), 512) == [[3, 4]]
 
 
 BAD_ROWS = """
@@ -303,7 +293,7 @@ BAD_ROWS = """
 {"prompt": "x", "messages": []} -> wanted one of the keys
 {"prompt": "x", "output": "y", "reference": "y"} -> wanted one of them
 {"messages": [{"role": "assistant", "content": "y"}]} -> the last turn is the assistant's
-{"messages": "x"} -> wanted a string or a list of messages"""
+{"messages": "x"} -> wanted a list of messages"""
 
 
 @pytest.mark.parametrize("line, complaint", table(BAD_ROWS))
