@@ -132,7 +132,15 @@ def run(flags: argparse.Namespace) -> None:
         wait_for_all()
         if is_first():
             rows = join_parts(out, "index", numbers)
-            print(summary(out, rows, model.config.max_position_embeddings), flush=True)
+            count = Counter(row["finish"] for row in rows)
+            mean = sum(row["tokens"] for row in rows) / len(rows)
+            print(
+                f"{out}: {len(rows):,} rows, {mean:,.1f} tokens on average; {count['stop']:,} ended "
+                f"by a stop token, {count['length']:,} by --max-new-tokens or the context; "
+                f"{count['overlong']:,} left unanswered, whose prompt takes all "
+                f"{model.config.max_position_embeddings:,} tokens of the context",
+                flush=True,
+            )
 
 
 def answer_row(index: int, prompt: Prompt, text: str, new: list[int], finish: str) -> dict:
@@ -144,17 +152,6 @@ def answer_row(index: int, prompt: Prompt, text: str, new: list[int], finish: st
     row = {"index": index, "prompt": asked, "prediction": text, "tokens": len(new)}
     row["finish"] = finish
     return row if prompt.reference is None else row | {"reference": prompt.reference}
-
-
-def summary(out: Path, rows: list[dict], context: int) -> str:
-    """The last line that the command prints."""
-    count = Counter(row["finish"] for row in rows)
-    mean = sum(row["tokens"] for row in rows) / len(rows)
-    return (
-        f"{out}: {len(rows):,} rows, {mean:,.1f} tokens on average; {count['stop']:,} ended by a "
-        f"stop token, {count['length']:,} by --max-new-tokens or the context; {count['overlong']:,}"
-        f" left unanswered, whose prompt takes all {context:,} tokens of the context"
-    )
 
 
 def add_generation_flags(command: argparse.ArgumentParser) -> None:

@@ -26,11 +26,11 @@ import eval as program
 import evaluation.answers
 import evaluation.generate as generation
 import evaluation.likelihood
-from data import ChatFormat, read_preferences
+from data import ChatFormat
 from evaluation.answers import load_generator
 from evaluation.generate import Cache, Request, choose, generate, prefill, probabilities, step
 from evaluation.prompts import encode_prompts, read_prompts
-from evaluation.rows import append_row, join_parts, on_first, share, torchrun_group
+from evaluation.rows import append_row, join_parts
 from model import save_model
 from support.files import InputError
 
@@ -75,10 +75,6 @@ def continued(model, prompt, stop_ids, max_new_tokens):
     return new, "length"
 
 
-def full_pass(model, prompts):
-    return torch.stack([model.logits(torch.tensor(p))[-1] for p in prompts])
-
-
 def linked(directory, *, without=(), **contents):
     """The example's model, by links, with other files in it: stem=text."""
     directory.mkdir(exist_ok=True)
@@ -107,18 +103,6 @@ def test_greedy_tokens_of_a_ragged_batch_equal_those_of_transformers(tmp_path, c
     expected = theirs.generate(ids, attention_mask=mask, **options)[:, pad:].tolist()
     found = answers(model, requests_of(LENGTHS, [80] * 7))
     assert [found[i] for i in range(7)] == [(new, "length") for new in expected]
-
-
-def test_a_step_over_the_cache_gives_the_logits_of_a_full_pass_over_all_tokens():
-    model, prompts = tiny_model(dtype=torch.float64).requires_grad_(False), prompts_of((4, 11, 1))
-    cache, lengths = Cache(model, 5, 16), [4, 11, 1]
-    found = [prefill(model, prompts[:1], cache, 0), prefill(model, prompts[1:], cache, 1)]
-    torch.testing.assert_close(torch.cat(found), full_pass(model, prompts), rtol=0, atol=1e-12)
-    for tokens in ([7, 8, 9], [1, 2, 3]):
-        logits = step(model, tokens, lengths, cache)
-        prompts = [p + [token] for p, token in zip(prompts, tokens, strict=True)]
-        lengths = [n + 1 for n in lengths]
-        torch.testing.assert_close(logits, full_pass(model, prompts), rtol=0, atol=1e-12)
 
 
 def test_rows_that_stop_early_and_rows_that_take_their_place_get_the_tokens_they_get_alone():
@@ -155,7 +139,7 @@ def test_an_answer_ends_at_its_limit_or_at_the_models_context_whichever_comes_fi
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_cuda_in_bf16_a_step_gives_the_logits_of_a_full_pass_in_fp32_on_the_cpu_up_to_rounding():
     model, prompts = tiny_model().requires_grad_(False), prompts_of((4, 40, 1))
-    full = full_pass(model, [p + [7] for p in prompts])
+    full = torch.stack([model.logits(torch.tensor([*p, 7]))[-1] for p in prompts])
     model.to("cuda", torch.bfloat16)
     cache = Cache(model, 3, 48)
     prefill(model, prompts, cache, 0)
@@ -293,25 +277,17 @@ BAD_ROWS = """
 {"prompt": "x", "messages": []} -> wanted one of the keys
 {"prompt": "x", "output": "y", "reference": "y"} -> wanted one of them
 {"messages": [{"role": "assistant", "content": "y"}]} -> the last turn is the assistant's
-{"messages": "x"} -> wanted a list of messages
---raw {"messages": [{"role": "user", "content": "x"}]} -> found turns, and --raw wants plain text"""
+{"messages": "x"} -> wanted a list of messages"""
 
 
 @pytest.mark.parametrize("line, complaint", table(BAD_ROWS))
 def test_a_bad_prompt_stops_the_command_before_the_first_answer(tmp_path, capsys, line, complaint):
-    prompts, out, raw = tmp_path / "p.jsonl", tmp_path / "o.jsonl", line.startswith("--raw")
-    prompts.write_text(f'"Good."\n\n{line.removeprefix("--raw ")}\n')
-    assert program.main(command(prompts, out, *["--raw"] * raw)) == 2
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    prompts.write_text(f'"Good."\n\n{line}\n')
+    assert program.main(command(prompts, out)) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"eval.py: {prompts}:3: ") and complaint in error
     assert error.count("\n") == 1 and (not out.exists() or out.read_text() == "")
-
-
-def test_preferences_are_prompts_with_their_chosen_answers_as_references():
-    path = ROOT / "examples/heldout.jsonl"
-    prompts, rows = read_prompts(path), path.read_text().splitlines()
-    assert [p.reference for p in prompts] == [p.chosen for p in read_preferences(path)[: len(rows)]]
-    assert prompts[0].prompt[-1][0] == "user" and prompts[0].prompt[-1][1] in rows[0]
 
 
 # -------------------------------------------------------------------------------------- the command
@@ -346,14 +322,11 @@ def whole(prompt_file, tmp_path_factory):
 @pytest.fixture
 def job(whole, prompt_file, tmp_path):
     """The same call with a directory of its own. `lines` are the rows that it will write."""
-    out = tmp_path / "o.jsonl"
+    out, content = tmp_path / "o.jsonl", whole[0].read_bytes()
     return SimpleNamespace(
-        out=out,
-        content=whole[0].read_bytes(),
-        lines=whole[0].read_bytes().splitlines(keepends=True),
-        settings=Path(f"{whole[0]}.json").read_bytes(),
-        beside=tmp_path / "o.jsonl.json",
-        part=lambda rank: tmp_path / f"o.jsonl.part-{rank:05d}",
+        **dict(content=content, lines=content.splitlines(keepends=True), out=out),
+        **dict(beside=Path(f"{out}.json"), settings=Path(f"{whole[0]}.json").read_bytes()),
+        part=lambda rank: Path(f"{out}.part-{rank:05d}"),
         run=lambda *words: program.main(command(prompt_file, out, *words)),
     )
 
@@ -589,20 +562,3 @@ def test_a_join_that_fails_leaves_the_file_and_the_parts_as_they_were(tmp_path, 
             join_parts(out, "id", [0, 1])
     assert out.read_text() == '{"id": 1}\n' and Path(f"{out}.part-00000").exists()
     assert join_parts(out, "id", [0, 1]) == [{"id": 0}, {"id": 1}]
-
-
-def test_the_first_process_acts_for_all_and_all_get_its_result(tmp_path):
-    def act():
-        with torchrun_group():
-            return on_first(lambda: append_row(tmp_path / "o.jsonl", {}) or 7)
-
-    assert on_two_processes(act) == [7, 7]
-    assert [path.name for path in tmp_path.iterdir()] == ["o.jsonl.part-00000"]
-
-
-def test_processes_share_items_without_rest_or_repetition(monkeypatch):
-    assert share([1, 2, 3]) == [1, 2, 3]
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    for rank, expected in enumerate([[0, 3], [1, 4], [2]]):
-        monkeypatch.setenv("RANK", str(rank))
-        assert share(list(range(5))) == expected
