@@ -134,11 +134,11 @@ def run(flags: argparse.Namespace) -> None:
             rows = join_parts(out, "index", numbers)
             count = Counter(row["finish"] for row in rows)
             mean = sum(row["tokens"] for row in rows) / len(rows)
+            limit = f"{model.config.max_position_embeddings:,} tokens of the context"
             print(
-                f"{out}: {len(rows):,} rows, {mean:,.1f} tokens on average; {count['stop']:,} ended "
-                f"by a stop token, {count['length']:,} by --max-new-tokens or the context; "
-                f"{count['overlong']:,} left unanswered, whose prompt takes all "
-                f"{model.config.max_position_embeddings:,} tokens of the context",
+                f"{out}: {len(rows):,} rows, {mean:,.1f} tokens on average; {count['stop']:,} "
+                f"ended by a stop token, {count['length']:,} by --max-new-tokens or the context; "
+                f"{count['overlong']:,} left unanswered, whose prompt takes all {limit}",
                 flush=True,
             )
 

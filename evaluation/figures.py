@@ -192,7 +192,8 @@ def draw_costs(figure, runs: list[Run]) -> str:
     figure.suptitle("Figure 2(b). Time and peak memory")
     left, right = figure.subplots(1, 2, sharey=True)
     for ax, values in ((left, seconds), (right, memory)):
-        bars = ax.barh(range(len(runs)), values, color=COLOURS, tick_label=labels)
+        style = {"color": COLOURS, "edgecolor": COLOURS, "tick_label": labels}
+        bars = ax.barh(range(len(runs)), values, **style)
         ax.bar_label(bars, [f"{value:#.3g}" for value in values], padding=3)
         ax.set_xlim(0, 1.15 * max(values) or 1)
     left.set_xlabel("time per step (s, median)")
