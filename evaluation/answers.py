@@ -29,7 +29,7 @@ from evaluation.rows import (
 )
 from model import Llama, LlamaConfig, check_weights, load_model
 from support.files import InputError, files_checksum, naming, read_json, write_json
-from support.processes import choose_device
+from support.processes import choose_device, on_first_process
 
 Answers = Iterator[tuple[int, list[int], str]]  # as `generate` yields them
 SAMPLING = ("raw", "temperature", "top_p", "top_k", "seed", "max_new_tokens")

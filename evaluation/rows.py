@@ -1,7 +1,7 @@
 """Files of JSON lines, and what the evaluation commands have in common.
 
 In reading order
-    rank, share, torchrun_group, wait_for_all, on_first    the processes of torchrun
+    rank, share, torchrun_group, wait_for_all    the processes of torchrun
     append_row, read_rows, join_parts    a file that several processes write
     json_rows, write_json                checked reading; writing of results
     named, between, add_model_flags      flags that several commands share
