@@ -262,6 +262,9 @@ def test_raw_prompts_are_their_text_after_bos_and_ids_are_used_as_they_are(tmp_p
     prompts, encoded = read_and_encoded(tmp_path / "p.jsonl", rows, raw=True)
     assert encoded[::2] == ["<|begin_of_text|> Once ", "<|begin_of_text|>Go on."]
     assert encode_prompts(prompts[1:2], ChatFormat(EXAMPLE), 512) == [[3, 4]]
+    talk = '{"instruction": "Go on.", "history": [["a", "b"]]}'
+    with pytest.raises(InputError, match="p.jsonl:1: found turns, and --raw wants plain text"):
+        read_and_encoded(tmp_path / "p.jsonl", talk, raw=True)
 
 
 BAD_ROWS = """
@@ -486,7 +489,9 @@ def test_a_file_of_another_origin_is_refused_and_stays(job, capsys, name, line, 
 
 BAD_FLAGS = """
 --top-p 0 -> --top-p: found 0, wanted float, 1e-09 or more and at most 1
+--top-p 1.5 -> --top-p: found 1.5
 --temperature nan -> --temperature: found nan
+--temperature inf -> --temperature: found inf
 --seed 1.5 -> found 1.5, wanted int
 --temperature -1 -> found -1
 --max-new-tokens 0 -> --max-new-tokens: found 0

@@ -204,12 +204,14 @@ def test_models_whose_tokenizers_differ_are_not_compared(data, other, tmp_path, 
     bpe = read_json(second / "tokenizer.json")["model"]
     edit_json(second / "tokenizer.json", model=bpe | {"merges": []})
     refused(EXAMPLE, second, 1)
-    # The same ids, except for a last pair that one of the two makes empty and so drops.
+    # The same ids, except for a last pair, which one of the two drops as empty, or reads otherwise.
     dropping = {"type": "Replace", "pattern": {"String": "~"}, "content": ""}
     edit_json(second / "tokenizer.json", model=bpe, normalizer=dropping)
-    data.write_text(data.read_text() + '{"prompt": "Well?", "chosen": "~", "rejected": "No."}\n')
-    refused(EXAMPLE, second, 31)
-    refused(second, EXAMPLE, 31)
+    same = data.read_text()
+    for chosen in ("~", "Yes~"):
+        data.write_text(f'{same}{{"prompt": "Well?", "chosen": "{chosen}", "rejected": "No."}}\n')
+        refused(EXAMPLE, second, 31)
+        refused(second, EXAMPLE, 31)
     assert not (tmp_path / "out").exists()
 
 
