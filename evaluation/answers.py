@@ -8,7 +8,6 @@ In reading order
 """
 
 import argparse
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ from evaluation.rows import (
     wait_for_all,
 )
 from model import Llama, LlamaConfig, check_weights, load_model
-from support.files import InputError, files_checksum, naming, read_json
+from support.files import InputError, files_checksum, naming, read_json, write_json
 from support.processes import choose_device, on_first_process
 
 Answers = Iterator[tuple[int, list[int], str]]  # as `generate` yields them
@@ -64,40 +63,35 @@ def claim_rows(
     def claim() -> set:
         with naming(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-        rows, settings = read_rows(out, key, order), describe(flags, asked, names)
+        rows = read_rows(out, key, order)
+        settings = {
+            "model": model_checksum(Path(flags.model)),
+            asked: files_checksum([getattr(flags, asked)]),
+            "dtype": str(choose_device(flags.device, flags.precision)[1]),
+            **{name: getattr(flags, name) for name in names},
+        }
         if not rows:
             with naming(beside):
-                beside.write_text(json.dumps(settings, indent=2) + "\n")
+                write_json(beside, settings)
         elif not beside.exists():
-            raise InputError(
-                f"--out {out}: {beside} is missing, which says how its rows were made; "
-                "name another file"
-            )
+            raise InputError(f"{beside} is missing, which says how {out} was made; name another")
         found = read_json(beside)
-        found = found if isinstance(found, dict) else {}
         for name, value in settings.items():
-            if found.get(name) != value:
+            was = found.get(name) if isinstance(found, dict) else None
+            if was != value:
                 raise InputError(
-                    f"--out {out} was made with {name} {found.get(name)}, not {value}; "
-                    "name another file"
+                    f"--out {out} was made with {name} {was}, not {value}; name another file"
                 )
-        join_parts(out, key, order)
-        return set(rows)
+        return {row[key] for row in join_parts(out, key, order)}
 
     return on_first_process(claim)
 
 
-def describe(flags: argparse.Namespace, asked: str, names: Sequence[str]) -> dict:
-    """All that answers depend on."""
-    directory = Path(flags.model)
-    files = ("config.json", "generation_config.json", "tokenizer.json")
-    weights = sorted(set(check_weights(directory, LlamaConfig.load(directory)).values()))
-    return {
-        "model": files_checksum([*(directory / name for name in files), *weights]),
-        asked: files_checksum([getattr(flags, asked)]),
-        "dtype": str(choose_device(flags.device, flags.precision)[1]),
-        **{name: getattr(flags, name) for name in names},
-    }
+def model_checksum(directory: Path) -> str:
+    """Hash of all files that a model's answers depend on."""
+    names = ("config.json", "generation_config.json", "tokenizer.json")
+    weights = set(check_weights(directory, LlamaConfig.load(directory)).values())
+    return files_checksum([*(directory / name for name in names), *sorted(weights)])
 
 
 def with_progress(answers: Answers, count: int, what: str = "") -> Answers:
@@ -110,12 +104,9 @@ def with_progress(answers: Answers, count: int, what: str = "") -> Answers:
         tokens += len(new) + (finish == "stop")
         now = time.monotonic()
         if is_first() and (done == count or now - printed > 5):
-            printed = now
-            print(
-                f"{what}{done:,} of this process's {count:,} answers, {tokens:,} tokens, "
-                f"{tokens / (now - started):,.0f} tokens/s",
-                flush=True,
-            )
+            printed, speed = now, tokens / (now - started)
+            progress = f"{what}{done:,} of this process's {count:,} answers, {tokens:,} tokens"
+            print(f"{progress}, {speed:,.0f} tokens/s", flush=True)
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -134,21 +125,22 @@ def run(flags: argparse.Namespace) -> None:
             )
         mine = [i for i in share(numbers) if i not in done]
         requests = [Request(i, encoded[i], flags.temperature, flags.max_new_tokens) for i in mine]
-        answers = generate(
-            model,
-            requests,
-            stop_ids,
-            top_p=flags.top_p,
-            top_k=flags.top_k,
-            seed=flags.seed,
-            cache_tokens=flags.cache_tokens,
-        )
+        options = {key: getattr(flags, key) for key in ("top_p", "top_k", "seed", "cache_tokens")}
+        answers = generate(model, requests, stop_ids, **options)
         for k, new, finish in with_progress(answers, len(mine)):
             append_row(out, answer_row(mine[k], prompts[mine[k]], chat.decode(new), new, finish))
         wait_for_all()
         if is_first():
             rows = join_parts(out, "index", numbers)
-            print(summary(out, rows, model.config.max_position_embeddings), flush=True)
+            count = Counter(row["finish"] for row in rows)
+            mean = sum(row["tokens"] for row in rows) / len(rows)
+            limit = f"{model.config.max_position_embeddings:,} tokens of the context"
+            print(
+                f"{out}: {len(rows):,} rows, {mean:,.1f} tokens on average; {count['stop']:,} "
+                f"ended by a stop token, {count['length']:,} by --max-new-tokens or the context; "
+                f"{count['overlong']:,} left unanswered, whose prompt takes all {limit}",
+                flush=True,
+            )
 
 
 def answer_row(index: int, prompt: Prompt, text: str, new: list[int], finish: str) -> dict:
@@ -157,58 +149,29 @@ def answer_row(index: int, prompt: Prompt, text: str, new: list[int], finish: st
     if isinstance(asked[0], tuple):  # turns; a single one is shown as its text
         asked = [{"role": role, "content": content} for role, content in asked]
         asked = asked[0]["content"] if len(asked) == 1 else asked
-    row = {
-        "index": index,
-        "prompt": asked,
-        "prediction": text,
-        "tokens": len(new),
-        "finish": finish,
-    }
+    row = {"index": index, "prompt": asked, "prediction": text, "tokens": len(new)}
+    row["finish"] = finish
     return row if prompt.reference is None else row | {"reference": prompt.reference}
-
-
-def summary(out: Path, rows: list[dict], context: int) -> str:
-    """The last line that the command prints."""
-    count = Counter(row["finish"] for row in rows)
-    mean = sum(row["tokens"] for row in rows) / len(rows)
-    return (
-        f"{out}: {len(rows):,} rows, {mean:,.1f} tokens on average; {count['stop']:,} ended by a "
-        f"stop token, {count['length']:,} by --max-new-tokens or the context; "
-        f"{count['overlong']:,} left unanswered, whose prompt takes all {context:,} tokens of the "
-        "context"
-    )
 
 
 def add_generation_flags(command: argparse.ArgumentParser) -> None:
     """The flags of a command that generates."""
     add_model_flags(command, "the samples")
-    command.add_argument(
-        "--cache-tokens",
-        type=between(int, 1),
-        default=CACHE_TOKENS,
-        help="tokens of all rows of a batch; bounds memory, does not change answers [%(default)s]",
-    )
+    text = "tokens of all rows of a batch; bounds memory, does not change answers [%(default)s]"
+    command.add_argument("--cache-tokens", type=between(int, 1), default=CACHE_TOKENS, help=text)
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     add = command.add_argument
     add_generation_flags(command)
-    chance, whole, positive = between(float, 1e-9, 1), between(int, 0), between(int, 1)
+    out = "JSONL of answers; FILE.json says how they were made; the same call continues"
+    top_p = "draw from the likeliest that sum to this [1: all]"
+    top_k, tokens = "draw from the k likeliest tokens [0: all]", "most tokens of an answer [512]"
     add("--prompts", required=True, metavar="FILE", help="JSONL of prompts (formats: README)")
-    add(
-        "--out",
-        required=True,
-        metavar="FILE",
-        help="JSONL of answers; FILE.json says how they were made; the same call continues",
-    )
+    add("--out", required=True, metavar="FILE", help=out)
     add("--raw", action="store_true", help="continue plain texts, without the chat format")
     add("--temperature", type=between(float, 0), default=0.0, help="0: the likeliest token [0]")
-    add(
-        "--top-p",
-        type=chance,
-        default=1.0,
-        help="draw from the likeliest that sum to this [1: all]",
-    )
-    add("--top-k", type=whole, default=0, help="draw from the k likeliest tokens [0: all]")
-    add("--max-new-tokens", type=positive, default=512, help="most tokens of an answer [512]")
+    add("--top-p", type=between(float, 1e-9, 1), default=1.0, help=top_p)
+    add("--top-k", type=between(int, 0), default=0, help=top_k)
+    add("--max-new-tokens", type=between(int, 1), default=512, help=tokens)

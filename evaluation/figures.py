@@ -1,6 +1,6 @@
 """`eval.py figures`: the paper's Figure 1, its Figure 2 for runs of train.py, each run's curves.
 
-    bt_surface, asft_surface    the losses of Figure 1, and their gradients (equations 15 to 18)
+    bt_surface, asft_surface    the losses of Figure 1 (equations 15 and 17), and their `gradient`
     Run, read_run               what train.py logged in a run's directory
     draw_surfaces               figure1.png
     draw_margins, draw_costs    figure2a.png and figure2b.png: runs side by side
@@ -16,6 +16,8 @@ import io
 import math
 import re
 import statistics
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,36 +32,21 @@ from support.files import InputError, naming, read_json, shown
 def bt_surface(x1: Tensor, x2: Tensor, beta: float) -> Tensor:
     """L = -log(x1^b / (x1^b + x2^b)), in nats (equation 15, exact).
 
-    Bradley-Terry, the form of DPO's loss, at x1 = p_w and x2 = p_l, both in (0, 1)."""
+    Bradley-Terry, the form of DPO's loss, at x1 = p_w and x2 = p_l, both in (0, 1). The ratio of
+    its slopes is |dL/dx2| / |dL/dx1| = x1/x2 (equations 19 to 21)."""
     return -torch.log(x1**beta / (x1**beta + x2**beta))
-
-
-def bt_gradient(x1: Tensor, x2: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """dL/dx1 and dL/dx2 of `bt_surface` (equation 16, exact).
-
-    The ratio of their sizes is |dL/dx2| / |dL/dx1| = x1/x2 (equations 19 to 21)."""
-    total = x1**beta + x2**beta
-    return -beta * x2**beta / (x1 * total), beta * x2 ** (beta - 1) / total
 
 
 def asft_surface(x1: Tensor, x2: Tensor) -> Tensor:
     """L = -log(x1) - log(1 - x2), in nats (equation 17, exact): ASFT's align term at x1 = p_w and
-    x2 = p_l."""
+    x2 = p_l. The ratio of its slopes is |dL/dx1| / |dL/dx2| = (1-x2)/x1 (equations 22 to 25)."""
     return -torch.log(x1) - torch.log1p(-x2)
 
 
-def asft_gradient(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-    """dL/dx1 and dL/dx2 of `asft_surface` (equation 18, exact).
-
-    The ratio of their sizes is |dL/dx1| / |dL/dx2| = (1-x2)/x1 (equations 22 to 25)."""
-    return -1 / x1, 1 / (1 - x2)
-
-
-def log_gradient(x1: Tensor, x2: Tensor, gradient: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The same gradient with respect to l_w = log x1 and l_l = log x2: dL/dlog(x) = x dL/dx.
-
-    Not in the paper."""
-    return x1 * gradient[0], x2 * gradient[1]
+def gradient(surface: Callable, *points: Tensor) -> tuple[Tensor, ...]:
+    """The surface's slopes at each point, by autograd (equations 16 and 18)."""
+    leaves = [point.clone().requires_grad_() for point in points]
+    return torch.autograd.grad(surface(*leaves).sum(), leaves)
 
 
 MEANS = ("loss", "logp_w", "logp_l", "margin", "accuracy")  # over pairs
@@ -78,35 +65,29 @@ class Run(NamedTuple):
 
 def read_columns(path: Path, names: tuple[str, ...]) -> dict[str, list[float]]:
     """Columns of a JSONL file. Raises InputError, with the line, unless all are finite numbers."""
-    columns = {name: [] for name in names}
-    for place, row in json_rows(path, *names):
+    rows = json_rows(path, *names)
+    for place, row in rows:
         for name in names:
             if type(row[name]) not in (int, float) or not math.isfinite(row[name]):
                 raise InputError(f"{place}: {name} is {shown(row[name])}, wanted a number")
-            columns[name].append(float(row[name]))
-    return columns
+    return {name: [float(row[name]) for _, row in rows] for name in names}
 
 
 def read_run(text: str) -> Run:
     """DIR, labelled by its loss, or NAME=DIR. Raises InputError with file and line."""
     name, path = named(text)
     config, metrics, held_out = path / "config.json", path / "metrics.jsonl", path / "eval.jsonl"
-    if not config.is_file():
-        raise InputError(
-            f"--runs {text}: {path} has no config.json; wanted a directory that train.py wrote"
-        )
-    facts = read_json(config)
+    facts = read_json(config, "a directory that train.py wrote")
     try:
         loss, device = facts["flags"]["loss"], str(facts["device"])
-        uses_reference = asft.LOSSES[loss].reference
-        label = f"{loss}, {facts['flags']['reference']}" if uses_reference else loss
+        reference = f", {facts['flags']['reference']}" if asft.LOSSES[loss].reference else ""
     except (KeyError, TypeError):
         raise InputError(f"{config}: no flags of train.py; wanted its config.json") from None
     steps = read_columns(metrics, COLUMNS + ("rejected_weight",) * (loss == "asft"))
     if not steps["step"]:
         raise InputError(f"{metrics}: no step in it")
     evaluations = read_columns(held_out, HELD_OUT) if held_out.is_file() else {}
-    return Run(name or label, device, steps, evaluations)
+    return Run(name or loss + reference, device, steps, evaluations)
 
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; dashes tell lines apart as well.
@@ -119,34 +100,45 @@ def running_means(values: list[float], window: int) -> list[float]:
     return [statistics.fmean(values[max(0, i - window) : i]) for i in range(1, len(values) + 1)]
 
 
+def draw_steps(ax, run: Run, name: str, window: int, **style) -> None:
+    """A column of a run: thin, each step's value; thick, the mean of the last `window` steps."""
+    step, values = run.steps["step"], run.steps[name]
+    ax.plot(step, values, color=style["color"], alpha=0.3, linewidth=0.8)
+    marker = "o" if len(step) == 1 else None
+    ax.plot(step, running_means(values, window), marker=marker, **style)
+
+
 def draw_surfaces(figure, beta: float) -> str:
     """Figure 1: Bradley-Terry above ASFT; probabilities on the left, log-probabilities right."""
     figure.set_size_inches(11, 10.4)
     figure.suptitle("Figure 1. Loss of one pair (colour), and how it moves both answers (arrows)")
     axes, half = figure.subplots(2, 2), math.log(0.5)
-    # On the lines `equal`, from the left edge to the right one, both answers are pushed equally.
-    for logs, low, high, equal in (
-        (False, 0.02, 0.98, [(0.02, 0.98), (0.98, 0.02)]),  # p_l = p_w; p_l = 1 - p_w
-        (True, -4.0, -0.05, [None, (half, half)]),  # everywhere; p_l = 1/2
-    ):
+    losses = (
+        (f"Bradley-Terry (DPO), eq. 15, beta = {beta:g}", partial(bt_surface, beta=beta)),
+        ("ASFT's align term, eq. 17", asft_surface),
+    )
+    # Both answers are pushed equally on a line, given by p_l at its left and its right end.
+    columns = (
+        ("", "probability per token", 0.02, 0.98, [(0.02, 0.98), (0.98, 0.02)]),
+        ("log ", "nats per token", -4.0, -0.05, [None, (half, half)]),  # None: everywhere
+    )
+    for j, (log, unit, low, high, equal) in enumerate(columns):
         axis = torch.linspace(low, high, 200, dtype=torch.float64)
         at_l, at_w = torch.meshgrid(axis, axis, indexing="ij")
-        x = (at_w.exp(), at_l.exp()) if logs else (at_w, at_l)
-        gradients = bt_gradient(*x, beta), asft_gradient(*x)
-        if logs:
-            gradients = [log_gradient(*x, gradient) for gradient in gradients]
-        surfaces = bt_surface(*x, beta), asft_surface(*x)
-        names = f"Bradley-Terry (DPO), eq. 15, beta = {beta:g}", "ASFT's align term, eq. 17"
-        log, unit = ("log ", "nats per token") if logs else ("", "probability per token")
-        for i, ax in enumerate(axes[:, int(logs)]):
-            colour = ax.contourf(at_w, at_l, surfaces[i], levels=24, cmap="cividis")
+        for i, (name, surface) in enumerate(losses):
+            ax, line, places = axes[i, j], equal[i], "everywhere"
+
+            def loss(w: Tensor, l: Tensor, surface=surface, log=log) -> Tensor:
+                return surface(w.exp(), l.exp()) if log else surface(w, l)
+
+            colour = ax.contourf(at_w, at_l, loss(at_w, at_l), levels=24, cmap="cividis")
             figure.colorbar(colour, ax=ax, label="loss (nats)", shrink=0.85)
-            draw_arrows(ax, at_w, at_l, gradients[i], 0.07 * (high - low))
-            if equal[i]:
-                ax.plot([low, high], equal[i], "--", color=COLOURS[1], linewidth=2.5)
-            places = "dashed line" if equal[i] else "everywhere"
+            draw_arrows(ax, at_w, at_l, gradient(loss, at_w, at_l), 0.07 * (high - low))
+            if line:
+                ax.plot([low, high], line, "--", color=COLOURS[1], linewidth=2.5)
+                places = "dashed line"
             ax.set(aspect="equal", xlim=(low, high), ylim=(low, high))
-            ax.set_title(f"{names[i]}\nboth pushed equally: {places}")
+            ax.set_title(f"{name}\nboth pushed equally: {places}")
             ax.set_xlabel(f"{log}p_w of the chosen answer ({unit})")
             ax.set_ylabel(f"{log}p_l of the rejected answer ({unit})")
     return (
@@ -159,10 +151,10 @@ def draw_surfaces(figure, beta: float) -> str:
     )
 
 
-def draw_arrows(ax, at_w: Tensor, at_l: Tensor, gradient: tuple[Tensor, Tensor], longest: float):
-    """Arrows against the gradient at some of the points, at most `longest` long."""
+def draw_arrows(ax, at_w: Tensor, at_l: Tensor, slopes: tuple[Tensor, ...], longest: float) -> None:
+    """Arrows against the slopes at some of the points, at most `longest` long."""
     few = slice(7, None, 15)
-    at_w, at_l, d_w, d_l = (x[few, few] for x in (at_w, at_l, *gradient))
+    at_w, at_l, d_w, d_l = (x[few, few] for x in (at_w, at_l, *slopes))
     size = torch.hypot(d_w, d_l)
     # Lengths grow with the logarithm of the gradient, and the shortest can still be seen.
     length = longest * (size.log1p() / size.log1p().max()).clamp(min=0.4) / size
@@ -172,17 +164,14 @@ def draw_arrows(ax, at_w: Tensor, at_l: Tensor, gradient: tuple[Tensor, Tensor],
 
 
 def draw_margins(figure, runs: list[Run]) -> str:
-    """Figure 2(a): thin, each step's margin; thick, its mean over the last steps."""
+    """Figure 2(a)."""
     window = max(1, max(len(run.steps["step"]) for run in runs) // 10)
     figure.set_size_inches(9, 5)
     ax = figure.subplots()
     for i, run in enumerate(runs):
-        colour, step, margin = COLOURS[i % len(COLOURS)], run.steps["step"], run.steps["margin"]
-        ax.plot(step, margin, color=colour, alpha=0.3, linewidth=0.8)
-        style = {"color": colour, "linestyle": DASHES[i % len(DASHES)], "label": run.label}
-        style["linewidth"] = 3.5 - 2 * (i % 2)  # if one line covers another, both can be seen
-        style["marker"] = "o" if len(step) == 1 else None
-        ax.plot(step, running_means(margin, window), **style)
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
+        width = 3.5 - 2 * (i % 2)  # if one line covers another, both can be seen
+        draw_steps(ax, run, "margin", window, label=run.label, linewidth=width, **style)
     ax.axhline(0, color="grey", linewidth=0.8)
     ax.set_title("Figure 2(a). Likelihood margin over training")
     ax.set(xlabel="step (updates)", ylabel="margin, log p_w - log p_l (nats per token)")
@@ -203,12 +192,10 @@ def draw_costs(figure, runs: list[Run]) -> str:
     figure.suptitle("Figure 2(b). Time and peak memory")
     left, right = figure.subplots(1, 2, sharey=True)
     for ax, values in ((left, seconds), (right, memory)):
-        bars = ax.barh(range(len(runs)), values)
-        for i, bar in enumerate(bars):
-            bar.set_color(COLOURS[i % len(COLOURS)])
+        style = {"color": COLOURS, "edgecolor": COLOURS, "tick_label": labels}
+        bars = ax.barh(range(len(runs)), values, **style)
         ax.bar_label(bars, [f"{value:#.3g}" for value in values], padding=3)
         ax.set_xlim(0, 1.15 * max(values) or 1)
-        ax.set_yticks(range(len(runs)), labels)
     left.set_xlabel("time per step (s, median)")
     right.set_xlabel("peak memory (GiB)")
     left.invert_yaxis()  # of both: the first run is on top
@@ -234,23 +221,18 @@ def draw_curves(figure, run: Run) -> str:
     figure.suptitle(f"{run.label}: training pairs (lines) and held-out pairs (dots)")
     axes = figure.subplots(2, 3).ravel()
     axes[5].set_visible(has_weight := "rejected_weight" in run.steps)
-    blue, red = COLOURS[0], COLOURS[3]
-    labels = {"logp_w": "chosen", "logp_l": "rejected"}
-    for ax, name, title, colour in (
-        (axes[0], "loss", "loss", blue),
-        (axes[1], "logp_w", "log-probability (nats per token)", blue),
-        (axes[1], "logp_l", "log-probability (nats per token)", red),
-        (axes[2], "margin", "margin (nats per token)", blue),
-        (axes[3], "accuracy", "pair accuracy", blue),
-        (axes[4], "grad_norm", "gradient norm", blue),
-        (axes[5], "rejected_weight", "rejected weight", blue),
+    blue, red, log_prob = COLOURS[0], COLOURS[3], "log-probability (nats per token)"
+    for ax, name, title, colour, label in (
+        (axes[0], "loss", "loss", blue, None),
+        (axes[1], "logp_w", log_prob, blue, "chosen"),
+        (axes[1], "logp_l", log_prob, red, "rejected"),
+        (axes[2], "margin", "margin (nats per token)", blue, None),
+        (axes[3], "accuracy", "pair accuracy", blue, None),
+        (axes[4], "grad_norm", "gradient norm", blue, None),
+        (axes[5], "rejected_weight", "rejected weight", blue, None),
     ):
-        step, values = run.steps["step"], run.steps.get(name)
-        if values:
-            marker = "." if len(step) == 1 else None
-            ax.plot(step, values, color=colour, alpha=0.3, linewidth=0.8)
-            style = {"color": colour, "marker": marker, "label": labels.get(name)}
-            ax.plot(step, running_means(values, window), **style)
+        if name in run.steps:
+            draw_steps(ax, run, name, window, color=colour, label=label)
         if held_out := run.held_out.get(f"eval_{name}"):
             ax.plot(run.held_out["step"], held_out, "o", color=colour, markeredgecolor="black")
         ax.set(title=title, xlabel="step")
@@ -269,9 +251,8 @@ def run(flags: argparse.Namespace) -> None:
         import matplotlib.figure
         from PIL import Image
     except ImportError as error:
-        raise InputError(
-            f"figures need matplotlib ({error}): pip install -r evaluation/requirements.txt"
-        ) from None
+        install = "pip install -r evaluation/requirements.txt"
+        raise InputError(f"figures need matplotlib ({error}): {install}") from None
     drawings = {"figure1": (draw_surfaces, flags.beta)}
     if runs := [read_run(text) for text in flags.runs]:
         drawings |= {"figure2a": (draw_margins, runs), "figure2b": (draw_costs, runs)}
@@ -300,19 +281,8 @@ def run(flags: argparse.Namespace) -> None:
 def add_flags(command: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     add = command.add_argument
+    beta = "of Figure 1's Bradley-Terry. OPEN: the paper does not say; 0.1 is usual for DPO [0.1]"
+    runs = "for Figure 2 and each run's curves: what train.py wrote, each as DIR or NAME=DIR"
     add("--out", required=True, metavar="DIR", help="directory of the pictures and captions.md")
-    add(
-        "--beta",
-        type=between(float, 1e-9),
-        default=0.1,
-        help="of Figure 1's Bradley-Terry surface, equation 15. OPEN: the paper does not say; 0.1 "
-        "is usual for DPO [0.1]",
-    )
-    add(
-        "--runs",
-        nargs="+",
-        default=[],
-        metavar="RUN",
-        help="for Figure 2 and each run's curves: directories that train.py wrote, each as DIR or "
-        "NAME=DIR",
-    )
+    add("--beta", type=between(float, 1e-9), default=0.1, help=beta)
+    add("--runs", nargs="+", default=[], metavar="RUN", help=runs)

@@ -1,11 +1,10 @@
 """Generation: many prompts are answered at once, over one cache of keys and values.
 
 In reading order
-    Cache                   keys and values of the rows of a batch, kept between passes
-    prefill, step           the two passes: over whole prompts, and over one new token per row
-    Request, generate       a batch of prompts of any lengths; the next prompt takes a finished
-                            one's place
-    choose, probabilities   greedy choice and sampling, with top-k and top-p as in transformers
+    Cache                       keys and values of the rows of a batch, kept between passes
+    prefill, step               the two passes: over whole prompts, and over one new token per row
+    Request, generate           prompts of any lengths; the next one takes a finished one's place
+    choose, probabilities       greedy choice and sampling, with top-k and top-p as in transformers
 
 Left out: beam search, repetition penalties, speculative decoding, prompts that share a prefix.
 
@@ -47,57 +46,31 @@ class Cache:
         config, weight = model.config, model.model["embed_tokens"].weight
         shape = (rows, config.num_key_value_heads, tokens, config.head_dim)  # BGNK
         # Zeros: a masked value is multiplied by 0, and fresh memory may hold NaN.
-        self.layers = torch.zeros(
-            (config.num_hidden_layers, 2, *shape), dtype=weight.dtype, device=weight.device
-        )
+        self.layers = weight.new_zeros((config.num_hidden_layers, 2, *shape))
         self.k_and_v = [tuple(layer) for layer in self.layers]  # views, made once
 
-    def attends(self, attend: Callable, *arguments) -> list[Callable]:
-        """For each layer the `attend` of model.Block, which has this layer's keys and values."""
-        return [partial(attend, k_and_v, *arguments) for k_and_v in self.k_and_v]
+    def attends(self, row_T: Tensor, position_T: Tensor, masks: Masks | None) -> list[Callable]:
+        """For each layer the `attend` of model.Block, over tokens at these rows and positions.
 
-    def move(self, source: int, target: int) -> None:
-        """Copies row `source` over row `target`."""
-        self.layers[:, :, target] = self.layers[:, :, source]
+        It stores their keys and values. Without masks the tokens are packed prompts, which attend
+        within themselves; with masks they are one token per row, which attends to all of its row.
+        """
 
+        def attend(k_and_v, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments) -> Tensor:
+            k_BGNK, v_BGNK = k_and_v
+            k_BGNK[row_T, :, position_T] = k_TGK
+            v_BGNK[row_T, :, position_T] = v_TGK
+            if masks is None:
+                return attention(q_THK, k_TGK, v_TGK, segments)
+            # SDPA sees the query heads that share a key head as its tokens: no key is copied.
+            q_BGHK = q_THK.unflatten(1, (k_BGNK.shape[1], -1))
+            outputs = []
+            for rows, mask in masks:
+                k, v = (x[rows, :, : mask.shape[-1]] for x in k_and_v)
+                outputs.append(F.scaled_dot_product_attention(q_BGHK[rows], k, v, attn_mask=mask))
+            return torch.cat(outputs).flatten(1, 2)
 
-def attend_packed(
-    k_and_v: tuple[Tensor, Tensor],
-    row_T: Tensor,
-    position_T: Tensor,
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    v_TGK: Tensor,
-    segments: Segments,
-) -> Tensor:
-    """`model.attention` over packed prompts, after storing their keys and values in the cache."""
-    k_BGNK, v_BGNK = k_and_v
-    k_BGNK[row_T, :, position_T] = k_TGK
-    v_BGNK[row_T, :, position_T] = v_TGK
-    return attention(q_THK, k_TGK, v_TGK, segments)
-
-
-def attend_cached(
-    k_and_v: tuple[Tensor, Tensor],
-    row_B: Tensor,
-    position_B: Tensor,
-    masks: Masks,
-    q_BHK: Tensor,
-    k_BGK: Tensor,
-    v_BGK: Tensor,
-    segments: None,
-) -> Tensor:
-    """Attention of one new token per row to all that its row holds, itself included. (B, H, K)."""
-    k_BGNK, v_BGNK = k_and_v
-    k_BGNK[row_B, :, position_B] = k_BGK
-    v_BGNK[row_B, :, position_B] = v_BGK
-    # SDPA sees the query heads that share a key head as its tokens, so no key is copied for them.
-    q_BGHK = q_BHK.unflatten(1, (k_BGNK.shape[1], -1))
-    outputs = []
-    for rows, mask in masks:
-        k, v = k_BGNK[rows, :, : mask.shape[-1]], v_BGNK[rows, :, : mask.shape[-1]]
-        outputs.append(F.scaled_dot_product_attention(q_BGHK[rows], k, v, attn_mask=mask))
-    return torch.cat(outputs).flatten(1, 2)
+        return [partial(attend, k_and_v) for k_and_v in self.k_and_v]
 
 
 def prefill(model: Llama, prompts: list[list[int]], cache: Cache, row: int) -> Tensor:
@@ -113,7 +86,7 @@ def prefill(model: Llama, prompts: list[list[int]], cache: Cache, row: int) -> T
     tokens_T = torch.tensor([token for prompt in prompts for token in prompt], device=device)
     position_T = torch.cat([torch.arange(n) for n in lengths]).to(device)
     row_T = (row + torch.repeat_interleave(lengths)).to(device)
-    attends = cache.attends(attend_packed, row_T, position_T)
+    attends = cache.attends(row_T, position_T, masks=None)
     hidden_TD = model.hidden(tokens_T, position_T, segments, attends)
     return model.output(hidden_TD.index_select(0, ends[1:].to(device) - 1))
 
@@ -131,7 +104,7 @@ def step(model: Llama, tokens: list[int], lengths: list[int], cache: Cache) -> T
         part = slice(first, min(first + per_call, rows))
         masks.append((part, mask_BN[part, None, None, : max(lengths[part]) + 1]))
     row_B = torch.arange(rows, device=device)
-    attends = cache.attends(attend_cached, row_B, position_B, masks)
+    attends = cache.attends(row_B, position_B, masks)
     return model.output(model.hidden(tokens_B, position_B, None, attends))
 
 
@@ -146,12 +119,16 @@ class Request(NamedTuple):
 
 @dataclass
 class _Row:
-    """A request that is in the cache, and its answer so far."""
+    """A request and its answer so far."""
 
     index: int
     request: Request
-    uniforms: np.ndarray  # a number in [0, 1) for each new token that the row may get
+    most: int  # tokens that prompt and answer may have together
+    rng: np.random.Generator  # gives a number in [0, 1) for each new token
     new: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.request.prompt) + len(self.new)
 
 
 @torch.inference_mode()
@@ -172,78 +149,74 @@ def generate(
     among the ids. finish is "stop", "length", or "overlong" for a prompt that leaves no room in
     the context, which is not answered.
 
-    The cache holds as many rows as fit into cache_tokens if each grows to its full length, but at
-    least one. Longest first: rows of a batch are then alike, and those that wait always fit into
-    the place of one that finished. Neighbours change a row's numbers only by rounding, since a
-    matrix product's order of summation depends on its number of rows.
+    A cache holds as many rows as fit into cache_tokens if each grows to its full length, but at
+    least one. Neighbours change a row's numbers only by rounding, since a matrix product's order
+    of summation depends on its number of rows.
 
     top_p and top_k (0: off) as in `probabilities`. Requests of equal number draw with the same
     random numbers.
     """
-    context = model.config.max_position_embeddings
-
-    def full_length(i: int) -> int:
-        return min(len(requests[i].prompt) + requests[i].max_new_tokens, context)
-
-    waiting = []
+    waiting, context = [], model.config.max_position_embeddings
     for i, request in enumerate(requests):
-        if len(request.prompt) < context:
-            waiting.append(i)
-        else:
+        if len(request.prompt) >= context:
             yield i, [], "overlong"
-    waiting.sort(key=full_length)  # taken from the end
-    rows: list[_Row] = []  # rows[b] is in row b of the cache
+            continue
+        most = min(len(request.prompt) + request.max_new_tokens, context)
+        waiting.append(_Row(i, request, most, np.random.default_rng([seed, request.number])))
+    # Longest first, taken from the end: rows of a batch are then alike, and those that wait always
+    # fit into the place of one that finished.
+    waiting.sort(key=lambda row: row.most)
+    draw = partial(choose, top_p=top_p, top_k=top_k)
+    while waiting:
+        yield from _batch(model, waiting, stop_ids, draw, cache_tokens)
 
-    def take(room: int, least: float) -> list[_Row]:
-        """The next requests: at most `room`, of full length `least` or more."""
-        taken, tokens = [], 0
-        while waiting and len(taken) < room and tokens < PREFILL_TOKENS:
-            i = waiting[-1]
-            if full_length(i) < least:
-                break
-            waiting.pop()
-            rng = np.random.default_rng([seed, requests[i].number])
-            uniforms = rng.random(full_length(i) - len(requests[i].prompt))
-            taken.append(_Row(i, requests[i], uniforms))
-            tokens += len(requests[i].prompt)
-        return taken
 
-    while waiting or rows:
-        if not rows:
-            width = full_length(waiting[-1])
-            slots = max(1, min(len(waiting), cache_tokens // width, MAX_ROWS))
-            cache = None  # frees the old one first
-            cache = Cache(model, slots, width)
-            # Rows much shorter than the cache is wide wait for a narrower one with more rows.
-            least = 0 if slots == len(waiting) else width / 2
-            filling = True
-        # A prefill is a pass over all weights, so it waits until an eighth of the rows is free.
-        filling = filling or len(rows) <= 7 / 8 * slots
-        fresh = take(slots - len(rows), least) if filling else []
-        filling = bool(fresh)
+def _batch(
+    model: Llama, waiting: list[_Row], stop_ids: frozenset[int], draw: Callable, cache_tokens: int
+) -> Iterator[tuple[int, list[int], str]]:
+    """Answers rows from the end of `waiting` over one cache, until it is empty, and yields as
+    `generate` does."""
+    width = waiting[-1].most
+    slots = max(1, min(len(waiting), cache_tokens // width, MAX_ROWS))
+    # Rows much shorter than the cache is wide wait for a narrower one with more rows.
+    least = 0 if slots == len(waiting) else width / 2
+    cache, rows = Cache(model, slots, width), []  # rows[b] is in row b of the cache
+    fresh = _take(waiting, slots, least)
+    while rows or fresh:
         if fresh:
             logits_BV = prefill(model, [row.request.prompt for row in fresh], cache, len(rows))
             rows += fresh
         else:
-            lengths = [len(row.request.prompt) + len(row.new) - 1 for row in rows]
+            lengths = [len(row) - 1 for row in rows]
             logits_BV = step(model, [row.new[-1] for row in rows], lengths, cache)
-
         first = len(rows) - len(logits_BV)  # the computed rows are the last ones
         temperatures = [row.request.temperature for row in rows[first:]]
-        uniforms = [row.uniforms[len(row.new)] for row in rows[first:]]
-        tokens = choose(logits_BV, temperatures, uniforms, top_p, top_k)
+        tokens = draw(logits_BV, temperatures, [row.rng.random() for row in rows[first:]])
         # From the end, so that the last row can take the place of a finished one.
         for b in reversed(range(first, len(rows))):
             row, token = rows[b], tokens[b - first]
             stop = token in stop_ids
             if not stop:
                 row.new.append(token)
-            if stop or len(row.request.prompt) + len(row.new) == full_length(row.index):
+            if stop or len(row) == row.most:
                 last = rows.pop()
                 if last is not row:
                     rows[b] = last
-                    cache.move(len(rows), b)
+                    cache.layers[:, :, b] = cache.layers[:, :, len(rows)]
                 yield row.index, row.new, "stop" if stop else "length"
+        # A prefill is a pass over all weights, so it waits until an eighth of the rows is free.
+        filling = rows and (fresh or len(rows) <= 7 / 8 * slots)
+        fresh = _take(waiting, slots - len(rows), least) if filling else []
+
+
+def _take(waiting: list[_Row], room: int, least: float) -> list[_Row]:
+    """Removes the next rows from `waiting` for one prefill: at most `room`, with `most` of `least`
+    or more."""
+    taken, tokens = [], 0
+    while waiting and len(taken) < room and tokens < PREFILL_TOKENS and waiting[-1].most >= least:
+        taken.append(waiting.pop())
+        tokens += len(taken[-1])
+    return taken
 
 
 def choose(

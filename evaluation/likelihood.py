@@ -30,7 +30,7 @@ from data import (
 from evaluation.intervals import RESAMPLES, bootstrap
 from evaluation.rows import add_model_flags, between, is_first, share, torchrun_group
 from model import Llama, LlamaConfig, load_model
-from support.files import InputError, naming
+from support.files import InputError, naming, write_json
 from support.processes import choose_device
 
 # Each line of the table, in the order of the rows' columns.
@@ -46,9 +46,7 @@ MEASURES = {
 COLUMNS = [*list(MEASURES)[:-1], "tokens_w"]  # of a row; C in shapes
 
 
-def encode_pairs(
-    flags: argparse.Namespace, directory: str, max_tokens: int
-) -> tuple[list[Pair], Counter]:
+def encode_pairs(flags, directory: str, max_tokens: int) -> tuple[list[Pair], Counter]:
     """The pairs of --data under a model's tokenizer, as train.py reads them, and counts of what was
     read and dropped."""
     counts = Counter()
@@ -111,11 +109,9 @@ def summarise(rows: list[dict], other: list[dict] | None = None, seed: int = 0) 
     columns_MPC = np.array([[[row[c] for c in COLUMNS] for row in m] for m in (rows, other) if m])
     found = bootstrap(lambda weight_P: measures(columns_MPC, weight_P), len(rows), seed)
     summaries = []
-    for values, lows, highs in zip(*(part.tolist() for part in found), strict=True):
-        summary = {}
-        for name, value, low, high in zip(MEASURES, values, lows, highs, strict=True):
-            summary[name] = {"value": value, "low": low, "high": high}
-        summaries.append(summary)
+    for of_model in np.stack(found, -1).tolist():
+        values = [{"value": value, "low": low, "high": high} for value, low, high in of_model]
+        summaries.append(dict(zip(MEASURES, values, strict=True)))
     return summaries
 
 
@@ -123,48 +119,45 @@ def same_pairs(flags: argparse.Namespace, pairs: list[Pair], others: list[Pair])
     """Raises InputError, naming the first pair, if --compare's tokenizer gives other ids."""
     # The lengths differ if one tokenizer makes an answer empty, or two equal: that pair is dropped.
     for pair, other in itertools.zip_longest(pairs, others):
-        if pair and other:
-            sides = zip(ids_of(pair), ids_of(other), strict=True)
-            if all(np.array_equal(mine, theirs) for mine, theirs in sides):
-                continue
-        raise InputError(
-            f"--compare {flags.compare}: its tokenizer gives other ids than {flags.model}'s, first "
-            f"for {(pair or other).place}; log-probs of other tokens do not compare"
-        )
+        if not pair or not other or ids_of(pair) != ids_of(other):
+            raise InputError(
+                f"--compare {flags.compare}: its tokenizer gives other ids than {flags.model}'s, "
+                f"first for {(pair or other).place}; log-probs of other tokens do not compare"
+            )
 
 
-def ids_of(pair: Pair) -> tuple[np.ndarray, ...]:
-    """Token ids of the prompt and both responses."""
-    return pair.prompt, pair.chosen, pair.rejected
+def ids_of(pair: Pair) -> list[bytes]:
+    """The token ids of the prompt and both responses, as something that compares."""
+    return [ids.tobytes() for ids in (pair.prompt, pair.chosen, pair.rejected)]
 
 
-def claim_out(flags: argparse.Namespace) -> tuple[list[Path], Path]:
-    """The files of rows, one per model, and that of the summary. Raises InputError if one exists or
+def claim_out(flags: argparse.Namespace) -> list[Path]:
+    """The file of the summary, and one of rows for each model. Raises InputError if one exists or
     cannot be written, before the work."""
-    out, single = Path(flags.out), flags.out.endswith(".jsonl")
-    first = out if single else out / "pairs.jsonl"
-    paths = [first]
+    out = Path(flags.out)
+    paths = [out / "summary.json", out / "pairs.jsonl"]
+    if out.suffix == ".jsonl":
+        paths = [out.with_suffix(".json"), out]
     if flags.compare is not None:
-        paths.append(first.with_name(f"{first.stem}-compare.jsonl"))
-    summary = out.with_suffix(".json") if single else out / "summary.json"
+        paths.append(paths[1].with_name(f"{paths[1].stem}-compare.jsonl"))
     if is_first():
-        for path in [*paths, summary]:
-            if path.exists():
-                raise InputError(f"--out: {path} exists; name another")
-        home = next(home for home in first.absolute().parents if home.exists())
+        if there := [path for path in paths if path.exists()]:
+            raise InputError(f"--out: {there[0]} exists; name another")
+        home = next(home for home in paths[0].absolute().parents if home.exists())
         with naming(f"--out {out}"):
             tempfile.TemporaryFile(dir=home).close()
-    return paths, summary
+    return paths
 
 
 def run(flags: argparse.Namespace) -> None:
     """Writes OUT/pairs.jsonl (and pairs-compare.jsonl) and OUT/summary.json; prints the summary."""
-    paths, summary_path = claim_out(flags)
+    summary_path, *row_paths = claim_out(flags)
     models = [flags.model] if flags.compare is None else [flags.model, flags.compare]
     limits = [resolve_max_tokens(flags.max_tokens, LlamaConfig.load(name)) for name in models]
-    pairs, counts = encode_pairs(flags, flags.model, min(limits))
-    if flags.compare is not None:
-        same_pairs(flags, pairs, encode_pairs(flags, flags.compare, min(limits))[0])
+    max_tokens = min(limits)
+    (pairs, counts), *others = [encode_pairs(flags, name, max_tokens) for name in models]
+    for compared, _ in others:
+        same_pairs(flags, pairs, compared)
 
     with torchrun_group():
         device, dtype = choose_device(flags.device, flags.precision)
@@ -177,21 +170,19 @@ def run(flags: argparse.Namespace) -> None:
     if not is_first():
         return
     summaries = summarise(*rows, seed=flags.seed)
-    facts = {name: getattr(flags, name) for name in ("model", "compare", "data")}
-    facts |= {"counts": counts, "pairs": len(pairs)}
-    facts |= {f"tokens_{side}": sum(row[f"tokens_{side}"] for row in rows[0]) for side in "wl"}
-    facts |= {"max_tokens": min(limits), "dtype": str(dtype)}
+    tokens_w, tokens_l = (sum(row[f"tokens_{side}"] for row in rows[0]) for side in "wl")
+    facts = {"model": flags.model, "compare": flags.compare, "data": flags.data}
+    facts |= {"counts": counts, "pairs": len(pairs), "tokens_w": tokens_w, "tokens_l": tokens_l}
+    facts |= {"max_tokens": max_tokens, "dtype": str(dtype)}
     facts |= {"seed": flags.seed, "resamples": RESAMPLES}
     facts |= dict(zip(("measures", "compare_measures", "difference"), summaries, strict=False))
     with naming(f"--out {flags.out}"):
         summary_path.parent.mkdir(parents=True, exist_ok=True)
-        for path, of_model in zip(paths, rows, strict=True):
+        for path, of_model in zip(row_paths, rows, strict=True):
             path.write_text("".join(json.dumps(row) + "\n" for row in of_model))
-        summary_path.write_text(json.dumps(facts, indent=2) + "\n")
-    print(
-        f"{flags.data}: {len(pairs):,} pairs of {counts['read']:,} read; {facts['tokens_w']:,} "
-        f"chosen and {facts['tokens_l']:,} rejected tokens\n"
-    )
+        write_json(summary_path, facts)
+    read = f"{len(pairs):,} pairs of {counts['read']:,} read"
+    print(f"{flags.data}: {read}; {tokens_w:,} chosen and {tokens_l:,} rejected tokens\n")
     print(table(models, summaries))
 
 
@@ -199,13 +190,13 @@ def table(models: list[str], summaries: list[dict]) -> str:
     """The measures as text: a line each, a column per model and one of their differences."""
     heads = [*models, "difference"][: len(summaries)]
     width = max(30, *map(len, heads)) + 2
-    lines = [" " * 14 + "".join(head.ljust(width) for head in heads) + "[95% of resampled pairs]"]
+    rows = [("", heads, "[95% of resampled pairs]")]
     for name, text in MEASURES.items():
-        line = f"{name:<14}"
-        for summary in summaries:
-            cell = "{value:+.4f} [{low:+.4f}, {high:+.4f}]".format(**summary[name])
-            line += cell.ljust(width)
-        lines.append(line + text)
+        form = "{value:+.4f} [{low:+.4f}, {high:+.4f}]"
+        rows.append((name, [form.format(**summary[name]) for summary in summaries], text))
+    lines = []
+    for name, cells, text in rows:
+        lines.append(f"{name:14}{''.join(cell.ljust(width) for cell in cells)}{text}")
     return "\n".join(lines)
 
 

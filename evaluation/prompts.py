@@ -1,9 +1,9 @@
 """Prompts to answer: read from a file in the forms of support/forms.py, and encoded.
 
 In reading order
-    Prompt, read_prompts    a whole file of them; every fault is named with file and line
-    parse_prompt            one row; a preference is a prompt whose chosen answer is the reference
-    encode_prompts          token ids, ready for an answer
+    Prompt, read_prompts         a whole file of them; every fault is named with file and line
+    parse_prompt, find_prompt    one row; a preference's chosen answer is the reference
+    encode_prompts               token ids, ready for an answer
 """
 
 from dataclasses import dataclass
@@ -65,6 +65,7 @@ def read_prompts(path: str | Path, raw: bool = False) -> list[Prompt]:
 
 
 PROMPT_KEYS = ("prompt", "messages", "instruction", "prompt_ids")
+ANSWER_KEYS = ("reference", "output")
 
 
 def parse_prompt(row: object, raw: bool) -> tuple[Turns | str | list[int], str | None]:
@@ -72,58 +73,40 @@ def parse_prompt(row: object, raw: bool) -> tuple[Turns | str | list[int], str |
     if not isinstance(row, dict):
         raise ValueError(f"a row is a string or a JSON object, found {shown(row)}")
     row = present(row)
-    if "chosen" in row:
-        return prompt_of_pair(row, raw)
-    found = [key for key in PROMPT_KEYS if key in row]
-    if len(found) != 1:
-        names = shown(", ".join(sorted(row)))
-        raise ValueError(f"found {names}, wanted one of the keys {', '.join(PROMPT_KEYS)}")
-    key, reference = found[0], reference_of(row)
-    if key == "prompt_ids":
-        if not token_ids(row, key):
-            raise ValueError("the prompt is empty")
-        return row[key], reference
-    if raw:
-        return plain_text(row, key), reference
-    if isinstance(row[key], str):
-        row[key] = stored_messages(row[key], key)
-    return last_asks(with_system(PROMPT_FORMS[key](row), row)), reference
-
-
-def prompt_of_pair(row: dict, raw: bool) -> tuple[Turns, str]:
-    """A preference's prompt and its chosen answer. What it holds as rejected does not matter."""
-    if raw or any(key in row for key in ID_KEYS):
+    if "chosen" not in row:
+        prompt, references = find_prompt(row, raw), [key for key in ANSWER_KEYS if key in row]
+        if len(references) > 1:
+            raise ValueError("found reference and output, wanted one of them")
+        reference = text(row[references[0]], references[0]) if references else None
+    elif raw or any(key in row for key in ID_KEYS):
         raise ValueError("found a preference, wanted its prompt as turns: no --raw, no token ids")
-    turns, chosen, _ = parse_pair(row | {"rejected": row["chosen"]})
-    return last_asks(turns), chosen
-
-
-def plain_text(row: dict, key: str) -> str:
-    """The text to continue, as it is."""
-    beside = [other for other in ("system", "history") if row.get(other)]
-    if not isinstance(row[key], str) or key == "messages" or beside:
-        raise ValueError("found turns, and --raw wants plain text")
-    value = instruction_text(row).strip() if key == "instruction" else text(row[key], key)
-    if not value:
-        raise ValueError("the prompt is empty")
-    return value
-
-
-def last_asks(turns: Turns) -> Turns:
-    """The turns, if the last one is the user's and not empty."""
-    role, content = turns[-1]
+    else:  # what the row holds as rejected does not matter
+        prompt, reference, _ = parse_pair(row | {"rejected": row["chosen"]})
+    role, content = prompt[-1] if prompt and isinstance(prompt[-1], tuple) else ("user", prompt)
     if role != "user":
         raise ValueError(f"the last turn is the {role}'s, wanted the user's")
     if not content:
         raise ValueError("the prompt is empty")
-    return turns
+    return prompt, reference
 
 
-def reference_of(row: dict) -> str | None:
-    answers = [text(row[key], key) for key in ("reference", "output") if key in row]
-    if len(answers) > 1:
-        raise ValueError("found reference and output, wanted one of them")
-    return answers[0] if answers else None
+def find_prompt(row: dict, raw: bool) -> Turns | str | list[int]:
+    """The turns, the text to continue or the token ids that a row without answers asks for."""
+    found = [key for key in PROMPT_KEYS if key in row]
+    if len(found) != 1:
+        names = shown(", ".join(sorted(row)))
+        raise ValueError(f"found {names}, wanted one of the keys {', '.join(PROMPT_KEYS)}")
+    (key,) = found
+    if key == "prompt_ids":
+        return token_ids(row, key)
+    if not raw:
+        if isinstance(row[key], str):
+            row[key] = stored_messages(row[key], key)
+        return with_system(PROMPT_FORMS[key](row), row)
+    turns = row.get("system") or row.get("history") or key == "messages"
+    if turns or not isinstance(row[key], str):
+        raise ValueError("found turns, and --raw wants plain text")
+    return instruction_text(row).strip() if key == "instruction" else text(row[key], key)
 
 
 def encode_prompts(prompts: list[Prompt], chat: ChatFormat, vocab_size: int) -> list[list[int]]:
@@ -131,15 +114,13 @@ def encode_prompts(prompts: list[Prompt], chat: ChatFormat, vocab_size: int) -> 
     plain text, after BOS. Raises InputError for ids that are not below vocab_size."""
     encoded = []
     for p in prompts:
+        ids = p.prompt
         if isinstance(p.prompt, str):
             ids = [chat.begin, *chat.encode([p.prompt])[0]]
         elif isinstance(p.prompt[0], tuple):
             ids = chat.prompt(p.prompt)
-        else:
-            ids = p.prompt
-        if max(ids) >= vocab_size:
-            raise InputError(
-                f"{p.place}: token id {max(ids)} is not below the model's vocab_size {vocab_size}"
-            )
+        if (most := max(ids)) >= vocab_size:
+            found = f"{p.place}: token id {most} is not below"
+            raise InputError(f"{found} the model's vocab_size {vocab_size}")
         encoded.append(ids)
     return encoded

@@ -1,7 +1,7 @@
 """Files of JSON lines, and what the evaluation commands have in common.
 
 In reading order
-    share, is_first, torchrun_group, wait_for_all   the processes of torchrun
+    rank, share, torchrun_group, wait_for_all    the processes of torchrun
     append_row, read_rows, join_parts    a file that several processes write
     json_rows, write_json                checked reading; writing of results
     named, between, add_model_flags      flags that several commands share
@@ -30,14 +30,19 @@ from support.records import read_records
 # ---------------------------------------------------------------------------------------- processes
 
 
-def share(items: Sequence) -> Sequence:
-    """This process's items: every n-th one under torchrun with n processes, otherwise all."""
-    return items[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
+def rank() -> int:
+    """This process's number under torchrun, otherwise 0."""
+    return int(os.environ.get("RANK", 0))
 
 
 def is_first() -> bool:
-    """True on process 0, which prints and joins; always true without torchrun."""
-    return int(os.environ.get("RANK", 0)) == 0
+    """True on process 0, which prints and joins."""
+    return rank() == 0
+
+
+def share(items: Sequence) -> Sequence:
+    """This process's items: every n-th one under torchrun with n processes, otherwise all."""
+    return items[rank() :: int(os.environ.get("WORLD_SIZE", 1))]
 
 
 @contextlib.contextmanager
@@ -75,7 +80,7 @@ def json_line(row: dict) -> bytes:
 
 def append_row(out: str | Path, row: dict) -> None:
     """Appends a row to this process's part of `out`."""
-    part = f"{out}.part-{int(os.environ.get('RANK', 0)):05d}"
+    part = f"{out}.part-{rank():05d}"
     with naming(part), open(part, "ab") as file:
         file.write(json_line(row))
 
@@ -85,53 +90,47 @@ def parts_of(out: Path) -> list[Path]:
     return sorted(out.parent.glob(f"{glob.escape(out.name)}.part-{'[0-9]' * 5}"))
 
 
-def read_rows(out: Path, key: str, order: Sequence) -> dict:
-    """row[key] -> row, of all rows in `out` and its parts.
+def read_rows(out: Path, key: str, order: Sequence) -> list[dict]:
+    """All rows of `out` and its parts, in the order of their keys; of equal ones the last.
 
-    Raises InputError, naming the line, if it is not a JSON object whose `key` is one of `order`.
+    Raises InputError, naming the line, for a row whose `key` is not one of `order`.
     """
-    paths = [out] if out.exists() else []
     rows = {}
-    for path in [*paths, *parts_of(out)]:
+    for path in [out] * out.exists() + parts_of(out):
         for place, row in json_rows(path, key, torn=path != out):
             if row[key] not in order:
                 raise InputError(f"{place}: {key} {shown(row[key])} is unknown; name another file")
             rows[row[key]] = row
-    return rows
+    return [rows[value] for value in order if value in rows]
 
 
 def join_parts(out: Path, key: str, order: Sequence) -> list[dict]:
-    """Moves all rows into `out`, in the order of their keys, and returns them.
+    """Moves all rows into `out`, as `read_rows` orders them, and returns them.
 
     For process 0 while no process appends. A row is never lost: `out` is replaced whole before the
     parts are removed.
     """
     parts, rows = parts_of(out), read_rows(out, key, order)
-    ordered = [rows[value] for value in order if value in rows]
     if parts or not out.exists():
-        write_whole(out, b"".join(map(json_line, ordered)))
+        write_whole(out, b"".join(map(json_line, rows)))
     for part in parts:
         part.unlink()
-    return ordered
+    return rows
 
 
 def json_rows(path: str | Path, *keys: str, torn: bool = False) -> list[tuple[str, dict]]:
     """("file:line", row) of a JSONL file. Raises InputError, naming the line, if it is not a JSON
     object with these keys. With `torn` a last line that is not JSON is left out: whoever wrote it
     was killed."""
-    records = list(read_records(path))
-    if torn and records and isinstance(records[-1][1], ValueError):
-        records.pop()
-    rows = []
-    for place, row in records:
+    rows = list(read_records(path))
+    if torn and rows and isinstance(rows[-1][1], ValueError):
+        rows.pop()
+    for place, row in rows:
         if isinstance(row, ValueError):
             raise InputError(f"{place}: {row}")
         if lacks := [key for key in keys if not isinstance(row, dict) or key not in row]:
-            raise InputError(
-                f"{place}: {', '.join(lacks)} is missing; wanted a JSON object with "
-                f"{', '.join(keys)}; found {shown(row)}"
-            )
-        rows.append((place, row))
+            found = f"{', '.join(lacks)} is missing; wanted a JSON object with {', '.join(keys)}"
+            raise InputError(f"{place}: {found}; found {shown(row)}")
     return rows
 
 
@@ -157,17 +156,14 @@ def named(text: str) -> tuple[str, Path]:
 
 def between(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
     """An argparse type: a finite number from low to high."""
+    most = f" and at most {high:g}" if high < math.inf else ""
 
     def read(text: str) -> float:
-        try:
+        with contextlib.suppress(ValueError):
             if low <= (value := kind(text)) <= high and value < math.inf:
                 return value
-        except ValueError:
-            pass
-        most = f" and at most {high:g}" if high < math.inf else ""
-        raise argparse.ArgumentTypeError(
-            f"found {text}, wanted {kind.__name__}, {low:g} or more{most}"
-        )
+        wanted = f"{kind.__name__}, {low:g} or more{most}"
+        raise argparse.ArgumentTypeError(f"found {text}, wanted {wanted}")
 
     return read
 

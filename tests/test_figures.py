@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -20,10 +21,8 @@ X2, X1 = (x.flatten() for x in torch.meshgrid(AXIS, AXIS, indexing="ij"))
 BETAS = (0.1, 0.5, 1.0, 3.0)
 
 
-def autograd(surface, *points):
-    """The sum's gradient for each of the points: an oracle that knows no equation."""
-    leaves = [point.clone().requires_grad_() for point in points]
-    return torch.autograd.grad(surface(*leaves).sum(), leaves)
+def close(found, wanted, rtol=1e-10):
+    torch.testing.assert_close(found, wanted, rtol=rtol, atol=1e-12)
 
 
 def central_differences(surface, x1, x2, h=1e-6):
@@ -32,26 +31,9 @@ def central_differences(surface, x1, x2, h=1e-6):
     return by_x1 / (2 * h), by_x2 / (2 * h)
 
 
-def losses():
-    yield figures.asft_surface, figures.asft_gradient
-    for beta in BETAS:
-        yield (
-            lambda x1, x2, beta=beta: figures.bt_surface(x1, x2, beta),
-            lambda x1, x2, beta=beta: figures.bt_gradient(x1, x2, beta),
-        )
-
-
-def trained(x1, x2):
-    """The align term that train.py trains on, at these probabilities."""
-    return asft.asft_loss(x1.log(), x2.log(), beta=1, sft_weight=0)[0]
-
-
-def close(found, wanted, rtol=1e-10):
-    torch.testing.assert_close(found, wanted, rtol=rtol, atol=1e-12)
-
-
 def test_equation_17_is_the_align_term_that_is_trained_on():
-    close(figures.asft_surface(X1, X2), trained(X1, X2))
+    trained = asft.asft_loss(X1.log(), X2.log(), beta=1, sft_weight=0)[0]
+    close(figures.asft_surface(X1, X2), trained)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -68,38 +50,28 @@ def test_surfaces_at_points_worked_by_hand():
     close(figures.asft_surface(x1, 1 - x1), 2 * by_hand)
 
 
-def test_equations_16_and_18_are_the_gradients_by_autograd_and_by_finite_differences():
-    for surface, gradient in losses():
-        close(gradient(X1, X2), autograd(surface, X1, X2))
-        close(gradient(X1, X2), central_differences(surface, X1, X2), rtol=1e-5)
-
-
-def test_equation_18_is_the_gradient_of_the_align_term_that_is_trained_on():
-    close(figures.asft_gradient(X1, X2), autograd(trained, X1, X2))
-
-
 @pytest.mark.parametrize("beta", BETAS)
-def test_in_probabilities_bradley_terry_pushes_the_rejected_answer_x1_over_x2_times_as_hard(beta):
-    d1, d2 = figures.bt_gradient(X1, X2, beta)  # equation 21
-    assert bool((d1 < 0).all() and (d2 > 0).all())
-    close(d2.abs() / d1.abs(), X1 / X2)
+def test_the_slopes_of_bradley_terry_are_equation_16_and_push_the_rejected_answer_x1_over_x2(beta):
+    """In probabilities x1/x2 times as hard as the chosen one (equation 21), in logs equally."""
+    surface = partial(figures.bt_surface, beta=beta)
+    d1, d2 = figures.gradient(surface, X1, X2)
+    total = X1**beta + X2**beta
+    close((d1, d2), (-beta * X2**beta / (X1 * total), beta * X2 ** (beta - 1) / total))
+    close((d1, d2), central_differences(surface, X1, X2), rtol=1e-5)
+    close(-d2 / d1, X1 / X2)
+    w, l = figures.gradient(lambda w, l: surface(w.exp(), l.exp()), X1.log(), X2.log())
+    close(w, -l)
 
 
-def test_in_probabilities_asft_pushes_the_chosen_answer_1_minus_x2_over_x1_times_as_hard():
-    d1, d2 = figures.asft_gradient(X1, X2)  # equation 25
-    assert bool((d1 < 0).all() and (d2 > 0).all())
-    close(d1.abs() / d2.abs(), (1 - X2) / X1)
-
-
-def test_in_log_probabilities_bradley_terry_pushes_both_equally_and_asft_by_1_and_the_odds():
-    for surface, gradient in losses():
-        found = figures.log_gradient(X1, X2, gradient(X1, X2))
-        exact = autograd(lambda w, l, s=surface: s(w.exp(), l.exp()), X1.log(), X2.log())
-        close(found, exact)
-        if surface is figures.asft_surface:
-            close(found, (-torch.ones_like(X1), X2 / (1 - X2)))
-        else:
-            close(found[0], -found[1])
+def test_the_slopes_of_asft_are_equation_18_and_push_the_chosen_answer_1_minus_x2_over_x1():
+    """In probabilities (equation 25); in logs the chosen one by 1, the rejected by its odds."""
+    surface = figures.asft_surface
+    d1, d2 = figures.gradient(surface, X1, X2)
+    close((d1, d2), (-1 / X1, 1 / (1 - X2)))
+    close((d1, d2), central_differences(surface, X1, X2), rtol=1e-5)
+    close(-d1 / d2, (1 - X2) / X1)
+    found = figures.gradient(lambda w, l: surface(w.exp(), l.exp()), X1.log(), X2.log())
+    close(found, (-torch.ones_like(X1), X2 / (1 - X2)))
 
 
 # ---------------------------------------------------------------------------------- the command
@@ -174,8 +146,7 @@ def test_two_runs_give_pictures_and_captions_of_what_they_show(tmp_path, capsys)
 
 
 def test_one_run_of_one_step_is_drawn_without_a_second_run_or_held_out_pairs(tmp_path, capsys):
-    run = fake_run(tmp_path / "run", "orpo", steps=1, held_out=False)
-    draw(capsys, tmp_path / "out", "--runs", run)
+    draw(capsys, tmp_path / "out", "--runs", fake_run(tmp_path / "run", "orpo", 1, held_out=False))
     check_picture(tmp_path / "out/run-orpo.png")
 
 
@@ -235,17 +206,13 @@ def test_without_matplotlib_one_line_gives_the_pip_command(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_without_a_reference_is_labelled_by_its_loss_and_one_with_it_by_both(tmp_path):
-    assert figures.read_run(str(fake_run(tmp_path / "a", "orpo"))).label == "orpo"
-    assert figures.read_run(str(fake_run(tmp_path / "b=c", "dpo"))).label == "dpo, precompute"
-    assert figures.read_run(f"mine={tmp_path / 'a'}").label == "mine"
-
-
-def test_two_runs_of_one_label_are_refused(tmp_path, capsys):
-    a, b = fake_run(tmp_path / "a"), fake_run(tmp_path / "b")
-    assert "'asft'" in complaint(capsys, tmp_path / "out", "--runs", a, b)
-    # their pictures would have one name
-    assert "'A/1'" in complaint(capsys, tmp_path / "out", "--runs", f"a 1={a}", f"A/1={b}")
+def test_a_run_is_labelled_by_its_loss_and_reference_and_no_two_alike(tmp_path, capsys):
+    a, b = fake_run(tmp_path / "a", "orpo"), fake_run(tmp_path / "b=c", "dpo")
+    labels = [figures.read_run(str(text)).label for text in (a, b, f"mine={a}")]
+    assert labels == ["orpo", "dpo, precompute", "mine"]
+    for runs, label in (((a, a), "'orpo'"), ((f"a 1={a}", f"A/1={b}"), "'A/1'")):
+        # The pictures of the second two would have one name.
+        assert label in complaint(capsys, tmp_path / "out", "--runs", *runs)
 
 
 BAD_ROWS = """[1]: step, loss
@@ -256,45 +223,49 @@ GOOD, "margin": "0.1"}: margin is '0.1'
 GOOD, "margin": true}: margin is True"""
 
 
+@pytest.mark.parametrize("prefix", ["", "eval_"])
 @pytest.mark.parametrize("bad", BAD_ROWS.splitlines())
-def test_malformed_rows_are_named_by_file_and_line(tmp_path, capsys, bad):
+def test_malformed_rows_are_named_by_file_and_line(tmp_path, capsys, bad, prefix):
     run = fake_run(tmp_path / "run", steps=1)
-    line, said = bad.rsplit(": ", 1)
-    for file, prefix in ((run / "eval.jsonl", "eval_"), (run / "metrics.jsonl", "")):
-        good = file.read_text().splitlines()[0]
-        fields = {key: value for key, value in json.loads(good).items() if key != prefix + "margin"}
-        bad_row = line.replace("GOOD", json.dumps(fields)[:-1]).replace("margin", prefix + "margin")
-        file.write_text(f"{good}\n{bad_row}\n")
-        error = complaint(capsys, tmp_path / "out", "--runs", run)
-        assert f"{file}:2: " in error and said in error.replace("eval_", "")
+    file = run / ("eval.jsonl" if prefix else "metrics.jsonl")
+    good, (line, said) = file.read_text().splitlines()[0], bad.rsplit(": ", 1)
+    fields = {key: value for key, value in json.loads(good).items() if key != prefix + "margin"}
+    line = line.replace("GOOD", json.dumps(fields)[:-1]).replace("margin", prefix + "margin")
+    file.write_text(f"{good}\n{line}\n")
+    error = complaint(capsys, tmp_path / "out", "--runs", run)
+    assert f"{file}:2: " in error and said in error.replace("eval_", "")
 
 
-@pytest.mark.parametrize("nothing", ["", "[]"])
-def test_a_run_without_a_step_is_refused(tmp_path, capsys, nothing):
-    metrics = fake_run(tmp_path / "run") / "metrics.jsonl"
-    metrics.write_text(nothing)
-    error = complaint(capsys, tmp_path / "out", "--runs", tmp_path / "run")
-    assert f"{metrics}: no step" in error
+NOT_A_RUN = """
+nowhere/config.json: No such file: MISSING
+metrics.jsonl: no step: metrics.jsonl=
+metrics.jsonl: no step: metrics.jsonl=[]
+metrics.jsonl: No such file: metrics.jsonl
+config.json: no flags: config.json={}
+config.json: no flags: config.json=[1]
+config.json: not JSON: config.json={
+config.json: no flags: config.json={"flags": {"loss": "unheard of"}, "device": "CPU"}"""
 
 
-def test_a_directory_that_is_not_a_run_is_named(tmp_path, capsys):
-    out = tmp_path / "out"
-    assert "nowhere" in complaint(capsys, out, "--runs", tmp_path / "nowhere")
-    assert "nowhere" in complaint(capsys, out, "--runs", f"name={tmp_path / 'nowhere'}")
+@pytest.mark.parametrize("row", NOT_A_RUN.split("\n")[1:])
+def test_a_directory_that_is_not_a_run_is_named(tmp_path, capsys, row):
+    """Each row: the complaint, and a file that is missing or has another content."""
     run = fake_run(tmp_path / "run")
-    (run / "metrics.jsonl").unlink()
-    assert "metrics.jsonl" in complaint(capsys, out, "--runs", run)
-    unheard = '{"flags": {"loss": "unheard of", "reference": "live"}, "device": "CPU"}'
-    for text in ("{}", "[1]", "{", unheard):
-        (run / "config.json").write_text(text)
-        assert "config.json" in complaint(capsys, out, "--runs", run)
+    file, message, change = row.split(": ", 2)
+    name, changed, content = change.partition("=")
+    if changed:
+        (run / name).write_text(content)
+    elif name == "MISSING":
+        run = f"name={tmp_path}/nowhere"
+    else:
+        (run / name).unlink()
+    assert f"{file}: {message}" in complaint(capsys, tmp_path / "out", "--runs", run)
 
 
 def test_wrong_flags_are_one_line(tmp_path, capsys):
-    out = tmp_path / "out"
-    assert "--beta: found 0, wanted float" in complaint(capsys, out, "--beta", "0")
-    assert "--beta" in complaint(capsys, out, "--beta", "much")
     (tmp_path / "file").write_text("")
+    assert "--beta: found 0, wanted float" in complaint(capsys, tmp_path / "out", "--beta", "0")
+    assert "--beta: found much" in complaint(capsys, tmp_path / "out", "--beta", "much")
     assert "--out" in complaint(capsys, tmp_path / "file")
     for arguments, said in ((["figures"], "--out"), ([], "COMMAND")):
         assert main(arguments) == 2 and said in capsys.readouterr().err

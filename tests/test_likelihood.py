@@ -4,9 +4,9 @@ Oracles: train.py's held-out evaluation, transformers in float64 on unpacked seq
 distribution, which is what a bootstrap of an accuracy samples from.
 """
 
-import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, random_pairs, tiny_model
+from conftest import ON_CPU, ROOT, edit_json, random_pairs, read_json, rows, tiny_model
 
 import eval as program
 import evaluation.likelihood
@@ -55,18 +55,14 @@ def likelihood(data, out, *words, model=EXAMPLE):
 
 def summary_of(data, out, *words, model=EXAMPLE):
     assert likelihood(data, out, *words, model=model) == 0
-    return json.loads((out / "summary.json").read_text())
-
-
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return read_json(out / "summary.json")
 
 
 def test_the_numbers_are_those_of_train_pys_held_out_evaluation_of_the_same_model(data, tmp_path):
     run = tmp_path / "run"
     flags = f"--model {EXAMPLE} --data {data} --eval-data {data} --out {run} --max-steps 1"
     assert train.main(f"{flags} --device cpu --pairs-per-step 2".split()) == 0
-    expected = rows_of(run / "eval.jsonl")[0]
+    expected = rows(run, "eval.jsonl")[0]
     measures = summary_of(data, tmp_path / "out")["measures"]
     assert expected["step"] == 0
     for name in ("logp_w", "logp_l", "sum_logp_w", "sum_logp_l", "margin", "accuracy"):
@@ -77,10 +73,10 @@ def test_the_numbers_are_those_of_train_pys_held_out_evaluation_of_the_same_mode
 def test_the_numbers_are_those_of_transformers_in_float64_on_unpacked_sequences(data, tmp_path):
     summary = summary_of(data, tmp_path / "out", "--max-tokens-per-gpu", "200")
     theirs = transformers.LlamaForCausalLM.from_pretrained(EXAMPLE, dtype=torch.float64)
-    chat, rows = ChatFormat(EXAMPLE), rows_of(tmp_path / "out" / "pairs.jsonl")
-    assert [row["place"] for row in rows] == [f"{data}:{i}" for i in range(1, 31)]
+    chat, found = ChatFormat(EXAMPLE), rows(tmp_path / "out", "pairs.jsonl")
+    assert [row["place"] for row in found] == [f"{data}:{i}" for i in range(1, 31)]
     nats, tokens = {"w": 0, "l": 0}, {"w": 0, "l": 0}
-    for row, record in zip(rows, rows_of(data), strict=True):
+    for row, record in zip(found, rows(tmp_path, "pairs.jsonl"), strict=True):
         prompt = chat.prompt([("user", record["prompt"])])
         for side, letter in (("chosen", "w"), ("rejected", "l")):
             response = chat.response(record[side])
@@ -121,15 +117,11 @@ def test_the_shares_of_two_processes_add_up_to_the_same_bits_for_any_number_of_p
 def test_two_processes_write_the_same_files_for_a_single_pair(data, tmp_path):
     data.write_text(data.read_text().splitlines(keepends=True)[0])
     assert likelihood(data, tmp_path / "one.jsonl") == 0
-    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
-    words = f"likelihood --model {EXAMPLE} --data {data} --out {tmp_path}/two.jsonl".split()
-    result = subprocess.run(
-        [*torchrun, ROOT / "eval.py", *words],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-    )
+    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"
+    command = f"{torchrun} {ROOT}/eval.py likelihood --model {EXAMPLE} --data {data}".split()
+    command += ["--out", tmp_path / "two.jsonl"]
+    pipes = dict(capture_output=True, text=True, timeout=100)
+    result = subprocess.run(command, **pipes, env=os.environ | ON_CPU)
     assert result.returncode == 0, result.stderr
     for end in ("jsonl", "json"):
         assert (tmp_path / f"two.{end}").read_text() == (tmp_path / f"one.{end}").read_text()
@@ -140,12 +132,12 @@ def test_two_processes_write_the_same_files_for_a_single_pair(data, tmp_path):
 
 
 def made_rows(margins, tokens=10):
-    rows = []
+    made = []
     for margin in margins:
         row = {"logp_w": -1.0, "logp_l": -1.0 - margin, "margin": margin, "tokens_w": tokens}
         row |= {"sum_logp_w": -tokens, "sum_logp_l": -tokens * (1 + margin)}
-        rows.append(row | {"accuracy": float(margin > 0)})
-    return rows
+        made.append(row | {"accuracy": float(margin > 0)})
+    return made
 
 
 def width_of(measure):
@@ -177,9 +169,9 @@ def test_the_interval_of_a_difference_is_that_of_paired_data_and_of_the_first_le
 
 
 def test_perplexity_weighs_tokens_alike_and_mean_log_probs_responses_alike():
-    rows = made_rows([0.0], tokens=1) + made_rows([0.0], tokens=3)
-    rows[0] |= {"logp_w": -4.0, "sum_logp_w": -4.0}
-    (found,) = summarise(rows)
+    made = made_rows([0.0], tokens=1) + made_rows([0.0], tokens=3)
+    made[0] |= {"logp_w": -4.0, "sum_logp_w": -4.0}
+    (found,) = summarise(made)
     assert found["logp_w"]["value"] == -2.5 and found["sum_logp_w"]["value"] == -3.5
     assert found["perplexity_w"]["value"] == pytest.approx(math.exp(7 / 4))
 
@@ -204,27 +196,22 @@ def test_compare_gives_each_models_own_numbers_and_their_differences(data, other
 
 
 def test_models_whose_tokenizers_differ_are_not_compared(data, other, tmp_path, capsys):
-    def tokenizer(change):
-        (tmp_path / "m").mkdir(exist_ok=True)
-        for name in ("config.json", "model.safetensors"):
-            if not (tmp_path / "m" / name).exists():
-                (tmp_path / "m" / name).symlink_to(other / name)
-        content = json.loads((other / "tokenizer.json").read_text())
-        change(content)
-        (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(content))
-        return tmp_path / "m"
-
     def refused(first, second, line):
         assert likelihood(data, tmp_path / "out", "--compare", second, model=first) == 2
         assert f"other ids than {first}'s, first for {data}:{line}" in capsys.readouterr().err
 
-    refused(EXAMPLE, tokenizer(lambda content: content["model"].update(merges=[])), 1)
-    # The same ids, except for a last pair that one of the two makes empty and so drops.
+    second = shutil.copytree(other, tmp_path / "second")
+    bpe = read_json(second / "tokenizer.json")["model"]
+    edit_json(second / "tokenizer.json", model=bpe | {"merges": []})
+    refused(EXAMPLE, second, 1)
+    # The same ids, except for a last pair, which one of the two drops as empty, or reads otherwise.
     dropping = {"type": "Replace", "pattern": {"String": "~"}, "content": ""}
-    second = tokenizer(lambda content: content.update(normalizer=dropping))
-    data.write_text(data.read_text() + '{"prompt": "Well?", "chosen": "~", "rejected": "No."}\n')
-    refused(EXAMPLE, second, 31)
-    refused(second, EXAMPLE, 31)
+    edit_json(second / "tokenizer.json", model=bpe, normalizer=dropping)
+    same = data.read_text()
+    for chosen in ("~", "Yes~"):
+        data.write_text(f'{same}{{"prompt": "Well?", "chosen": "{chosen}", "rejected": "No."}}\n')
+        refused(EXAMPLE, second, 31)
+        refused(second, EXAMPLE, 31)
     assert not (tmp_path / "out").exists()
 
 
@@ -235,12 +222,19 @@ DIR/bad.jsonl --out DIR/o -> bad.jsonl:1: key rejected is missing
 DATA --out DIR/o --max-tokens-per-gpu 20 -> exceeds --max-tokens-per-gpu 20
 DATA --out DIR/o --max-tokens 9999 -> above the model's max_position_embeddings 512
 DATA --out DIR/o --compare DIR -> config.json: No such file
-DATA --out DIR/o --beta 1 -> unrecognized arguments: --beta
-DATA --out DATA/o -> Not a directory"""
+DATA --out DIR/o --beta 1 -> unrecognized arguments: --beta"""
+UNWRITABLE = """
+DATA --out DATA/o -> Not a directory
+DATA --out /proc/o.jsonl -> --out /proc/o.jsonl:
+DATA --out /proc/o/p -> --out /proc/o/p:"""
 
 
-@pytest.mark.parametrize("mistake", MISTAKES.split("\n")[1:])
-def test_mistakes_get_one_line_and_what_is_there_stays(data, tmp_path, capsys, mistake):
+@pytest.mark.parametrize("mistake", MISTAKES.split("\n")[1:] + UNWRITABLE.split("\n")[1:])
+def test_mistakes_get_one_line_and_what_is_there_stays(
+    data, tmp_path, capsys, monkeypatch, mistake
+):
+    if mistake in UNWRITABLE:  # found before the work
+        monkeypatch.setattr(evaluation.likelihood, "read_preferences", None)
     (tmp_path / "there.jsonl").write_text("kept")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x", "chosen": "y"}\n')
     words, complaint = mistake.split(" -> ")
@@ -248,17 +242,5 @@ def test_mistakes_get_one_line_and_what_is_there_stays(data, tmp_path, capsys, m
     assert program.main(["likelihood", "--model", str(EXAMPLE), "--data", *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("eval.py: ") and complaint in error
+    assert error.count("\n") == 1 + ("bad.jsonl" in mistake)  # bad lines are counted on the second
     assert (tmp_path / "there.jsonl").read_text() == "kept" and not (tmp_path / "o").exists()
-
-
-def test_an_out_that_cannot_be_written_is_found_before_the_work(
-    data, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(evaluation.likelihood, "read_preferences", None)
-    for out, complaint in (
-        (data / "o", "Not a directory"),
-        ("/proc/o.jsonl", "--out /proc/o.jsonl: "),
-        ("/proc/o/p", "--out /proc/o/p: "),
-    ):
-        assert likelihood(data, out) == 2
-        assert complaint in (error := capsys.readouterr().err) and error.count("\n") == 1, error
