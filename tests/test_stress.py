@@ -19,58 +19,38 @@ CONSTANT = "--warmup-ratio 0 --min-lr-ratio 1"
 # The shorter answer is how the longer one begins: a certain model is certain of both.
 BEGINNINGS = [([i, i + 1], [i + 2, i + 3], [i + 2]) for i in range(6)]
 ONE_TOKEN = [([i], [i + 1], [i + 2]) for i in range(6)]
+RANDOM = random_pairs([(5, 3, 4), (2, 6, 1), (7, 2, 2), (1, 1, 5)])
+each_loss = pytest.mark.parametrize("loss", asft.LOSSES)
 
 
-@pytest.fixture(params=asft.LOSSES)
-def loss(request) -> str:
-    return request.param
-
-
-@pytest.fixture
-def random_model(tmp_path):
-    save_tiny(tmp_path / "model", std=0.3)
-
-
-@pytest.fixture
-def certain_model(tmp_path):
-    """certain_model(gap) saves a model that gives token t + 1 after t, in sequences of any length:
-    its log-prob is -log(1 + 31 exp(-gap)). Blocks add nothing."""
-
-    def save(gap: float) -> None:
-        model = tiny_model(vocab_size=32, hidden_size=32)
-        with torch.no_grad():
-            for block in model.model["layers"]:
-                block.self_attn.o_proj.weight.zero_()
-                block.mlp.down_proj.weight.zero_()
-            model.model["norm"].weight.fill_(1)
-            model.model["embed_tokens"].weight.copy_(torch.eye(32))
-            model.lm_head.weight.copy_(gap / math.sqrt(32) * torch.eye(32).roll(1, 0))
-        save_model(model, tmp_path / "model", dtype=torch.float32)
-
-    return save
+def certain_model(gap: float):
+    """A model that gives token t + 1 after t, in sequences of any length: its log-prob is
+    -log(1 + 31 exp(-gap)). Blocks add nothing."""
+    model = tiny_model(vocab_size=32, hidden_size=32)
+    with torch.no_grad():
+        for block in model.model["layers"]:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+        model.model["norm"].weight.fill_(1)
+        model.model["embed_tokens"].weight.copy_(torch.eye(32))
+        model.lm_head.weight.copy_(gap / math.sqrt(32) * torch.eye(32).roll(1, 0))
+    return model
 
 
 @pytest.fixture
-def start(tmp_path):
-    """start(pairs, *flags) runs train.py on the model of this test and returns the exit code."""
-
-    def run(pairs, *more) -> int:
-        data = write_pairs(tmp_path / "pairs.jsonl", pairs)
-        files = ["--model", tmp_path / "model", "--data", data, "--out", tmp_path / "out"]
-        return main(*files, "--device cpu --pairs-per-step 2 --save-dtype fp32", *more)
-
-    return run
-
-
-@pytest.fixture
-def survives(tmp_path, start, capsys):
-    """survives(pairs, *flags) runs, and returns whether the run came to its end. All that is
-    written is finite. A run that stops leaves no model and names the step, or, after the last one,
-    the weight."""
+def survives(tmp_path, capsys):
+    """survives(pairs, *flags) trains the model of this test (a random one unless it is saved) and
+    returns whether the run came to its end. All that is written is finite. A run that stops leaves
+    no model and names the step, or, after the last one, the weight."""
 
     def run(pairs, *more) -> bool:
-        code, error = start(pairs, *more), capsys.readouterr().err
-        out = tmp_path / "out"
+        model, out = tmp_path / "model", tmp_path / "out"
+        if not model.exists():
+            save_tiny(model, std=0.3)
+        data = write_pairs(tmp_path / "pairs.jsonl", pairs)
+        files = ["--model", model, "--data", data, "--out", out]
+        code = main(*files, "--device cpu --pairs-per-step 2 --save-dtype fp32", *more)
+        error = capsys.readouterr().err
         logged = rows(out) if (out / "metrics.jsonl").exists() else []
         assert all(math.isfinite(row["loss"] + row["grad_norm"]) for row in logged)
         if code == 0:
@@ -89,27 +69,18 @@ def survives(tmp_path, start, capsys):
     return run
 
 
-def largest_beta(loss: str) -> str:
-    return "--beta 1e4" if "beta" in asft.LOSSES[loss].options else ""
-
-
-def test_a_run_without_unequal_answers_says_so(tmp_path, random_model, start, capsys):
-    assert start([([1, 2], [3, 4], [3, 4])] * 5) == 2
-    error = capsys.readouterr().err
-    assert "no pair left to use (5 read, 0 kept" in error and "5 identical" in error
-    assert error.count("\n") == 1 and not (tmp_path / "out").exists()
-
-
-def test_responses_of_one_token_train_with_every_loss(random_model, survives, loss):
+@each_loss
+def test_responses_of_one_token_train_with_every_loss(survives, loss):
     assert survives(ONE_TOKEN, "--max-steps 3 --loss", loss)
 
 
 # Log-probs of -1e-7, where fp32 can just tell 1 - p from 0, and of 0; what fp32 rounds at 1.
+@each_loss
 @pytest.mark.parametrize("gap, logp, rounding", [(math.log(31 / 1e-7), -1e-7, 6e-8), (100, 0, 0)])
 def test_a_model_that_is_certain_of_both_answers_trains_with_every_loss(
-    tmp_path, certain_model, survives, loss, gap, logp, rounding
+    tmp_path, survives, loss, gap, logp, rounding
 ):
-    certain_model(gap)
+    save_model(certain_model(gap), tmp_path / "model", dtype=torch.float32)
     assert survives(BEGINNINGS, "--lr 1 --max-steps 4", CONSTANT, "--loss", loss)
     first = rows(tmp_path / "out")[0]
     assert [first["logp_w"], first["logp_l"]] == pytest.approx([logp, logp], abs=rounding)
@@ -118,24 +89,19 @@ def test_a_model_that_is_certain_of_both_answers_trains_with_every_loss(
         assert first["rejected_weight"] == pytest.approx(0.1 / 1e-6, rel=1e-3)
 
 
-def test_a_rate_of_1_and_a_beta_of_1e4_end_well(random_model, survives, loss):
+@each_loss
+@pytest.mark.parametrize("certain", [False, True])
+def test_a_rate_of_1_and_a_beta_of_1e4_end_well(tmp_path, survives, loss, certain):
     """Finite weights, or a stop at a named step."""
-    pairs = random_pairs([(5, 3, 4), (2, 6, 1), (7, 2, 2), (1, 1, 5)])
+    if certain:
+        save_model(certain_model(100), tmp_path / "model", dtype=torch.float32)
+    beta = "--beta 1e4" if "beta" in asft.LOSSES[loss].options else ""
     extreme = f"--lr 1 {CONSTANT} --max-grad-norm inf --max-steps 8 --loss"
-    survives(pairs, extreme, loss, largest_beta(loss))
+    survives(BEGINNINGS if certain else RANDOM, extreme, loss, beta)
 
 
-def test_a_beta_of_1e4_at_certainty_ends_well(certain_model, survives, loss):
-    certain_model(100)
-    extreme = f"--lr 1 {CONSTANT} --max-grad-norm inf --max-steps 6 --loss"
-    survives(BEGINNINGS, extreme, loss, largest_beta(loss))
-
-
-@pytest.mark.parametrize(
-    "rates",
-    ["--lr 3e38 --max-steps 1"]
-    + [f"--lr 1 --weight-decay 3e38 --max-steps {steps}" for steps in (1, 2)],
-)
-def test_an_update_that_overflows_is_not_saved(random_model, survives, rates):
+@pytest.mark.parametrize("decay, steps", [(0, 1), (3e38, 1), (3e38, 2)])
+def test_an_update_that_overflows_is_not_saved(survives, decay, steps):
     """No loss is computed after the last update, so the export checks the weights."""
-    assert not survives(ONE_TOKEN, CONSTANT, rates)
+    rate = "--lr 1" if decay else "--lr 3e38"
+    assert not survives(ONE_TOKEN, CONSTANT, rate, "--weight-decay", decay, "--max-steps", steps)
