@@ -16,6 +16,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -195,8 +196,13 @@ def norm(*args, **more):
 TWICE = b'{"%s": %s, "%s": %s}' % ((NORM.encode(), json.dumps(entry()).encode()) * 2)
 FIELD_TWICE = json.dumps(norm()).replace('"dtype"', '"dtype": "I32", "dtype"').encode()
 MANY = {f"{i:x}": entry((0,), (0, 0)) for i in range(7_500)}
-# name: (what the message says, the header, the data behind it, the header's length if it lies)
+# name: (what the message says, the header, the data behind it, the header's length if it lies);
+# without a header the data is all of the file
 HEADERS = {
+    "a Git LFS pointer": ("a Git LFS pointer", None, b"version https://git-lfs.github.com/spec/v1"),
+    "an empty file": ("not a safetensors file", None, b""),
+    "a file of two bytes": ("not a safetensors file", None, b"\x10\x00"),
+    "a web page": ("not a safetensors file", None, b"<html>Sign in</html>"),
     "longer than the file": ("header", norm(), bytes(128), 10**6),
     "2**63 bytes long": ("9,223,372,036,854,775,808 bytes", norm(), bytes(128), 2**63),
     "2**64 - 1 bytes long": ("18,446,744,073,709,551,615 bytes", norm(), bytes(128), 2**64 - 1),
@@ -239,8 +245,12 @@ HEADERS = {
 
 @pytest.mark.parametrize("name", HEADERS)
 def test_a_header_that_lies_is_refused_by_file_in_under_a_second_and_50_mb(directory, name):
-    said, *parts = HEADERS[name]
-    path = write_safetensors(directory / "model.safetensors", *parts)
+    said, header, *rest = HEADERS[name]
+    path = directory / "model.safetensors"
+    if header is None:
+        path.write_bytes(*rest)
+    else:
+        write_safetensors(path, header, *rest)
     config = LlamaConfig.load(directory)
     with cheaply():
         message = refusal(check_weights, directory, config)
@@ -349,17 +359,42 @@ WRONG_SUMS = [
     ({"num_hidden_layers": 10**9}, "wanted a positive whole number below 4,096"),
 ]
 
+SHORT = json.dumps(RAW_CONFIG)[:-1]  # without its closing brace
+ROPE_TWICE = '{"type": "default", "type": "linear"}'
+HUGE = "more than 524,288 bytes"
+# A file's content, or None without a file.
+NO_CONFIGS = [
+    (None, "No such file"),
+    *[(raw, "not JSON") for raw in (b"", b"{not json", b"\xff\xfe\xff", b"[" * 100_000)],
+    (b"[1, 2]", "model_type is [1, 2]"),
+    (b"null", "model_type is None"),
+    *[(f'{SHORT}, "vocab_size": {n}}}'.encode(), "stands twice") for n in (97, 98)],
+    (f'{SHORT}, "\\u0076ocab_size": 98}}'.encode(), "stands twice"),
+    (f'{SHORT}, "rope_scaling": {ROPE_TWICE}}}'.encode(), "stands twice"),
+    *[(raw * 10**6, HUGE) for raw in (b"[", b"9", b"\xff")],
+    (b'{"a": "' + b"x" * 10**8 + b'"}', HUGE),
+    (b'{"vocab_size": ' + b"9" * 10**6, HUGE),
+    # Just small enough to be parsed.
+    *[(b"[" + item * 174_000 + b"1]", "model_type is [") for item in (b"[],", b"{},")],
+    (b'{"model_type": [' + b"{}," * 174_000 + b"{}]}", "model_type is [{}, {}"),
+    (b'{"model_type":"llama","hidden_act":"' + b"\\u0000" * 80_000 + b'"}', "hidden_act is"),
+]
+
 
 @pytest.mark.parametrize(
     "changes, said",
     [({key: x}, f"{key} is {ascii(x)[:50]}") for key, many in WRONG_VALUES.items() for x in many]
     + [({key: x}, said) for key in ("rope_scaling", "rope_parameters") for x, said in WRONG_ROPES]
-    + WRONG_SUMS,
+    + WRONG_SUMS
+    + NO_CONFIGS,
     ids=lambda value: str(value)[:50],
 )
-def test_a_config_that_is_no_llama_is_refused_by_key_in_a_short_line(tmp_path, changes, said):
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(RAW_CONFIG | changes))
+def test_a_config_that_is_no_llamas_is_refused_cheaply_in_a_short_line(tmp_path, changes, said):
+    path, content = tmp_path / "config.json", changes
+    if isinstance(changes, dict):
+        content = json.dumps(RAW_CONFIG | changes).encode()
+    if content is not None:
+        path.write_bytes(content)
     with cheaply():
         message = refusal(LlamaConfig.load, tmp_path)
     assert message.startswith(f"{path}: ") and said in message
@@ -391,40 +426,6 @@ def test_absurd_sizes_are_not_simulated_either(tmp_path, complaint, changes, sai
         assert said in complaint("--plan 8 --data pairs.jsonl --model", tmp_path)
 
 
-SHORT = json.dumps(RAW_CONFIG)[:-1]  # without its closing brace
-ROPE_TWICE = '{"type": "default", "type": "linear"}'
-HUGE = "more than 524,288 bytes"
-
-
-@pytest.mark.parametrize(
-    "content, said",
-    [
-        (None, "No such file"),
-        *[(raw, "not JSON") for raw in (b"", b"{not json", b"\xff\xfe\xff", b"[" * 100_000)],
-        (b"[1, 2]", "model_type is [1, 2]"),
-        (b"null", "model_type is None"),
-        *[(f'{SHORT}, "vocab_size": {n}}}'.encode(), "stands twice") for n in (97, 98)],
-        (f'{SHORT}, "\\u0076ocab_size": 98}}'.encode(), "stands twice"),
-        (f'{SHORT}, "rope_scaling": {ROPE_TWICE}}}'.encode(), "stands twice"),
-        *[(raw * 10**6, HUGE) for raw in (b"[", b"9", b"\xff")],
-        (b'{"a": "' + b"x" * 10**8 + b'"}', HUGE),
-        (b'{"vocab_size": ' + b"9" * 10**6, HUGE),
-        # Just small enough to be parsed.
-        *[(b"[" + item * 174_000 + b"1]", "model_type is [") for item in (b"[],", b"{},")],
-        (b'{"model_type": [' + b"{}," * 174_000 + b"{}]}", "model_type is [{}, {}"),
-        (b'{"model_type":"llama","hidden_act":"' + b"\\u0000" * 80_000 + b'"}', "hidden_act is"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_a_config_json_that_is_not_one_is_refused_cheaply(tmp_path, content, said):
-    path = tmp_path / "config.json"
-    if content is not None:
-        path.write_bytes(content)
-    with cheaply():
-        message = refusal(LlamaConfig.load, tmp_path)
-    assert message.startswith(f"{path}: ") and said in message
-
-
 def test_values_nested_as_deep_as_can_be_parsed_are_refused_in_one_line(tmp_path):
     for depth in range(850, 1000):
         text = f'{SHORT}, "head_dim": {"[" * depth}{"]" * depth}}}'
@@ -441,36 +442,29 @@ def test_a_value_is_shown_in_at_most_60_printable_characters(value):
 
 # ---------------------------------------------------------------------- the index, and links
 
-OUTSIDE = ["../model.safetensors", "/etc/passwd", "a/../model.safetensors", "a/x.safetensors"]
-OUTSIDE += ["..\\model.safetensors", "~", ".", "..", ""]
-NO_FILE = ["pytorch_model.bin", "config.json", "model.safetensors\0", "a\nb.safetensors"]
-NO_FILE += ["\x1b[2J.safetensors", "x" * 10**5 + ".safetensors", ".safetensors"]
-NO_FILE += ["\ud83d.safetensors", "CON:.safetensors"]
-
-
-@pytest.mark.parametrize("name", OUTSIDE + NO_FILE, ids=lambda name: ascii(name)[:40])
-def test_an_index_names_safetensors_files_of_its_own_directory_and_nothing_else(directory, name):
-    index = directory / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {NORM: name}}))
-    message = refusal(load_model, directory)
-    assert message.startswith(f"{index}: key '{NORM}' lies in {shown(name)}")
-    assert "in the same directory" in message
-
-
-MAPS = [f'{{"weight_map": {x}}}' for x in ("{}", '{"a": 1}', '["model.safetensors"]')]
+ELSEWHERE = ["../model.safetensors", "/etc/passwd", "a/../model.safetensors", "a/x.safetensors"]
+ELSEWHERE += ["..\\model.safetensors", "~", ".", "..", ""]
+NO_NAMES = ["pytorch_model.bin", "config.json", "model.safetensors\0", "a\nb.safetensors"]
+NO_NAMES += ["\x1b[2J.safetensors", "x" * 10**5 + ".safetensors", ".safetensors"]
+NO_NAMES += ["\ud83d.safetensors", "CON:.safetensors"]
+NO_MAPS = [f'{{"weight_map": {x}}}' for x in ("{}", '{"a": 1}', '["model.safetensors"]')]
 KEY_TWICE = '{"weight_map": {"a": "1.safetensors", "a": "2.safetensors"}}'
 
 
 @pytest.mark.parametrize(
     "content, said",
-    [(text, "weight_map") for text in ("{}", "[]", *MAPS)]
+    [
+        (json.dumps({"weight_map": {NORM: name}}), f"key '{NORM}' lies in {shown(name)}, wanted")
+        for name in ELSEWHERE + NO_NAMES
+    ]
+    + [(text, "wanted a weight_map") for text in ("{}", "[]", *NO_MAPS)]
     + [("{", "not JSON"), (KEY_TWICE, "not JSON (key 'a' stands twice in one object)")],
+    ids=lambda value: ascii(value)[:60],
 )
-def test_an_index_without_a_weight_map_is_refused_by_its_path(directory, content, said):
+def test_an_index_names_only_safetensors_files_of_its_own_directory(directory, content, said):
     index = directory / "model.safetensors.index.json"
     index.write_text(content)
-    message = refusal(load_model, directory)
-    assert message.startswith(f"{index}: ") and said in message
+    assert refusal(load_model, directory).startswith(f"{index}: {said}")
 
 
 def test_a_file_may_be_a_link_as_in_hugging_faces_cache(directory, tmp_path):
@@ -580,26 +574,26 @@ def test_a_file_that_may_not_be_read_is_refused(directory, read, name):
 @pytest.mark.parametrize("read", [read_preferences, files.read_json])
 def test_a_read_error_midway_is_refused_naming_the_file(directory, monkeypatch, read):
     """A disk that fails, or a file that vanishes on a network: told by the error's own words."""
-
-    class Broken:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            return False
-
-        def read(self, size):
-            raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr("builtins.open", lambda *args, **kwargs: Broken())
+    broken = mock.mock_open()
+    broken.return_value.read.side_effect = OSError(5, "Input/output error")
+    monkeypatch.setattr("builtins.open", broken)
     path = directory / "config.json"
     assert refusal(read, path).startswith(f"{path}: Input/output error; wanted ")
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", gzip.compress(b""), b"[]", b"\xef\xbb\xbf"])
-def test_a_file_without_a_record_stops_the_run_in_one_line(directory, pairs, complaint, content):
+EQUAL_ANSWERS = b'{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [2]}\n' * 5
+FIVE_EQUAL = "5 read, 0 kept, 0 of them truncated; dropped: 0 bad lines, 0 unequal prompts, 0 empty"
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [(raw, "0 read") for raw in (b"", b"\n\n", gzip.compress(b""), b"[]", b"\xef\xbb\xbf")]
+    + [(EQUAL_ANSWERS, f"{FIVE_EQUAL}, 0 overlong, 5 identical")],
+)
+def test_a_file_without_a_pair_stops_the_run(directory, pairs, complaint, content, said):
     pairs.write_bytes(content)
-    assert f"{pairs}: no pair left to use (0 read" in complaint(*run_of(directory))
+    assert f"{pairs}: no pair left to use ({said}" in complaint(*run_of(directory))
+    assert not (directory.parent / "out").exists()
 
 
 def test_a_data_file_may_vanish_once_training_has_begun(directory, pairs, monkeypatch):
