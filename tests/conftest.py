@@ -188,6 +188,16 @@ def run_joined(*command_lines, processes: int = 2) -> str:
     return printed[0][0]
 
 
+def complaint_of_two(command_line, **options) -> str:
+    """Runs it on two processes; the first must fail. Returns its one line on stderr."""
+    first, second = start_joined(command_line, **options)
+    printed = first.communicate(timeout=180)[1]
+    second.kill()  # as torchrun would
+    second.communicate()
+    assert first.returncode == 2 and printed.count("\n") == 1, printed
+    return printed
+
+
 def refusal(function, *args, **options) -> str:
     """The message of the InputError that the call raises: one short printable line."""
     with pytest.raises(InputError) as caught:
