@@ -636,15 +636,6 @@ def test_a_finished_run_is_left_as_it_is(whole, capsys):
     assert times() == before
 
 
-def test_an_out_that_is_not_a_run_is_refused(start, tmp_path, complaint):
-    notes = tmp_path / "notes"
-    notes.mkdir()
-    (notes / "mine.txt").write_text("keep")
-    assert "is not empty" in complaint(*seven(start, notes, "--resume"))
-    (notes / "config.json").write_text('{"model_type": "llama"}')
-    assert "wanted the config.json of a run" in complaint(*seven(start, notes, "--resume"))
-
-
 # ---------------------------------------------------------------------- disk, memory, numbers
 
 
