@@ -288,8 +288,8 @@ def come_from_another_directory(path):
     ]
     + [
         (FACTS, name_no_files, "it names no file"),
-        (FACTS, name_anothers_files, "it is another directory's"),
-        (FACTS, come_from_another_directory, "it is another directory's"),
+        (FACTS, name_anothers_files, "it belongs to another directory"),
+        (FACTS, come_from_another_directory, "it belongs to another directory"),
     ],
 )
 def test_a_damaged_checkpoint_gives_way_to_the_last_one(
@@ -363,9 +363,9 @@ def test_a_checkpoint_of_another_run_is_refused(start, out, home, tmp_path, comp
     assert main(*seven(start, tmp_path / "other", "--lr 2e-2")) == 0
     shutil.rmtree(newest)
     shutil.copytree(tmp_path / "other/checkpoints/step-000006", newest)
-    assert f"{newest}: of a run with other flags" in complaint("--resume", out)
+    assert f"{newest}: belongs to a run with other flags" in complaint("--resume", out)
     sign(newest / FACTS, run=None)
-    assert f"{newest}: of a run with other flags" in complaint("--resume", out)
+    assert f"{newest}: belongs to a run with other flags" in complaint("--resume", out)
 
 
 def test_lost_rows_of_the_log_are_refused_until_a_line_stands_for_them(out, home, whole, complaint):
@@ -374,8 +374,8 @@ def test_lost_rows_of_the_log_are_refused_until_a_line_stands_for_them(out, home
     lines = log.read_text().splitlines(keepends=True)
     log.write_text("".join(lines[1:]))
     said = complaint("--resume", out)
-    assert "metrics.jsonl: 3 whole rows up to step 4" in said
-    line = said.split("line ")[1].split(" may")[0].replace("N", "1")
+    assert "metrics.jsonl: has 3 complete rows, but the checkpoint is of step 4" in said
+    line = said.split("put a line ")[1].split(" for each")[0].replace("N", "1")
     log.write_text("".join([line, "\n", *lines[1:]]))
     assert resume(out) == 0
     assert weights(out) == weights(whole)
@@ -392,7 +392,7 @@ def test_a_damaged_log_is_named_and_a_row_without_its_end_gets_one(out, whole, c
     assert facts(out) == facts(whole) and weights(out) == weights(whole)
     shutil.rmtree(out / "model")
     log.write_bytes(six[:5] + bytes([six[5] ^ 0x80]) + six[6:])
-    assert "metrics.jsonl: 0 whole rows up to step 6" in complaint("--resume", out)
+    assert "metrics.jsonl: has 0 complete rows" in complaint("--resume", out)
 
 
 def test_a_lost_config_json_can_be_replaced(start, out, whole, tmp_path, killed, complaint):
@@ -585,9 +585,9 @@ def test_processes_that_do_not_see_one_out_are_told_so_before_the_first_step(sta
         ("--no-shuffle", "--shuffle is False"),
         ("--max-steps 8", "--max-steps is 8"),
         ("--precision bf16", "--precision is bf16"),
-        ("--data OTHER.jsonl", "other pairs than the run began with"),
-        ("--eval-data OTHER.jsonl", "other held-out pairs than the run began with"),
-        ("--model OTHER", "other weights than the run began with"),
+        ("--data OTHER.jsonl", "the pairs differ from those"),
+        ("--eval-data OTHER.jsonl", "the held-out pairs differ from those"),
+        ("--model OTHER", "the weights differ from those"),
         ("--out /absent", "two directories"),
     ],
 )
@@ -613,7 +613,7 @@ def test_resume_with_out_begins_a_run_that_is_not_there_yet(start, whole, fresh,
     assert main(*seven(start, fresh, "--resume")) == 0
     assert weights(fresh) == weights(whole)
     assert "absent/config.json: No such file" in complaint("--resume absent")
-    assert "--resume needs the directory of a run" in complaint("--resume")
+    assert "--resume needs a directory" in complaint("--resume")
 
 
 def test_a_run_begins_on_a_disk_without_locks(start, fresh, monkeypatch, capsys, complaint):
