@@ -130,31 +130,29 @@ def documented_trainer() -> type:
 def test_trls_orpo_trainer_with_our_loss_gives_the_loss_and_gradients_of_our_packed_path(tmp_path):
     ours = tiny_model(std=0.3)
     save_tiny(tmp_path / "model", std=0.3)
-    # Each token is a word, so that TRL's own tokenisation gives these ids.
-    # 0 begins a prompt, 1 ends a response.
-    pairs = random_pairs([(5, 7, 4), (9, 3, 8), (2, 12, 6), (7, 5, 5)], vocab_size=95)
-    words = [f"<{i}>" if i < 3 else f"t{i}" for i in range(97)]
-    rows = []
+    pairs = random_pairs([(5, 7, 4), (9, 3, 8), (2, 12, 6), (7, 5, 5)], vocab_size=90)
     for pair in pairs:
         for ids in (pair.prompt, pair.chosen, pair.rejected):
-            ids[:] = ids % 90 + 3
+            ids += 3
         pair.prompt[0], pair.chosen[-1], pair.rejected[-1] = 0, 1, 1
-        texts = [
-            " ".join(words[i] for i in ids) for ids in (pair.prompt, pair.chosen, pair.rejected)
-        ]
-        rows.append(dict(prompt=texts[0], chosen=" " + texts[1], rejected=" " + texts[2]))
-    vocabulary = {word: i for i, word in enumerate(words)}
+    # Each token is a word, so that TRL's own tokenisation gives these ids.
+    # 0 begins a prompt, 1 ends a response.
+    texts = [
+        [" ".join(f"<{i}>" for i in ids) for ids in (pair.prompt, pair.chosen, pair.rejected)]
+        for pair in pairs
+    ]
+    rows = [dict(prompt=x, chosen=" " + w, rejected=" " + l) for x, w, l in texts]
+    vocabulary = {f"<{i}>": i for i in range(97)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="none"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = dict(bos_token="<0>", eos_token="<1>", pad_token="<2>")
     options = dict(per_device_train_batch_size=4, beta=0.3, max_length=64, report_to="none")
     options |= dict(use_cpu=True, bf16=False, train_sampling_strategy="sequential")
+    options |= dict(activation_checkpointing=False, output_dir=str(tmp_path / "out"))
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     trainer = documented_trainer()(
         model=theirs,
-        args=ORPOConfig(
-            output_dir=str(tmp_path / "out"), activation_checkpointing=False, **options
-        ),
+        args=ORPOConfig(**options),
         train_dataset=Dataset.from_list(rows),
         processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special),
     )
