@@ -134,11 +134,6 @@ def test_the_tempered_form_puts_the_temperature_inside_both_sigmoids(temperature
     torch.testing.assert_close(metrics["rejected_weight"], push, rtol=1e-8, atol=1e-12)
 
 
-def test_a_temperature_beside_1_gives_the_number_of_temperature_1():
-    inputs = random_logps(200, seed=3)
-    assert_same(asft_loss(*inputs, temperature=1 + 1e-12)[0], asft_loss(*inputs)[0], inputs)
-
-
 @given(st.floats(-30, -1e-4), st.floats(-30, -1e-4))
 def test_the_align_term_of_orpo_is_that_of_asft_plus_a_log_that_is_never_positive(logp_w, logp_l):
     inputs = leaves([logp_w], [logp_l])

@@ -165,18 +165,6 @@ def test_a_quantised_release_is_refused_for_its_quantization_config(name):
         assert "config.json: quantization_config" in message and name in message
 
 
-@needs_real
-@pytest.mark.parametrize("name", RELEASED)
-def test_a_release_without_its_weights_is_refused_by_the_name_of_the_missing_file(name):
-    directory, files = REAL / "configs" / name, {"model.safetensors"}
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        files = set(read_json(index)["weight_map"].values())
-    path, _, reason = refusal(load_model, directory).partition(": ")
-    missing = [str(directory / file) for file in files if not (directory / file).exists()]
-    assert path in missing and "No such file" in reason
-
-
 # ------------------------------------------------------------------------------------- rotation
 
 
@@ -187,11 +175,6 @@ def test_the_frequencies_of_llama_3_1_equal_the_golden_values():
     found = model.rope_frequencies(config)
     assert {i: found[i].item() for i in golden} == pytest.approx(golden, rel=2e-6)
     assert found[0].item() == 1.0 and len(found) == 64
-
-
-def test_without_scaling_every_frequency_is_a_power_of_theta():
-    found = model.rope_frequencies(tiny_config(head_dim=8, rope_theta=10_000.0))
-    assert found.tolist() == pytest.approx([1.0, 0.1, 0.01, 0.001], rel=1e-6)
 
 
 def test_component_i_and_i_plus_half_rotate_as_one_complex_number():
