@@ -658,9 +658,7 @@ def test_a_full_disk_spares_earlier_checkpoints(start, whole, fresh, monkeypatch
     assert_same(fresh, whole)
 
 
-def test_checkpoint_and_model_get_their_names_once_all_of_them_is_on_the_disk(
-    start, fresh, monkeypatch
-):
+def test_checkpoints_and_models_get_their_names_once_on_the_disk(start, fresh, monkeypatch):
     events = []
 
     def note_fsync(descriptor, inner=os.fsync):
