@@ -761,8 +761,9 @@ def test_a_tensor_larger_than_a_file_should_be_gets_a_file_of_its_own(tmp_path, 
     assert sorted(held) == sorted([key] for key, _ in tiny_model().named_parameters())
 
 
-def test_every_saved_file_says_that_it_is_pytorchs(originals):
+def test_every_saved_file_says_that_it_is_pytorchs_and_all_may_read_it(originals):
     for path in originals.glob("*/*.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o644
         with safe_open(path, framework="pt") as file:
             assert file.metadata() == {"format": "pt"}
 

@@ -689,11 +689,10 @@ def test_checkpoints_and_models_get_their_names_once_on_the_disk(start, fresh, m
     # The name, and the directory that holds it. Then the oldest loses its name before its content.
     assert events[at + 1 : at + 3] == ["checkpoints", "."]
     assert events[at + 3 : at + 5] == ["-> .step-000002.old", "removed .step-000002.old"]
+    del events[: at + 5]
     at, aside = events.index("-> model"), ".model.partial"
     written = {f"{aside}/model.safetensors", f"{aside}/config.json", aside}
-    assert {"metrics.jsonl", "eval.jsonl", *written} <= set(
-        events[events.index("-> step-000006") : at]
-    )
+    assert {"metrics.jsonl", "eval.jsonl", *written} <= set(events[:at])
     assert events[at + 1 :] == ["."]
 
 
