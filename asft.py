@@ -49,7 +49,7 @@ def log1mexp(x: Tensor) -> Tensor:
 
     Two branches meet at -ln 2: log(-expm1(x)) is accurate near 0, log1p(-exp(x)) far from it. The
     branch that is not taken gets a harmless input, since 0 * inf in its backward pass would be NaN.
-    At x = 0 the value is -inf: clamp first, as `asft_loss` does.
+    At x = 0 the value is -inf: keep x below 0, as `_bounded` does.
     """
     x = at_least_fp32(x)
     near = x > -math.log(2)
@@ -92,8 +92,8 @@ def asft_loss(
 
     Equations 13 and 14 written out, as the paper's Appendix B means to print them:
 
-        odds_w = logp_w - log(1 - exp(logp_w))        odds_l = logp_l - log(1 - exp(logp_l))
-        align  = -logsigmoid(odds_w) - logsigmoid(-odds_l)
+        log_odds_w = logp_w - log(1 - exp(logp_w))     (log_odds_l alike)
+        align  = -logsigmoid(log_odds_w) - logsigmoid(-log_odds_l)
         loss   = -logp_w + beta * align
 
     (It prints `align` on two lines without parentheses, so that the rejected half would be lost.)
@@ -112,7 +112,7 @@ def asft_loss(
             temperature, not DPO's beta.
         sft_weight: weight of L_SFT; 0 leaves beta * L_align ("align only").
         temperature: T of the tempered form of arXiv 2502.01237, in which the align term is
-            -logsigmoid(T * odds_w) - logsigmoid(-T * odds_l). The paper has 1.
+            -logsigmoid(T * log_odds_w) - logsigmoid(-T * log_odds_l). The paper has 1.
         eps: log-probs above -eps (in nats) count as -eps inside the align term's log(1 - p), which
             is infinite at logp = 0 and has the gradient 1/|logp| near it: eps bounds both. The
             gradient is passed through, so a rejected response that the model knows by heart is
@@ -147,10 +147,11 @@ def asft_loss(
     with torch.no_grad():
         # The chosen side is bounded only in the tempered form.
         clamped_B = (logp_l_B > -eps) | ((temperature != 1) & (logp_w_B > -eps))
-        # d align_l / d logp_l = T sigmoid(T odds_l) * d odds_l / d logp_l, and d odds / d logp is
-        # 1 / (1 - p). At T = 1 the sigmoid is p_l, so this is the odds p_l / (1 - p_l).
-        odds_l_B = log_odds(bounded_l_B)
-        push_B = temperature * torch.sigmoid(temperature * odds_l_B) / -torch.expm1(bounded_l_B)
+        # The derivative of align_l is T sigmoid(T log_odds_l) times that of log_odds_l, which is
+        # 1 / (1 - p_l). At T = 1 the sigmoid is p_l, so this is the odds p_l / (1 - p_l).
+        log_odds_l_B = log_odds(bounded_l_B)
+        push_B = temperature * torch.sigmoid(temperature * log_odds_l_B)
+        push_B = push_B / -torch.expm1(bounded_l_B)
     metrics = {
         "sft": sft_B.detach(),
         "align": align_B.detach(),
@@ -177,8 +178,9 @@ def orpo_loss(
         raise ValueError(f"orpo_loss needs eps > 0; found {eps=}")
     logp_w_B, logp_l_B = _same_shape(logp_w_B, logp_l_B)
     sft_B = -logp_w_B
-    odds_w_B, odds_l_B = log_odds(_bounded(logp_w_B, eps)), log_odds(_bounded(logp_l_B, eps))
-    align_B = -F.logsigmoid(odds_w_B - odds_l_B)
+    log_odds_w_B = log_odds(_bounded(logp_w_B, eps))
+    log_odds_l_B = log_odds(_bounded(logp_l_B, eps))
+    align_B = -F.logsigmoid(log_odds_w_B - log_odds_l_B)
     clamped_B = (torch.maximum(logp_w_B, logp_l_B) > -eps).to(sft_B.dtype)
     metrics = {"sft": sft_B.detach(), "align": align_B.detach(), "clamped": clamped_B}
     return sft_B + beta * align_B, metrics | comparison(logp_w_B, logp_l_B)

@@ -318,9 +318,10 @@ def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = Non
         n_p, n_w, n_l = len(pair.prompt), len(pair.chosen), len(pair.rejected)
         start_w = start + n_p  # of the chosen response
         end_w = start_w + n_w
-        repeated = 0 if share_prompt else n_p  # prompt tokens that stand before rejected again
+        repeated = 0 if share_prompt else n_p  # length of the prompt's second copy
         start_l = end_w + repeated
         end_l = start_l + n_l
+        # Indexes of the prompt that rejected attends to.
         prompt_l = np.arange(start, start_w) if share_prompt else np.arange(end_w, start_l)
 
         tokens += [pair.prompt, pair.chosen, pair.prompt[:repeated], pair.rejected]

@@ -347,8 +347,8 @@ def _exp_in_place(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
     targets, and Z_C1, the sum of each token's exponentials."""
     top_C1 = logits_CV.amax(-1, keepdim=True)
     logit_C1 = logits_CV.gather(-1, target_C[:, None])
-    total_C1 = logits_CV.sub_(top_C1).exp_().sum(-1, keepdim=True)
-    return (logit_C1 - top_C1 - total_C1.log())[:, 0], total_C1
+    Z_C1 = logits_CV.sub_(top_C1).exp_().sum(-1, keepdim=True)
+    return (logit_C1 - top_C1 - Z_C1.log())[:, 0], Z_C1
 
 
 class _TargetLogps(torch.autograd.Function):
@@ -368,12 +368,13 @@ class _TargetLogps(torch.autograd.Function):
         chunk, logps, factors = _chunk_tokens(hidden_SD, weight_VD), [], []
         for logits_CV, target_C in zip(logits_SV.split(chunk), target_S.split(chunk), strict=True):
             exp_CV = at_least_fp32(logits_CV)  # a copy of half types; else the logits themselves
-            logp_C, total_C1 = _exp_in_place(exp_CV, target_C)
-            exp_CV.scatter_add_(-1, target_C[:, None], -total_C1)
+            logp_C, Z_C1 = _exp_in_place(exp_CV, target_C)
+            # From here on it is exp - Z onehot: the gradient, up to the factor.
+            exp_CV.scatter_add_(-1, target_C[:, None], -Z_C1)
             if exp_CV.dtype != logits_CV.dtype:
                 logits_CV.copy_(exp_CV)
             logps.append(logp_C)
-            factors.append(-1 / total_C1[:, 0])
+            factors.append(-1 / Z_C1[:, 0])
         ctx.save_for_backward(hidden_SD, weight_VD, logits_SV, torch.cat(factors))
         return torch.cat(logps)
 
@@ -442,7 +443,7 @@ class Llama(nn.Module):
                 "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
             }
         )
-        # A tied model has no head of its own: an alias of the embedding may be untied by .to().
+        # A tied model uses the embedding. Registered twice, .to() could make two copies of it.
         self.lm_head = None if config.tie_word_embeddings else Head(config)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:

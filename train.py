@@ -9,7 +9,7 @@
 In reading order
     Config                                 every setting: its flag, its default, its line of help
     step_loss, train                       the step and the loop
-    Pairs, Sums, learning_rate             what a step draws; its metrics; warm-up and cosine
+    learning_rate, Pairs, Sums             warm-up and cosine; what a step draws; its metrics
     evaluate, answer                       held-out figures; answers to a few held-out prompts
     attach_reference                       log-probs of the starting model, for dpo and ipo
     start_processes ... make_optimizer     one process and many, on CPU and on GPUs (FSDP2)
@@ -285,8 +285,8 @@ def train(run: "Run", done: int) -> None:
         for indexes in micro_batches[rank]:
             loss_B, metrics, present_B = step_loss(model, pairs, indexes)
             # A pair weighs 1/pairs_per_step, also in an epoch's short last step. FSDP averages
-            # gradients over processes, hence `world`. It does so in every micro-batch: put off to
-            # the last one, each process would hold the whole model's gradients.
+            # gradients over processes, hence `world`. It does so in every micro-batch: if it
+            # waited for the last, each process would keep the whole model's gradients until then.
             ((loss_B * present_B).sum() * (world / config.pairs_per_step)).backward()
             sums.add(metrics, present_B)
             losses.append((indexes, loss_B.detach()))
@@ -329,7 +329,7 @@ def train(run: "Run", done: int) -> None:
 
 
 def due(every: int, step: int) -> bool:
-    """True if something that happens every so many steps (0: never) happens after this step."""
+    """True if `step` is a multiple of `every`; 0 means never."""
     return every > 0 and step % every == 0
 
 
@@ -339,7 +339,8 @@ def learning_rate(
     """Rate of update `step` (from 0) of `steps`: linear warm-up to the peak, then cosine.
 
     The first update has a rate above 0 (peak / warmup), the last one of the warm-up has the peak,
-    and the last of all has min_lr_ratio * peak: with 0, it changes nothing. The paper says linear
+    and the last of all, after any warm-up, has min_lr_ratio * peak: with 0, it changes nothing. The
+    paper says linear
     warm-up and cosine, not how long and how far.
     """
     warmup = max(1, math.ceil(round(warmup_ratio * steps, 6)))  # 0.07 * 100 is above 7 in floats
