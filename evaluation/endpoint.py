@@ -1,8 +1,8 @@
 """One request to a judge: any endpoint that speaks OpenAI's chat protocol.
 
-`open_judge` checks and connects, `ask` asks. Every reply is appended to a file and is not paid for
-twice. Tries, waits (and Retry-After), time-outs and proxies are the `openai` client's. What a reply
-means is left to judge.py.
+Reading order: `open_judge` connects, `reply_of` reads a reply, `ask` asks. Every reply is appended
+to a file and is not paid for twice. Tries, waits (and Retry-After), time-outs and proxies are the
+`openai` client's. What a reply means is left to judge.py.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from support.files import InputError, naming
 if typing.TYPE_CHECKING:
     import openai
 
-# Every request would get these: a wrong key, no money, a wrong address or model.
-STOPPING_STATUSES = (401, 402, 404)
+# Every request would get these: a wrong key, no money, a wrong address or model, a redirect.
+STOPPING_STATUSES = (401, 402, 404, *range(300, 400))
 NO_MONEY = r"insufficient_\w*(quota|balance|credit|fund)|exceeded_current_quota|billing|payment"
 
 
@@ -37,8 +37,6 @@ class Judge:
     """An endpoint, and what is known of it."""
 
     client: "openai.OpenAI"
-    address: str
-    key: str
     model: str
     settings: dict  # temperature and max_tokens, as the benchmark has them
     parameters: dict  # the same, as the endpoint accepts them
@@ -46,7 +44,7 @@ class Judge:
     kept: dict[str, str] = field(default_factory=dict)  # request's hash -> text, from `raw`
     stop: threading.Event = field(default_factory=threading.Event)  # ask nothing more
     writing: threading.Lock = field(default_factory=threading.Lock)
-    here: threading.local = field(default_factory=threading.local)  # replies to this thread
+    here: threading.local = field(default_factory=threading.local)  # this thread's request: `about`
 
 
 def open_judge(flags: argparse.Namespace, settings: dict) -> Judge:
@@ -55,20 +53,12 @@ def open_judge(flags: argparse.Namespace, settings: dict) -> Judge:
         import openai
     except ImportError:
         raise InputError("judging needs the openai package: pip install openai") from None
+    if not re.fullmatch(r"(?i)https?://[^\s@?#]+", flags.endpoint):  # not shown: may hold a key
+        raise InputError("--endpoint: wanted a plain address, such as https://api.openai.com/v1")
     key = os.environ.get(flags.key_variable, "").strip()
-    address = r"https?://([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?(/[^\s@?#]*)?"
-    if not re.fullmatch(address, flags.endpoint, re.ASCII | re.IGNORECASE):
-        raise InputError(
-            "--endpoint: wanted a plain http:// or https:// address, such as "
-            "https://api.openai.com/v1"
-        )
-    if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise InputError(
-            f"environment variable {flags.key_variable} (--key-variable) is "
-            f"{'not a key' if key else 'not set'}; wanted the endpoint's key in it, or any word "
-            "for an endpoint that needs none"
-        )
-    address = flags.endpoint.rstrip("/").removesuffix("/chat/completions")
+    if not re.fullmatch("[!-~]+", key):
+        found = f"environment variable {flags.key_variable} (--key-variable) holds no key"
+        raise InputError(f"{found}; any word will do if the endpoint needs none")
 
     def before_request(_request) -> None:
         if judge.stop.is_set():
@@ -77,10 +67,13 @@ def open_judge(flags: argparse.Namespace, settings: dict) -> Judge:
     def after_response(response) -> None:
         body = hide(response.read().decode(errors="replace"), key)
         if response.request.method == "POST":
-            judge.here.replies.append((response.status_code, body))
+            judge.here.reply = response.status_code, body
+            row = {"status": response.status_code, "body": body, "tstamp": time.time()}
+            append(judge, judge.raw, judge.here.about | row)
         if judge.stop.is_set() or no_money(body):
             response.headers["x-should-retry"] = "false"  # the client obeys this header
 
+    address = flags.endpoint.rstrip("/").removesuffix("/chat/completions")
     raw = Path(f"{flags.out}.raw")
     try:
         http_client = openai.DefaultHttpxClient(
@@ -89,7 +82,7 @@ def open_judge(flags: argparse.Namespace, settings: dict) -> Judge:
         )
         patience = {"timeout": flags.timeout, "max_retries": flags.tries - 1}
         client = openai.OpenAI(api_key=key, base_url=address, http_client=http_client, **patience)
-        judge = Judge(client, address, key, flags.judge_model, settings, dict(settings), raw)
+        judge = Judge(client, flags.judge_model, settings, settings, raw)
         client.with_options(max_retries=0, timeout=10).models.with_raw_response.list()
     except (openai.APIStatusError, openai.APITimeoutError):
         pass  # any answer will do, a slow one too
@@ -106,21 +99,19 @@ def open_judge(flags: argparse.Namespace, settings: dict) -> Judge:
 def hide(text: str, key: str) -> str:
     """Removes the key, which some endpoints quote. One shorter than 8 is no secret, but may be a
     word of a reply."""
-    forms = (key, key.replace("/", r"\/"), json.dumps(key)[1:-1])
-    for form in forms if len(key) >= 8 else ():
-        text = text.replace(form, "[key]")
+    if len(key) >= 8:
+        for form in (key, key.replace("/", r"\/"), json.dumps(key)[1:-1]):
+            text = text.replace(form, "[key]")
     return text
 
 
 def error_of(body: str) -> dict:
     """The error object in a body, empty if there is none."""
     try:
-        error = json.loads(body)["error"]
+        error = json.loads(body)["error"] or {}
     except (ValueError, LookupError, TypeError, RecursionError):
         return {}
-    if isinstance(error, dict):
-        return error
-    return {"message": error} if error else {}
+    return error if isinstance(error, dict) else {"message": error}
 
 
 def words(body: str) -> str:
@@ -137,19 +128,13 @@ def no_money(body: str) -> bool:
 
 def reply_of(body: str) -> str:
     """The text of a chat completion. Raises UnjudgedError with the reason if it has none."""
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        stream = body.lstrip().startswith(("data:", "event:", ":"))
-        kind = "a stream of events" if stream else "not JSON"
-        raise UnjudgedError(f"the reply is {kind}: {words(body)[:80]}") from None
     if error_of(body):
         raise UnjudgedError(f"the reply is an error: {words(body)}")
     try:
-        choice = found["choices"][0]
+        choice = json.loads(body)["choices"][0]
         content = choice["message"]["content"]
-    except (LookupError, TypeError):
-        raise UnjudgedError(f"the reply has no choices: {words(body)[:80]}") from None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise UnjudgedError(f"the reply is no chat completion: {words(body)[:80]}") from None
     if isinstance(content, list):  # parts: texts, and thoughts that do not count
         parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
         content = "".join(str(part.get("text", "")) for part in parts)
@@ -158,31 +143,6 @@ def reply_of(body: str) -> str:
     finish = choice.get("finish_reason")
     advice = " (raise --max-tokens)" if finish == "length" else ""
     raise UnjudgedError(f"a reply without text, finish_reason {finish}{advice}")
-
-
-def send(judge: Judge, messages: list[dict], parameters: dict, about: dict) -> tuple[int, str]:
-    """Status and body of the last of the client's tries; the replies to all of them go to
-    judge.raw. Raises UnjudgedError if no reply came."""
-    import openai
-
-    judge.here.replies = replies = []
-    failed = ""
-    try:
-        judge.client.chat.completions.with_raw_response.create(
-            model=judge.model, messages=messages, **parameters
-        )
-    except openai.APIStatusError:
-        pass  # its body is the last reply
-    except (openai.APIConnectionError, UnicodeError) as error:
-        cause = error.__cause__ or error
-        failed = hide(str(cause), judge.key) or type(cause).__name__
-    finally:  # before_request may have ended the tries
-        for status, body in replies:
-            row = about | {"status": status, "body": body, "tstamp": time.time()}
-            append(judge, judge.raw, row)
-    if failed:
-        raise UnjudgedError(failed)
-    return replies[-1]
 
 
 def ask(judge: Judge, talk: list[tuple[str, str]], about: dict) -> str:
@@ -195,34 +155,49 @@ def ask(judge: Judge, talk: list[tuple[str, str]], about: dict) -> str:
     digest = hashlib.sha256(json.dumps(whole).encode()).hexdigest()
     if digest in judge.kept:
         return judge.kept[digest]
-    parameters = judge.parameters
-    while True:
-        status, body = send(judge, messages, parameters, about | {"request": digest})
-        others = other_parameters(parameters, words(body)) if status in (400, 422) else None
-        if others is None:
-            break
+    judge.here.about = about | {"request": digest}
+    parameters, others = None, judge.parameters
+    while others != parameters:
         parameters = others
-    if status in STOPPING_STATUSES or 300 <= status < 400 or no_money(body):
-        raise InputError(f"{judge.address}: HTTP {status}: {words(body)}")
+        status, body = send(judge, messages, parameters)
+        if status in (400, 422):
+            others = other_parameters(parameters, words(body))
+    if status in STOPPING_STATUSES or no_money(body):
+        raise InputError(f"{judge.client.base_url}: HTTP {status}: {words(body)}")
     if status != 200:
         raise UnjudgedError(f"HTTP {status}: {words(body)}".rstrip(": "))
     if parameters != judge.parameters:
         judge.parameters = parameters
-        print(f"{judge.address} refused parameters; now sent: {json.dumps(parameters)}", flush=True)
+        print(f"the judge refused parameters; now sent: {json.dumps(parameters)}", flush=True)
     return reply_of(body)
 
 
-def other_parameters(parameters: dict, refusal: str) -> dict | None:
+def send(judge: Judge, messages: list[dict], parameters: dict) -> tuple[int, str]:
+    """Status and body of the reply to the last of the client's tries; after_response has appended
+    the replies to all of them to judge.raw. Raises UnjudgedError if the last try got none."""
+    import openai
+
+    create = judge.client.chat.completions.with_raw_response.create
+    try:
+        create(model=judge.model, messages=messages, **parameters)
+    except openai.APIStatusError:
+        pass
+    except (openai.APIConnectionError, UnicodeError) as error:
+        cause = error.__cause__ or error
+        reason = hide(str(cause), judge.client.api_key) or type(cause).__name__
+        raise UnjudgedError(reason) from None
+    return judge.here.reply
+
+
+def other_parameters(parameters: dict, refusal: str) -> dict:
     """What to send instead if a refusal names a parameter that was sent: newer models accept
-    max_completion_tokens only, and no temperature. None if it names neither."""
+    max_completion_tokens only, and no temperature. The same if it names neither."""
     others = dict(parameters)
     if "max_tokens" in others and re.search("max_(completion_)?tokens", refusal):
         others["max_completion_tokens"] = others.pop("max_tokens")
-        return others
-    if "temperature" in others and "temperature" in refusal:
-        del others["temperature"]
-        return others
-    return None
+    elif "temperature" in refusal:
+        others.pop("temperature", None)
+    return others
 
 
 def append(judge: Judge, path: Path, row: dict) -> None:
@@ -238,7 +213,7 @@ def end_in_whole_line(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:
             file.seek(0)
-            whole, _, last = file.read().rpartition(b"\n")
+            last = file.read().rpartition(b"\n")[2]
             if not last:
                 return
             begin = b'{"question_id": '

@@ -8,11 +8,8 @@ from evaluation.rows import named
 from support.files import InputError, read_json
 
 # Of score.json: the paper's family, the conventional one, the length.
-OVERLAP = (
-    *("bleu4_lf", "rouge1_lf", "rouge2_lf", "rougeL_lf"),
-    *("bleu4", "rouge1", "rouge2", "rougeL"),
-    "mean_prediction_tokens",
-)
+OVERLAP = "bleu4_lf rouge1_lf rouge2_lf rougeL_lf bleu4 rouge1 rouge2 rougeL".split()
+OVERLAP += ["mean_prediction_tokens"]
 BENCHMARKS = "Table 1. Arena-Hard (win rate, %) and MT-Bench, 95% intervals"
 HH = "Table 2. BLEU and ROUGE after training on HH-RLHF"
 ULTRAFEEDBACK = "Table 3. BLEU and ROUGE after training on UltraFeedback"
@@ -31,40 +28,31 @@ def run(flags: argparse.Namespace) -> None:
     if not flags.runs and not flags.hh_runs:
         raise InputError("wanted --runs or --hh-runs")
     tables = {BENCHMARKS: {}, HH: {}, ULTRAFEEDBACK: {}, LIKELIHOODS: {}}
-    for texts, title in ((flags.runs, ULTRAFEEDBACK), (flags.hh_runs, HH)):
-        for text in texts:
-            name, directory = named(text)
-            name = name or str(directory)
-            if not directory.is_dir() or name in tables[title]:
-                raise InputError(
-                    f"{text}: {'a second' if name in tables[title] else 'no'} directory of that "
-                    "name; wanted NAME=DIR, with what the other commands wrote"
-                )
-            scores = cells_of(directory / "score.json", "bleu4_lf", name)
-            tables[title][name] = dict.fromkeys(OVERLAP, "-") | scores
-            if title == ULTRAFEEDBACK:  # the paper judged only these models
-                tables[BENCHMARKS][name] = judged(directory, name)
-            if likely := cells_of(directory / "likelihood.json", "measures", name):
-                suffix = " (HH-RLHF)" if title == HH else ""
-                tables[LIKELIHOODS][name + suffix] = likely
+    given = [(text, ULTRAFEEDBACK, "") for text in flags.runs]
+    given += [(text, HH, " (HH-RLHF)") for text in flags.hh_runs]
+    for text, title, suffix in given:
+        name, directory = named(text)
+        name = name or str(directory)
+        if not directory.is_dir():
+            raise InputError(f"{text}: no directory; wanted NAME=DIR with files of --json")
+        if name in tables[title]:
+            raise InputError(f"{text}: a second directory of that name; wanted another NAME=DIR")
+        tables[title][name] = dict.fromkeys(OVERLAP, "-")
+        tables[title][name] |= cells_of(directory / "score.json", "bleu4_lf", name)
+        if title == ULTRAFEEDBACK:  # the paper judged only these models
+            tables[BENCHMARKS][name] = judged = {}
+            for bench in ("arena_hard", "mt_bench"):
+                for path in sorted(directory.glob(f"{bench}*.json")):
+                    if not path.name.endswith(".jsonl.json"):  # those say how answers were made
+                        judged |= cells_of(path, "models", name)
+        if likely := cells_of(directory / "likelihood.json", "measures", name):
+            tables[LIKELIHOODS][name + suffix] = likely
     for title, models in tables.items():
         if models:
             columns = list(dict.fromkeys(column for cells in models.values() for column in cells))
             columns = columns or ["Arena-Hard", "MT-Bench"]
             rows = [[name, *(cells.get(c, "-") for c in columns)] for name, cells in models.items()]
             print(f"{title}\n\n{table(['model', *columns], rows)}\n")
-
-
-def judged(directory: Path, name: str) -> dict[str, str]:
-    """Column -> score, of a directory's reports on a model."""
-    cells = {}
-    for path in [
-        *sorted(directory.glob("arena_hard*.json")),
-        *sorted(directory.glob("mt_bench*.json")),
-    ]:
-        if not path.name.endswith(".jsonl.json"):  # those say how answers were made
-            cells |= cells_of(path, "models", name)
-    return cells
 
 
 def cells_of(path: Path, key: str, name: str) -> dict[str, str]:
@@ -78,22 +66,20 @@ def cells_of(path: Path, key: str, name: str) -> dict[str, str]:
             return {measure: form.format(**of) for measure, of in found[key].items()}
         if key == "models":
             models = found[key]
-            alone = len(models) == 1 and name not in models
-            model = next(iter(models.values())) if alone else models[name]
+            only = next(iter(models.values())) if len(models) == 1 else None
+            model = models.get(name, only)
             column = f"{found['benchmark']}, {found['judge'] or 'battles'}"
             return {column: cell(next(iter(model["scores"].values())))}
         cells = {column: f"{found[column]:.2f}" for column in OVERLAP if column in found}
         return {key: f"{found[key]:.2f}"} | cells
-    except (KeyError, TypeError, AttributeError, ValueError, StopIteration):
+    except (LookupError, TypeError, AttributeError, ValueError, StopIteration):
         raise InputError(f"{path}: wanted what {WRITERS[key].format(name=name)} wrote") from None
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
-    uf = (
-        "models trained on UltraFeedback: directories with arena_hard*.json, mt_bench*.json, "
-        "score.json, likelihood.json"
-    )
     add = command.add_argument
-    add("--runs", nargs="+", default=[], metavar="NAME=DIR", help=uf)
+    text = "models trained on UltraFeedback: directories with arena_hard*.json, mt_bench*.json, "
+    text += "score.json, likelihood.json"
+    add("--runs", nargs="+", default=[], metavar="NAME=DIR", help=text)
     add("--hh-runs", nargs="+", default=[], metavar="NAME=DIR", help="models trained on HH-RLHF")

@@ -11,10 +11,22 @@ from judging import Files, complaint, run, write
 from model import save_model
 
 
-def report(capsys, tmp_path, *flags):
-    """(what --json has, what is printed)."""
-    assert run(*flags, "--json", tmp_path / "report.json") == 0
-    return json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
+@pytest.fixture
+def report(tmp_path, capsys):
+    """report(bench, *rows): (what --json has, what is printed), of rows of judgments if any."""
+
+    def make(bench, *rows, flag="--judgments", more=()):
+        read = [flag, write(tmp_path / "j.jsonl", rows)] if rows else []
+        assert run(bench, "report", *read, *more, "--json", tmp_path / "report.json") == 0
+        return json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
+
+    return make
+
+
+def only(report):
+    """The scores, without their intervals, and the counts of the one model of a report."""
+    of_model = report[0]["models"]["m"]
+    return {line: of and of["score"] for line, of in of_model["scores"].items()}, counts(of_model)
 
 
 def rating(number, turn, score, model="m", judge="gpt-4"):
@@ -27,32 +39,19 @@ def games(number, *labels, model="m"):
     return {"question_id": number, "model": model, "judge": "gpt-4", "games": played}
 
 
-def mt_report(capsys, tmp_path, *rows, more=()):
-    """(what --json has, what is printed) of MT-Bench judgments."""
-    path = write(tmp_path / "j.jsonl", rows)
-    return report(capsys, tmp_path, "mt-bench", "report", "--judgments", path, *more)
-
-
-def arena_report(capsys, tmp_path, *rows, flag="--judgments"):
-    path = write(tmp_path / "j.jsonl", rows)
-    return report(capsys, tmp_path, "arena-hard", "report", flag, path)
-
-
 def counts(of_model, *more):
     return [of_model[kind] for kind in ("judged", "missing", "duplicate", "unparsed", *more)]
 
 
-def test_mt_bench_scores_are_means_of_judged_turns_and_what_does_not_count_is_counted(
-    tmp_path, capsys
-):
+def test_mt_bench_scores_are_means_of_judged_turns_and_what_does_not_count_is_counted(report):
     rows = [rating(81, 1, 8), rating(81, 2, 6), rating(82, 1, 9.5), rating(82, 2, -1)]
     rows += [rating(111, 1, 3), rating(111, 1, 10), rating(111, 2, float("nan"))]
     rows += [rating(112, 1, None), rating(112, 2, "7"), rating(113, 1, True)]
     rows += [rating(81, 1, 1, "n"), rating(82, 1, 100, "n"), rating(83, 1, 0, "n")]
-    found, printed = mt_report(capsys, tmp_path, *rows)
+    found, printed = report("mt-bench", *rows)
     m, n = found["models"]["m"], found["models"]["n"]
     assert (found["benchmark"], found["judge"]) == ("MT-Bench", "gpt-4")
-    score = {line: of and of["score"] for line, of in m["scores"].items()}
+    score, _ = only((found, printed))
     assert score["overall"] == pytest.approx((8 + 6 + 9.5 + 3) / 4)
     assert score["turn 1"] == pytest.approx((8 + 9.5 + 3) / 3) and score["turn 2"] == 6
     assert score["writing"] == pytest.approx(23.5 / 3) and score["math"] == 3
@@ -65,87 +64,72 @@ def test_mt_bench_scores_are_means_of_judged_turns_and_what_does_not_count_is_co
     assert re.search(r"\| coding +\| - +\| - +\|", printed)
 
 
-def test_of_several_judgments_of_a_turn_the_first_valid_one_counts_or_all_as_in_fastchat(
-    tmp_path, capsys
-):
+def test_of_several_judgments_of_a_turn_the_first_valid_one_counts_or_all_as_in_fastchat(report):
     rows = [rating(81, 1, -1), rating(81, 1, 10), rating(81, 1, 4), rating(82, 1, 1)]
-    found, _ = mt_report(capsys, tmp_path, *rows)
-    m = found["models"]["m"]
-    assert m["scores"]["overall"]["score"] == (10 + 1) / 2
-    assert counts(m) == [2, 158, 2, 0]
-    found, _ = mt_report(capsys, tmp_path, *rows, more=["--every-judgment"])
-    assert found["models"]["m"]["scores"]["overall"]["score"] == (10 + 4 + 1) / 3
-    assert counts(found["models"]["m"]) == [2, 158, 2, 0]
-    found, _ = mt_report(capsys, tmp_path, rating(81, 1, -1), rating(81, 1, -1), rows[3])
-    assert counts(found["models"]["m"]) == [1, 158, 1, 1]
+    score, found = only(report("mt-bench", *rows))
+    assert score["overall"] == (10 + 1) / 2 and found == [2, 158, 2, 0]
+    score, found = only(report("mt-bench", *rows, more=["--every-judgment"]))
+    assert score["overall"] == (10 + 4 + 1) / 3 and found == [2, 158, 2, 0]
+    _, found = only(report("mt-bench", rating(81, 1, -1), rating(81, 1, -1), rows[3]))
+    assert found == [1, 158, 1, 1]
 
 
-def test_without_its_file_mt_benchs_questions_are_the_published_ones_ten_a_category(
-    tmp_path, capsys
-):
-    rows = [rating(81 + i, 1, 1 + i // 10) for i in range(80)]
-    scores = mt_report(capsys, tmp_path, *rows)[0]["models"]["m"]["scores"]
+def test_without_its_file_mt_benchs_questions_are_the_published_ones_ten_a_category(report):
+    score, _ = only(report("mt-bench", *(rating(81 + i, 1, 1 + i // 10) for i in range(80))))
     order = "writing roleplay reasoning math coding extraction stem humanities".split()
-    assert [scores[category]["score"] for category in order] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [score[category] for category in order] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_arena_hard_win_rate_is_the_bradley_terry_estimate_over_weighted_battles(tmp_path, capsys):
+def test_arena_hard_win_rate_is_the_bradley_terry_estimate_over_weighted_battles(report):
     labels = [("A>>B", "A>B"), ("A=B", "B>>A"), ("B>A", None), ("A>>A", "A<B"), ("B>>A", [])]
     rows = [games(f"q{i}", *of) for i, of in enumerate(labels)]
-    rows += [games("q0", "B>>A", "B>>A"), games("q9", "A>B")]
-    found, _ = arena_report(capsys, tmp_path, *rows)
-    m = found["models"]["m"]
+    score, found = only(
+        report("arena-hard", *rows, games("q0", "B>>A", "B>>A"), games("q9", "A>B"))
+    )
     # By hand: m is B in the first game and A in the second. Lost 3, won 1; half, lost 3; won 1;
     # won 3; lost 1.
     points, battles = 0 + 1 + 0.5 + 0 + 1 + 3 + 0, 3 + 1 + 1 + 3 + 1 + 3 + 1
-    assert m["scores"]["win rate"]["score"] == pytest.approx(100 * points / battles)
-    assert counts(m) == [7, 1000 - 11, 1, 4]
+    assert score["win rate"] == pytest.approx(100 * points / battles)
+    assert found == [7, 1000 - 11, 1, 4]
     # Bradley-Terry: the strength whose sigmoid makes the battles likeliest, by Newton's method.
     strength = 0.0
     for _ in range(50):
         p = 1 / (1 + exp(-strength))
         strength += (points - battles * p) / (battles * p * (1 - p))
-    assert m["scores"]["win rate"]["score"] == pytest.approx(100 / (1 + exp(-strength)))
+    assert score["win rate"] == pytest.approx(100 / (1 + exp(-strength)))
 
 
-def test_of_several_judgments_of_a_question_the_first_valid_verdict_of_each_game_counts(
-    tmp_path, capsys
-):
+def test_of_several_judgments_of_a_question_the_first_valid_verdict_of_each_game_counts(report):
     rows = [games("q", None, "A>B"), games("q", "A>B", "B>>A"), games("q", "B>>A")]
-    m = arena_report(capsys, tmp_path, *rows)[0]["models"]["m"]
-    assert m["scores"]["win rate"]["score"] == 50.0  # lost the first game once, won the second
-    assert counts(m) == [2, 998, 2, 0]
+    # Lost the first game once, won the second.
+    assert only(report("arena-hard", *rows)) == ({"win rate": 50.0}, [2, 998, 2, 0])
 
 
-def test_judgments_in_the_form_that_arena_hards_repository_has_now_are_read(tmp_path, capsys):
+def test_judgments_in_the_form_that_arena_hards_repository_has_now_are_read(report):
     row = {"uid": "0" * 32, "category": "arena-hard-v0.1", "judge": "any", "model": "m"}
     said = {"judgment": {"answer": "[[B>A]]"}, "prompt": []}
     row |= {"baseline": "gpt-4-0314", "games": [{"score": "B>A"} | said, {"score": "A>B"} | said]}
-    found, _ = arena_report(capsys, tmp_path, row, row | {"uid": "1" * 32, "games": [None, None]})
-    m = found["models"]["m"]
-    assert found["judge"] == "any" and m["scores"]["win rate"]["score"] == 100.0
-    assert counts(m) == [2, 996, 0, 2]
+    found = report("arena-hard", row, row | {"uid": "1" * 32, "games": [None, None]})
+    assert found[0]["judge"] == "any" and only(found) == ({"win rate": 100.0}, [2, 996, 0, 2])
 
 
-def test_weighted_battles_count_as_they_are_whichever_side_the_baseline_is_on(tmp_path, capsys):
-    def battle(a, b, winner):
-        return {"question_id": "q", "model_a": a, "model_b": b, "winner": winner}
-
-    base = "gpt-4-0314"
-    rows = [battle(base, "m", "model_b"), battle(base, "m", "tie"), battle("m", base, "model_a")]
-    rows += [battle("m", base, "model_b"), battle(base, "n", "model_a"), battle(base, "n", None)]
-    models = arena_report(capsys, tmp_path, *rows, flag="--battles")[0]["models"]
+def test_battles_count_whichever_side_the_baseline_is_on(report, tmp_path, capsys):
+    base, rows = "gpt-4-0314", []
+    for text in "B m model_b|B m tie|m B model_a|m B model_b|B n model_a|B n -".split("|"):
+        a, b, winner = text.replace("B", base).split()
+        rows.append({"question_id": "q", "model_a": a, "model_b": b, "winner": winner})
+    models = report("arena-hard", *rows, flag="--battles")[0]["models"]
     assert models["m"]["scores"]["win rate"]["score"] == pytest.approx(100 * 2.5 / 4)
     assert models["n"]["scores"]["win rate"] == {"score": 0.0, "low": 0.0, "high": 0.0}
     assert (models["m"]["battles"], models["n"]["unparsed"]) == (4, 1)
-    path = write(tmp_path / "b.jsonl", [battle("x", "y", "tie")])
+    path = write(tmp_path / "b.jsonl", [rows[0] | {"model_a": "x"}])
     code = run("arena-hard", "report", "--battles", path)
     assert f"{path}:1: " in complaint(capsys, code)
 
 
-def test_an_interval_is_that_of_a_mean_whose_units_are_drawn_anew(tmp_path, capsys):
+def test_an_interval_is_that_of_a_mean_whose_units_are_drawn_anew(report):
     def overall(*rows):
-        return mt_report(capsys, tmp_path, *rows)[0]["models"]["m"]["scores"]["overall"]
+        return report("mt-bench", *rows)[0]["models"]["m"]["scores"]["overall"]
 
     # 80 questions, each with two equal scores: the standard error is that of 80 numbers, not 160.
     scores = [1 + (i * 37) % 10 for i in range(80)]
@@ -159,20 +143,19 @@ def test_an_interval_is_that_of_a_mean_whose_units_are_drawn_anew(tmp_path, caps
 
 
 @needs_real
-def test_the_real_reports_are_the_published_ones(tmp_path, capsys):
+def test_the_real_reports_are_the_published_ones(report):
     mt_bench, arena_hard = REAL / "mt_bench", REAL / "arena_hard"
     judged = ["--judgments", mt_bench / "model_judgment/gpt-4_single.jsonl"]
-    found, printed = report(capsys, tmp_path, "mt-bench", "report", *judged)
+    found, printed = report("mt-bench", more=judged)
     for model, score in (("mamba_0_5_dpo_ep1", 7.121875), ("mamba_0_875_dpo_ep3", 6.36875)):
         of_model = found["models"][model]
         assert of_model["scores"]["overall"]["score"] == score and f"| {score} [" in printed
         assert counts(of_model) == [160, 0, 0, 0]
     judged += ["--questions", mt_bench / "question.jsonl"]
-    again, _ = report(capsys, tmp_path, "mt-bench", "report", *judged)
-    assert again == found
+    assert report("mt-bench", more=judged)[0] == found
 
     battles = ["--battles", arena_hard / "battles_gpt-4-0613.jsonl"]
-    found, printed = report(capsys, tmp_path, "arena-hard", "report", *battles)
+    found, printed = report("arena-hard", more=battles)
     rate = found["models"]["gpt-4-0613"]["scores"]["win rate"]
     assert "| 37.90 [" in printed and found["models"]["gpt-4-0613"]["battles"] == 1244
     assert rate["low"] == pytest.approx(35.77, abs=0.5)
@@ -180,40 +163,42 @@ def test_the_real_reports_are_the_published_ones(tmp_path, capsys):
 
     (path,) = (arena_hard / "model_judgment/gpt-4-1106-preview").glob("*.jsonl")
     judged = ["--judgments", path, "--questions", arena_hard / "question.jsonl"]
-    found, _ = report(capsys, tmp_path, "arena-hard", "report", *judged)
-    (of_model,) = found["models"].values()
+    (of_model,) = report("arena-hard", more=judged)[0]["models"].values()
     assert counts(of_model) == [367, 614, 0, 19]
 
 
-def test_reports_refuse_two_judges_other_questions_and_what_is_not_a_judgment(tmp_path, capsys):
-    path = tmp_path / "j.jsonl"
-
-    def refused(*rows, bench="mt-bench", more=()):
-        write(path, rows)
-        error = complaint(capsys, run(bench, "report", "--judgments", path, *more))
-        assert str(path) in error
-        return error
-
-    assert ":2: " in refused(rating(81, 1, 5), rating(82, 1, 5, judge="other"))
-    assert ":1: " in refused(rating(161, 1, 5)) and ":1: " in refused(rating([], 1, 5))
-    assert "turn 3" in refused(rating(81, 3, 5)) and ":1: " in refused(rating(81, 1, 5, model=None))
-    assert ":1: " in refused({"question_id": 81}) and "no judgment" in refused()
-    for played in (None, [{}] * 3):
-        assert ":1: " in refused(games("q") | {"games": played}, bench="arena-hard")
-    files = Files(tmp_path, "arena-hard")
-    error = refused(games("q"), bench="arena-hard", more=["--questions", files.questions])
-    assert "question_id 'q' is not one of" in error
+REFUSED = [
+    ([rating(81, 1, 5), rating(82, 1, 5, judge="other")], ":2: 'm' judged by 'other', above by"),
+    ([rating(161, 1, 5)], ":1: question_id 161 is not one of"),
+    ([rating([], 1, 5)], ":1: question_id [] is not one of"),
+    ([rating(81, 3, 5)], ":1: turn 3, wanted 1 or 2"),
+    ([rating(81, 1, 5, model=None)], ":1: None judged by"),
+    ([{"question_id": 81}], ":1: model, judge, score, turn is missing"),
+    ([], "no judgment in "),
+    ([games("q1") | {"games": None}], ":1: wanted a list of two games"),
+    ([games("q1", None, None, None)], ":1: wanted a list of two games"),
+    ([games("q")], ":1: question_id 'q' is not one of"),
+]
 
 
-def test_models_of_several_files_are_reported_side_by_side(tmp_path, capsys):
-    rows = {name: games("q", "A=B", label, model=name) for name, label in NAMES.items()}
-    paths = [write(tmp_path / f"{name}.jsonl", [row]) for name, row in rows.items()]
-    _, printed = report(capsys, tmp_path, "arena-hard", "report", "--judgments", *paths)
+@pytest.mark.parametrize(("rows", "said"), REFUSED)
+def test_reports_refuse_two_judges_and_what_is_no_judgment(tmp_path, capsys, rows, said):
+    path, flags = write(tmp_path / "j.jsonl", rows), ["mt-bench", "report"]
+    if rows and "games" in rows[0]:
+        questions = Files(tmp_path, "arena-hard").questions
+        flags = ["arena-hard", "report", "--questions", questions]
+    error = complaint(capsys, run(*flags, "--judgments", path))
+    assert str(path) in error and said in error
+
+
+def test_models_of_several_files_are_reported_side_by_side(report, tmp_path):
+    rows = [
+        games("q", "A=B", label, model=name) for name, label in (("one", "A=B"), ("two", "A>B"))
+    ]
+    paths = [write(tmp_path / f"{row['model']}.jsonl", [row]) for row in rows]
+    _, printed = report("arena-hard", more=["--judgments", *paths])
     assert re.search(r"\| Arena-Hard, gpt-4 \| one +\| two +\|", printed)
     assert re.search(r"\| win rate +\| 50\.00 \[.*?\] \| 75\.00 \[", printed)
-
-
-NAMES = {"one": "A=B", "two": "A>B"}
 
 
 def test_a_report_does_not_replace_the_judgments_it_read(tmp_path, capsys):
@@ -274,7 +259,7 @@ UNREADABLE = {
 def test_tables_name_what_they_cannot_read(tmp_path, capsys):
     assert "--runs or --hh-runs" in complaint(capsys, run("tables"))
     assert "nowhere" in complaint(capsys, run("tables", "--runs", f"x={tmp_path / 'nowhere'}"))
-    twice = [f"x={tmp_path}", f"x={tmp_path}"]
+    twice = [f"x={tmp_path}"] * 2
     assert "second" in complaint(capsys, run("tables", "--runs", *twice))
     for name, texts in UNREADABLE.items():
         for text in texts:
