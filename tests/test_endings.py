@@ -108,6 +108,23 @@ def test_a_checkpoint_that_cannot_be_removed_is_said_and_left_and_the_run_goes_o
     assert weights(out) == weights(whole)
 
 
+def test_a_checkpoint_can_be_read_by_others_than_its_owner(start, tmp_path):
+    out = tmp_path / "out"
+    assert main(*seven(start, out, "--save-every 3")) == 0
+    modes = {path.stat().st_mode & 0o777 for path in (out / "checkpoints").glob("step-*")}
+    assert modes == {0o755}
+
+
+def test_answers_that_begin_with_their_prompt_are_counted_in_the_header(start, tmp_path, capsys):
+    pairs = tmp_path / "p.jsonl"
+    row = {"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi no"}
+    pairs.write_text(json.dumps(row) + "\n")
+    model = ROOT / "examples/model"
+    assert main("--model", model, "--data", pairs, "--out", tmp_path / "o", "--max-steps 1") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "In 1 both answers begin with the prompt: left in by mistake?" in said
+
+
 def test_when_one_process_dies_the_others_say_so_in_one_line(capsys, monkeypatch):
     gloo = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:1234")
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
@@ -120,6 +137,8 @@ def test_when_one_process_dies_the_others_say_so_in_one_line(capsys, monkeypatch
     said = capsys.readouterr().err
     assert said == "train.py: another process of the run ended; its message says why\n"
     assert another_ended(dist.DistNetworkError("x")) and not another_ended(RuntimeError("a bug"))
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    assert not another_ended(gloo)  # the network of a single process is its own fault
 
 
 def test_a_read_error_of_one_process_is_the_only_line_of_two(start, tmp_path):
