@@ -299,16 +299,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        gate_TF, up_TF = self.gate_proj(x_TD), self.up_proj(x_TD)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return self.down(gate_TF, up_TF)
-        # Saves gate and up for backward. silu(gate) and the product are recomputed there, the
-        # matrix product is not. torch.compile does this by itself.
-        return checkpoint(self.down, gate_TF, up_TF, use_reentrant=False, preserve_rng_state=False)
-
-    def down(self, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-        """The second half, after the projections of x."""
-        return self.down_proj(F.silu(gate_TF) * up_TF)
+        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
 
 
 class Block(nn.Module):
