@@ -256,7 +256,7 @@ class Storages(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype, scale_bytes", [(torch.bfloat16, 4), (torch.float64, 8)])
 def test_norm_keeps_a_number_per_token_and_mlp_four_wide_tensors_for_backward(dtype, scale_bytes):
-    """The norm a number per row beside its input, the MLP gate and up of its four wide tensors."""
+    """The norm keeps a number per token beside its input."""
     (x,) = randoms((5, 32), dtype=dtype)
     mlp, norm = model.MLP(tiny_config()).to(dtype), RMSNorm(32, 0.1).to(dtype)
     for module, kept in ((norm, 5 * scale_bytes), (mlp, 4 * 5 * 48 * dtype.itemsize)):
