@@ -304,10 +304,14 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """A layer: pre-norm attention and pre-norm MLP, each added to the residual. `attend` is
-    `attention`, or in generation one that keeps keys and values."""
+    `attention`, or in generation one that keeps keys and values.
+
+    A block with `recompute` keeps only its input for backward, which computes the rest again.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
+        self.recompute = False
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -320,6 +324,20 @@ class Block(nn.Module):
         segments: Segments | None,
         attend: Callable = attention,
     ) -> Tensor:
+        if torch.is_grad_enabled() and self.recompute:
+            # Inside the block, so that the compiler sees both passes: around the compiled block,
+            # down_proj would be recomputed too, although backward does not need its output.
+            return checkpoint(self.layer, x_TD, rope, segments, attend, use_reentrant=False)
+        return self.layer(x_TD, rope, segments, attend)
+
+    def layer(
+        self,
+        x_TD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        segments: Segments | None,
+        attend: Callable,
+    ) -> Tensor:
+        """The output (T, D) of the block."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, segments, attend)
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
@@ -426,7 +444,6 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False  # True: keep only each block's input, recompute in backward
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -436,6 +453,12 @@ class Llama(nn.Module):
         )
         # A tied model uses the embedding. Registered twice, .to() could make two copies of it.
         self.lm_head = None if config.tie_word_embeddings else Head(config)
+
+    def recompute(self, blocks: int) -> None:
+        """Lets the first `blocks` blocks recompute in backward. The last ones, which backward frees
+        first, keep what they computed."""
+        for i, block in enumerate(self.model["layers"]):
+            block.recompute = i < blocks
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns mean_R and sum_R, the mean and summed log-prob of each response in nats, at least
@@ -466,10 +489,7 @@ class Llama(nn.Module):
         rope = rope_tables(self.config, positions_T)
         layers = self.model["layers"]
         for block, attend in zip(layers, attends or [attention] * len(layers), strict=True):
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x_TD = checkpoint(block, x_TD, rope, segments, attend, use_reentrant=False)
-            else:
-                x_TD = block(x_TD, rope, segments, attend)
+            x_TD = block(x_TD, rope, segments, attend)
         return x_TD
 
     def output(self, hidden_SD: Tensor, target_S: Tensor | None = None) -> Tensor:

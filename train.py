@@ -157,8 +157,10 @@ class Config:
         "truncate", "too long a response: cut its end, or drop its pair. OPEN", ("truncate", "drop")
     )
     skip_bad_lines: bool = flag(False, "count malformed lines instead of stopping at them")
-    max_tokens_per_gpu: int = flag(
-        8192, "packed tokens of a micro-batch on one process: bounds memory, same update"
+    max_tokens_per_gpu: int | None = flag(
+        None,
+        "packed tokens of a micro-batch on one process: bounds memory, same update (default: 8192; "
+        "16384 on GPUs with room for it)",
     )
     share_prompt: bool = flag(True, "compute each prompt once for both responses; same numbers")
 
@@ -167,10 +169,14 @@ class Config:
         "auto", "of matrix products: bf16 on CUDA, fp32 on a CPU. OPEN", ("auto", "fp32", "bf16")
     )
     checkpoint_blocks: str = flag(
-        "auto", "recompute blocks in backward to save memory: on for CUDA", ("auto", "on", "off")
+        "auto",
+        "how many blocks backward computes again to save memory: a number, on (all), off (none); "
+        "auto: on GPUs as few as memory allows, none on a CPU",
     )
     compile: str = flag(
-        "auto", "compile each block, once for all lengths: on for CUDA", ("auto", "on", "off")
+        "auto",
+        "compile each block, once for all lengths: on for CUDA and 50 M parameters or more",
+        ("auto", "on", "off"),
     )
     replicas: int = flag(1, "hybrid sharding: groups of processes with a whole model each")
 
@@ -182,9 +188,14 @@ class Config:
     resume: str | None = flag(
         None, "resume the run in this directory; without one, resume or begin the run in --out"
     )
+    peak_tflops: float | None = flag(
+        None,
+        "bf16 TFLOP/s of a device, for MFU and HFU (default: known for A100, H100, H200, B200)",
+    )
     plan: int | None = flag(
         None, "print steps, FLOPs and memory of the run on so many GPUs, and stop; no weights read"
     )
+    gpu_memory: float | None = flag(None, "with --plan: GiB of each GPU, to choose as a run would")
 
     def __post_init__(self):
         for names, wanted, allowed in RANGES:
@@ -195,6 +206,13 @@ class Config:
             )
         if self.ipo_sum and self.loss != "ipo":
             raise InputError(f"--ipo-sum goes with --loss ipo, found --loss {self.loss}")
+        blocks = self.checkpoint_blocks
+        if blocks not in ("auto", "on", "off") and not (blocks.isascii() and blocks.isdigit()):
+            raise InputError(
+                f"--checkpoint-blocks is {blocks}, wanted auto, on, off or a number of blocks"
+            )
+        if self.gpu_memory and not self.plan:
+            raise InputError("--gpu-memory goes with --plan")
         if not self.model or not self.data:
             raise InputError("--model and --data go together (with neither, the example runs)")
         if (self.eval_every or self.samples) and not self.eval_data:
@@ -219,7 +237,7 @@ class Config:
 
 SMALLEST = torch.finfo(torch.float32).smallest_normal  # below it, numbers are flushed to 0
 RANGES = (
-    ("lr temperature", "a number above 0", lambda x: 0 < x < math.inf),
+    ("lr temperature peak_tflops gpu_memory", "a number above 0", lambda x: 0 < x < math.inf),
     ("eps adam_eps", "1.2e-38 or more, fp32's smallest", lambda x: SMALLEST <= x < math.inf),
     ("max_grad_norm", "a number above 0", lambda x: x > 0),  # inf: no clipping
     ("epochs max_steps pairs_per_step max_tokens max_tokens_per_gpu", "1 or more", lambda x: x > 0),
@@ -282,11 +300,11 @@ def train(run: "Run", done: int) -> None:
         drawn = [i for by_rank in micro_batches for indexes in by_rank for i in indexes]
 
         sums, losses = Sums(), []
-        for indexes in micro_batches[rank]:
+        for i, indexes in enumerate(micro_batches[rank]):
+            reduce_gradients(model, run.mesh, last=i + 1 == len(micro_batches[rank]))
             loss_B, metrics, present_B = step_loss(model, pairs, indexes)
             # A pair weighs 1/pairs_per_step, also in an epoch's short last step. FSDP averages
-            # gradients over processes, hence `world`. It does so in every micro-batch: if it
-            # waited for the last, each process would keep the whole model's gradients until then.
+            # gradients over processes, hence `world`.
             ((loss_B * present_B).sum() * (world / config.pairs_per_step)).backward()
             sums.add(metrics, present_B)
             losses.append((indexes, loss_B.detach()))
@@ -305,9 +323,7 @@ def train(run: "Run", done: int) -> None:
 
         # Metrics are those of the weights before this update.
         row = {"step": step + 1, "epoch": pairs.epochs_done(step + 1), **means, "lr": rate}
-        row |= {"grad_norm": norm} | speed(
-            pairs.sizes[drawn], time.perf_counter() - started, pairs.device
-        )
+        row |= {"grad_norm": norm} | speed(run, drawn, time.perf_counter() - started)
         run.log.step(row, run.steps)
         last = step + 1 == run.steps
         if run.held_out and (last or due(config.eval_every, step + 1)):
@@ -357,6 +373,7 @@ class Pairs:
     def __init__(self, pairs: list[Pair], config: Config, device: str):
         self.pairs, self.config, self.device = pairs, config, device
         self.sizes = np.array([pair.packed_tokens(config.share_prompt) for pair in pairs])
+        self.max_tokens = config.max_tokens_per_gpu or 8192  # of a micro-batch
         # A live copy, or numbers of shape (pairs, 2, 2): [pair, chosen or rejected, mean or sum].
         self.reference: Llama | Tensor | None = None
 
@@ -373,12 +390,13 @@ class Pairs:
         """[process][micro-batch] -> indexes of the pairs of update `step` (from 0)."""
         c = self.config
         seed = c.seed if c.shuffle else None
-        return plan_step(self.sizes, c.pairs_per_step, seed, step, processes, c.max_tokens_per_gpu)
+        return plan_step(self.sizes, c.pairs_per_step, seed, step, processes, self.max_tokens)
 
     def split(self) -> list[list[int]]:
         """All pairs once, as this process's micro-batches."""
-        everything, limit = np.arange(len(self.pairs)), self.config.max_tokens_per_gpu
-        return split_pairs(everything, self.sizes, dist.get_world_size(), limit)[dist.get_rank()]
+        everything = np.arange(len(self.pairs))
+        every = split_pairs(everything, self.sizes, dist.get_world_size(), self.max_tokens)
+        return every[dist.get_rank()]
 
     def batch(self, indexes: list[int]) -> tuple[list[int], Batch, Tensor]:
         """Returns the indexes, their packed batch, and a 0/1 weight per pair.
@@ -557,6 +575,18 @@ def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
     register_fsdp_forward_method(model, "logits")
 
 
+def reduce_gradients(model: Llama, mesh: DeviceMesh, last: bool) -> None:
+    """Says what FSDP does with the gradients of the next micro-batch; `last` of its step.
+
+    Sharded over several processes, they are reduced in every micro-batch: until then, each process
+    holds those of the whole model. What needs no memory waits for the last one: the copies of a
+    mesh of one, and the sum over replicas.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or mesh.size() > 1)
+        model.set_requires_all_reduce(last)
+
+
 def reshard(model: Llama) -> None:
     """Frees the weights that a forward pass without backward left gathered. Until then,
     parameters() are not the ones that are trained."""
@@ -565,12 +595,15 @@ def reshard(model: Llama) -> None:
             module.reshard()
 
 
+COMPILE_PARAMETERS = 50_000_000  # a smaller model's run is over before compilation has paid
+
+
 def build_model(config: Config, mesh: DeviceMesh) -> Llama:
     """The starting model in fp32, sharded. Each process reads only its own rows of the files."""
     with torch.device("meta"):
         model = Llama(LlamaConfig.load(config.model))
-    on = {"auto": mesh.device_type == "cuda", "on": True, "off": False}
-    model.checkpoint_blocks = on[config.checkpoint_blocks]
+    worthwhile = sum(p.numel() for p in model.parameters()) >= COMPILE_PARAMETERS
+    on = {"auto": mesh.device_type == "cuda" and worthwhile, "on": True, "off": False}
     if on[config.compile]:
         for block in model.model["layers"]:
             block.compile(dynamic=True)
@@ -629,6 +662,7 @@ def run(config: Config) -> None:
         )
     llama = LlamaConfig.load(config.model)
     config = dataclasses.replace(config, max_tokens=resolve_max_tokens(config.max_tokens, llama))
+    memory.recomputed_blocks(config.checkpoint_blocks, llama.num_hidden_layers, False)  # may raise
     if config.plan:
         if "RANK" in os.environ:
             raise InputError("--plan runs in one process: python train.py, without torchrun")
@@ -662,14 +696,24 @@ def run(config: Config) -> None:
             "directory on a shared disk"
         )
     log.say(header(config, out, model, parts, counts, steps, chat is not None))
-    facts = json.dumps(run_facts(config, model, counts, steps, marks), indent=2) + "\n"
-    record = partial(write_whole, out / "config.json", facts)
+    facts = run_facts(config, model, counts, steps, marks)
+
+    def record() -> None:
+        write_whole(out / "config.json", json.dumps(facts, indent=2) + "\n")
+
     on_first_process(lambda: (out / "config.json").exists() or record())
     if config.loss_row.reference:
         cache = Path(config.reference_cache or out / "reference.safetensors")
         attach_reference(config, mesh, model, parts, key, cache)
     optimizer = make_optimizer(config, model)
-    memory.rehearse(model, parts[0], steps, lambda indexes: step_loss(model, parts[0], indexes)[0])
+
+    def losses_of(indexes: list[int], last: bool) -> Tensor:
+        reduce_gradients(model, mesh, last)
+        return step_loss(model, parts[0], indexes)[0]
+
+    gpu = memory.Gpu() if mesh.device_type == "cuda" else None
+    facts |= {"memory": memory.rehearse(model, parts[0], steps, losses_of, log.say, gpu)}
+    on_first_process(lambda: config.resume is not None or record())
 
     fixed = {name: value for name, value in vars(config).items() if name not in MAY_CHANGE}
     identity = checksum(marks | fixed)
@@ -686,10 +730,9 @@ def run(config: Config) -> None:
     elif held_out:
         evaluate(model, held_out, log, 0, list(map(answers, prompts)))
     with StopRequest() as stop:  # also during the export: the first signal lets it finish
-        train(
-            Run(config, mesh, model, optimizer, parts[0], held_out, steps, log, stop, identity),
-            state["step"],
-        )
+        whole = Run(config, mesh, model, optimizer, parts[0], held_out, steps, log, stop, identity)
+        with memory.advising("in a step", model, parts[0]):
+            train(whole, state["step"])
         checkpoints.stop_unless_finite(checkpoints.trained_tensors(model, optimizer), steps)
         after = list(map(answers, prompts))
         on_first_process(lambda: [flush(path) for path in out.glob("*.jsonl")])
@@ -748,15 +791,16 @@ def plan(config: Config, llama: LlamaConfig, gpus: int) -> None:
     memory.init_fake_group(gpus)
     pairs = read_pairs(config, llama, "cpu")[0][0]
 
-    def build(mesh: DeviceMesh) -> tuple[Llama, torch.optim.AdamW]:
+    def build(mesh: DeviceMesh, recomputed: int) -> tuple:
         with torch.device("meta"):
             model = Llama(llama)
-        model.checkpoint_blocks = config.checkpoint_blocks != "off"
+        model.recompute(recomputed)
         shard(model, mesh, torch.bfloat16)
         model.to_empty(device="cpu")
-        return model, make_optimizer(config, model)
+        return model, make_optimizer(config, model), partial(reduce_gradients, model, mesh)
 
-    memory.print_plan(pairs, count_steps(pairs), gpus, llama, expected_shapes(llama), build)
+    parameters = sum(map(math.prod, expected_shapes(llama).values()))
+    memory.print_plan(pairs, count_steps(pairs), gpus, llama, parameters, build)
 
 
 MEMORY_ADVICE = (

@@ -20,7 +20,7 @@ In reading order
     PARTS, main                         the parts and their order
 
 Figures of steps are medians over the steps after WARMUP. MFU is 3 times support.memory's
-forward_flops over the peak of the card: recomputed work counts once. "padded" is what a trainer
+pair_flops over the peak of the card: recomputed work counts once. "padded" is what a trainer
 that pads computes: the same pairs in groups of four, each sequence as long as the longest of its
 group, no prompt shared. (Responses are made longer, so that the padding passes the head as well.)
 
@@ -56,7 +56,7 @@ import train as train_py
 from data import Pair
 from model import LlamaConfig, Segments, expected_shapes
 from support.flags import parse
-from support.memory import forward_flops
+from support.flops import pair_flops
 from support.processes import peak_memory_gib
 
 IDS = {"bos_token_id": 128000, "eos_token_id": (128001, 128009)}
@@ -350,8 +350,7 @@ def step(a: argparse.Namespace) -> None:
     for row in rows[WARMUP:]:
         drawn = pairs[(row["step"] - 1) * row["pairs"] : row["step"] * row["pairs"]]
         assert sum(pair.packed_tokens(share) for pair in drawn) == row["tokens"]
-        forward = forward_flops(config, expected_shapes(config), drawn, share)
-        flops.append(3 * forward / row["seconds"])
+        flops.append(3 * pair_flops(config, drawn, share)[:, :2].sum() / row["seconds"])
     names = ("seconds", "tokens_per_s", "pairs_per_s", "peak_memory_gib", "pairs")
     found = {name: statistics.median(row[name] for row in rows[WARMUP:]) for name in names}
     found["mfu"] = statistics.median(flops) / (a.peak_tflops * 1e12)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from support.export import CHAT_TEMPLATE, source_template
 from support.files import InputError, naming, read_json, write_whole
 from support.flags import command_line
+from support.flops import pair_flops, peak_tflops, utilisation
 from support.processes import choose_device, peak_memory_gib
 
 # Metrics of a step in the order of its line, with their formats. A loss may lack some of them.
@@ -108,18 +109,26 @@ def device_name(config) -> str:
     return f"CPU ({torch.get_num_threads()} threads)"
 
 
-def speed(sizes: np.ndarray, seconds: float, device: str) -> dict[str, float]:
-    """Size, speed and peak memory (the largest of all processes) of a step. To be called on every
-    process. sizes: tokens of its pairs."""
-    peak = torch.tensor(peak_memory_gib(), device=device)
+def speed(run, drawn: list[int], seconds: float) -> dict[str, float]:
+    """Size, speed, utilisation and peak memory (the largest of all processes) of a step. To be
+    called on every process. run: train.Run; drawn: indexes of the step's pairs."""
+    peak = torch.tensor(peak_memory_gib(), device=run.pairs.device)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
-    pairs, tokens = len(sizes), int(sizes.sum())
+    tokens, peak_of_one = int(run.pairs.sizes[drawn].sum()), run.config.peak_tflops or peak_tflops()
+    used = {}
+    if peak_of_one:
+        pairs = [run.pairs.pairs[i] for i in drawn]
+        flops = pair_flops(run.model.config, pairs, run.config.share_prompt).sum(0)
+        blocks = [block.recompute for block in run.model.model["layers"]]
+        share, available = sum(blocks) / len(blocks), dist.get_world_size() * peak_of_one * 1e12
+        used = utilisation(*flops, share, seconds, available)
     return {
-        "pairs": pairs,
+        "pairs": len(drawn),
         "tokens": tokens,
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
-        "pairs_per_s": pairs / seconds,
+        "pairs_per_s": len(drawn) / seconds,
+        **used,
         "peak_memory_gib": float(peak),
     }
 
@@ -164,8 +173,8 @@ class Log:
         text = (
             f"step {row['step']}/{steps} epoch {row['epoch']:.2f} | {formatted(row, STEP)} | "
             f"lr {row['lr']:.2e} norm {row['grad_norm']:.3f} | {row['tokens_per_s']:,.0f} tokens/s "
-            f"{row['pairs_per_s']:.1f} pairs/s {minutes}:{seconds:02d} left "
-            f"{row['peak_memory_gib']:.2f} GiB"
+            f"{row['pairs_per_s']:.1f} pairs/s {formatted(row, 'mfu:.1% peak_memory_gib:.2f')} GiB "
+            f"{minutes}:{seconds:02d} left"
         )
         if self.moving:
             text = "\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1]

@@ -1,13 +1,23 @@
-"""Memory before it is needed: the largest micro-batches, tried first or simulated; FLOPs.
+"""Memory before it is needed: the costliest micro-batches, tried first or simulated.
 
-largest_micro_batches    the micro-batches that take most memory over the whole run
-rehearse                 runs them before the first step, so that too little memory shows there
-simulated_peak           their peak on N GPUs, without a GPU (--plan N)
-forward_flops            FLOPs of a forward pass
+In reading order
+    pair_bytes, costliest       the micro-batches that take most memory over the whole run
+    measure, rehearse           runs them before the first step, so that too little memory shows
+                                there; chooses how many blocks are recomputed
+    fewest_recomputed           the same choice by simulation
+    simulated_peak, print_plan  the peak on N GPUs, without a GPU (--plan N)
+
+The policy of --checkpoint-blocks auto on GPUs: first keep blocks, then enlarge micro-batches. On
+the GPU where both were measured (docs/gpu.md), a 3B model gained 27% by keeping all of its blocks,
+and 6% by micro-batches twice as large.
 """
 
+import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,131 +26,342 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from support.files import InputError
+from support.flops import pair_flops
 from support.processes import StoppedError, out_of_memory
 
+MARGIN = 0.04  # of a GPU's memory is left free: for gaps between tensors and what grows later
+LARGER = 2  # how many times the default micro-batch a GPU with room gets: more was not measured
+MicroBatch = list[int]  # indexes of pairs
 
-def largest_micro_batches(
-    plans: Iterable[list[list[list[int]]]], sizes: np.ndarray
-) -> list[list[int]]:
-    """The largest micro-batch of the run, then the largest that is not the first of its step and so
-    runs beside gradients (if steps have several). In this order they take the run's peak memory.
+
+def recomputed_blocks(choice: str, layers: int, on_gpu: bool) -> int | None:
+    """How many blocks --checkpoint-blocks recomputes; None: as few as a measurement allows. Raises
+    InputError for more blocks than there are."""
+    if choice == "auto":
+        return None if on_gpu else 0
+    if choice in ("on", "off"):
+        return layers if choice == "on" else 0
+    if int(choice) > layers:
+        raise InputError(f"--checkpoint-blocks is {choice}, but the model has {layers} blocks")
+    return int(choice)
+
+
+def pair_bytes(llama, pairs, recomputed: int) -> np.ndarray:
+    """About how many bytes each pair takes between forward and backward: enough to tell which
+    micro-batch is the costliest, not what it takes.
+
+    The head keeps the logits of the scored tokens; a block keeps what its products need, or only
+    its input. llama: model.LlamaConfig; pairs: train.Pairs.
+    """
+    heads = 2 * llama.num_attention_heads + 4 * llama.num_key_value_heads
+    kept = 4 * llama.intermediate_size + 4 * llama.hidden_size + heads * llama.head_dim
+    numbers = (llama.num_hidden_layers - recomputed) * kept + recomputed * llama.hidden_size
+    if recomputed:
+        numbers += kept  # of the block that backward has just computed again
+    scored = np.array([len(pair.chosen) + len(pair.rejected) for pair in pairs.pairs])
+    return 2 * (pairs.sizes * numbers + scored * llama.vocab_size)  # 2 bytes each, as bf16
+
+
+class Costliest(NamedTuple):
+    """What `costliest` finds in a run."""
+
+    steps: list[list[MicroBatch]]  # each with one or two micro-batches, to be run like a step's
+    count: float  # micro-batches of a step, on each process
+    mean: float  # tokens of a micro-batch
+    most: int  # tokens of the largest one
+
+
+def costliest(
+    plans: Iterable[list[list[MicroBatch]]], sizes: np.ndarray, costs: list[np.ndarray]
+) -> Costliest:
+    """For each of `costs` (bytes of each pair), the costliest micro-batch of the run, and after it
+    the costliest that is not the first of its step and so runs beside gradients (if there is one).
 
     plans: of every step, [process][micro-batch] -> indexes of pairs; sizes: tokens of each pair.
     """
-    first, later = [], []
-    for of_step in plans:
-        for of_process in of_step:
-            first.append(of_process[0])
-            later += of_process[1:]
-    return [
-        max(micro_batches, key=lambda indexes: sizes[indexes].sum())
-        for micro_batches in (first, later)
-        if micro_batches
-    ]
+    best: list[list[tuple[float, MicroBatch]]] = [[(-1, []), (-1, [])] for _ in costs]
+    steps = count = tokens = most = 0
+    for plan in plans:
+        steps += 1
+        for micro_batches in plan:
+            for i, indexes in enumerate(micro_batches):
+                size, later = int(sizes[indexes].sum()), int(i > 0)
+                count, tokens, most = count + 1, tokens + size, max(most, size)
+                for cost, best_of in zip(costs, best, strict=True):
+                    if (found := float(cost[indexes].sum())) > best_of[later][0]:
+                        best_of[later] = (found, indexes)
+    found = [[indexes for cost, indexes in best_of if cost >= 0] for best_of in best]
+    distinct = [step for i, step in enumerate(found) if step not in found[:i]]
+    return Costliest(distinct, count / steps / len(plan), tokens / count, most)
 
 
-def rehearse(model: nn.Module, pairs, steps: int, losses_of: Callable[[list[int]], Tensor]) -> None:
-    """Runs forward and backward of the largest micro-batches beside weights and moments, without
-    an update. Running out of memory then shows in the first minute, not in the hour in which such
-    a batch is drawn: raises StoppedError with advice.
+# ----------------------------------------------------------------------------------- rehearsal
 
-    pairs: train.Pairs. losses_of(indexes) is the loss of each of these pairs.
-    """
-    config, longest = pairs.config, int(pairs.sizes.max())
-    processes = dist.get_world_size()
-    plans = (pairs.plan(step, processes) for step in range(steps))
-    try:
-        for indexes in largest_micro_batches(plans, pairs.sizes):
+
+class Gpu:
+    """Memory of this process's GPU, in bytes."""
+
+    def available(self) -> int:
+        """All but what other programs and CUDA itself have."""
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated()
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+
+
+class Measured(NamedTuple):
+    """Bytes that a rehearsal took on this process."""
+
+    held: list[int]  # after the forward pass of each micro-batch
+    peak: int
+
+
+def measure(
+    model: nn.Module,
+    pairs,
+    steps: list[list[MicroBatch]],
+    recomputed: int,
+    losses_of: Callable[[MicroBatch, bool], Tensor],
+    gpu: Gpu | None,
+) -> Measured:
+    """Forward and backward of these micro-batches with so many blocks recomputed, without an
+    update. Raises StoppedError with advice if memory does not suffice."""
+    model.recompute(recomputed)
+    held, peak = [], 0
+    for step in steps:
+        if gpu:
+            gpu.reset_peak()
+        for i, indexes in enumerate(step):
             tokens = int(pairs.sizes[indexes].sum())
-            (losses_of(indexes).sum() * 0).backward()
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        if tokens > longest:
-            now, less = config.max_tokens_per_gpu, max(tokens // 2, longest)
-            advice = f"lower --max-tokens-per-gpu from {now} to {less}"
-        else:
-            now, less = config.max_tokens, config.max_tokens // 2
-            advice = (
-                f"that is one pair: lower --max-tokens from {now} to {less}, or use more processes"
-            )
-        if not model.checkpoint_blocks:
-            advice += ", or pass --checkpoint-blocks on"
-        raise StoppedError(
-            f"out of memory in the run's largest micro-batch, {tokens} tokens; {advice}"
-        ) from None
-    model.zero_grad()
+            where = f"in the run's costliest micro-batch, {tokens} tokens"
+            with advising(where, model, pairs, tokens):
+                loss = losses_of(indexes, i + 1 == len(step)).sum() * 0
+                held.append(gpu.allocated() if gpu else 0)
+                loss.backward()
+                del loss
+        peak = max(peak, gpu.peak() if gpu else 0)
+        model.zero_grad()
+    return Measured(held, peak)
 
 
-def simulated_peak(
-    build: Callable[[DeviceMesh], tuple[nn.Module, torch.optim.Optimizer]], batches: list, gpus: int
-) -> dict[str, float]:
-    """GiB by kind ("total" among them) at the peak of one of `gpus` CUDA devices.
+def rehearse(
+    model: nn.Module,
+    pairs,
+    steps: int,
+    losses_of: Callable[[MicroBatch, bool], Tensor],
+    say: Callable[[str], None],
+    gpu: Gpu | None,
+) -> dict[str, int]:
+    """Runs the run's costliest micro-batches beside weights and moments, and with --checkpoint-
+    blocks auto chooses how many blocks are recomputed, the same on all processes.
 
-    The batches run forward and backward with fake tensors, under torch's memory tracker, on the
-    first process of a fake group. build(mesh) makes the sharded model and its optimizer. Memory
-    that the allocator wastes, and CUDA's own, come on top.
+    Running out of memory then shows in the first minute, not in the hour in which such a batch is
+    drawn. A kept block adds to the memory at any moment at most what it keeps, so all others follow
+    from two measurements: with every block recomputed, and with one kept. What that leaves free is
+    measured again. No process ever runs out of memory while it tries: the others would wait for it.
+
+    model: model.Llama; pairs: train.Pairs, whose max_tokens may be raised. losses_of(indexes, last)
+    gives each pair's loss; `last` of its step. gpu: None on a CPU, where nothing can be measured.
+    Returns and says what was chosen.
     """
-    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+    layers, choice = len(model.model["layers"]), pairs.config.checkpoint_blocks
+    fixed = recomputed_blocks(choice, layers, gpu is not None)
 
-    mesh = init_device_mesh("cpu", (gpus,))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model, optimizer = build(mesh)
-        # The moments exist already; the update itself is fused and allocates nothing.
-        tracker = FSDPMemTracker(model, optimizer)
-        with tracker:
-            for batch in batches:
-                tracker.reset_mod_stats()  # or it takes a second forward pass for a mistake
-                model(batch)[0].sum().backward()
-        (peak,) = tracker.get_tracker_snapshot("peak").values()
-    names = {kind: str(kind).split(".")[-1].lower().replace("_", " ") for kind in peak}
-    return {names[kind]: size / 2**30 for kind, size in peak.items() if size}
+    def costliest_of(numbers: Iterable[int]) -> Costliest:
+        costs = [pair_bytes(model.config, pairs, recomputed) for recomputed in numbers]
+        return costliest(planned(pairs, steps, dist.get_world_size(), say), pairs.sizes, costs)
+
+    def try_with(recomputed: int) -> Measured:
+        return measure(model, pairs, found.steps, recomputed, losses_of, gpu)
+
+    found = costliest_of([layers, 0] if fixed is None else [fixed])
+    resting = gpu.allocated() if gpu else 0
+    recomputed = layers if fixed is None else fixed
+    tried = try_with(recomputed)
+    if fixed is None:
+        limit = gpu.available() * (1 - MARGIN)
+        with_one_kept = try_with(layers - 1)
+        both = zip(tried.held, with_one_kept.held, strict=True)
+        one = max(1, *(kept - none for none, kept in both))  # bytes that a kept block takes
+        while more := min(recomputed, smallest((limit - tried.peak) // one, pairs.device)):
+            recomputed -= more
+            tried = try_with(recomputed)
+        larger = may_enlarge(pairs.config, recomputed, tried.peak, resting, limit)
+        if smallest(larger, pairs.device):
+            pairs.max_tokens *= LARGER
+            found = costliest_of([0])
+            tried = try_with(0)
+    text = f"recomputes {recomputed} of {layers} blocks"
+    if gpu:
+        peak, available = tried.peak / 2**30, gpu.available() / 2**30
+        text += f"; {peak:.1f} of {available:.1f} GiB at the peak"
+    say(f"  memory     {text}\n  batches    {describe(found, pairs)}")
+    return {"recomputed_blocks": recomputed, "max_tokens_per_gpu": pairs.max_tokens}
 
 
-def print_plan(pairs, steps: int, gpus: int, llama, shapes: dict, build: Callable) -> None:
-    """Prints the steps, FLOPs and memory of a run of `pairs` (train.Pairs) on `gpus` devices.
+def smallest(number: float, device: str) -> int:
+    """The smallest of all processes' numbers, at least 0."""
+    found = torch.tensor(max(0, int(number)), device=device)
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return int(found)
 
-    llama: LlamaConfig; shapes: of its weights, by key; build: as in `simulated_peak`.
-    """
-    config, sizes = pairs.config, pairs.sizes
-    largest = largest_micro_batches((pairs.plan(step, gpus) for step in range(steps)), sizes)
-    batches = [pairs.batch(indexes)[1] for indexes in largest]
-    peak = simulated_peak(build, batches, gpus)
-    total = peak.pop("total")
-    kinds = ", ".join(f"{name} {size:.1f}" for name, size in peak.items() if size >= 0.05)
-    share = config.pairs_per_step / len(pairs.pairs)  # of an epoch, in one step
-    flops = 3 * share * forward_flops(llama, shapes, pairs.pairs, config.share_prompt)
-    print(
-        f"{config.model} on {gpus} GPU{'s' * (gpus > 1)}, {config.data}\n"
-        f"  parameters  {sum(map(math.prod, shapes.values())):,}\n"
-        f"  steps       {steps:,} of {config.pairs_per_step} pairs, "
-        f"{sizes.sum() * share:,.0f} tokens a step, "
-        f"at most {sizes[largest[0]].sum():,} a micro-batch\n"
-        f"  FLOPs       {flops:.3g} a step (forward and backward; recomputation not counted)\n"
-        f"  memory      {total:.1f} GiB at the peak, on each GPU: {kinds}"
+
+def may_enlarge(config, recomputed: int, peak: float, resting: float, limit: float) -> bool:
+    """True if micro-batches may be larger than by default: nothing is recomputed and so much memory
+    is free that they surely fit. `resting`: what weights and moments take of the peak."""
+    fits = resting + LARGER * (peak - resting) <= limit
+    return config.max_tokens_per_gpu is None and recomputed == 0 and fits
+
+
+def planned(pairs, steps: int, processes: int, say: Callable[[str], None]) -> Iterator:
+    """The plan of every step of the run."""
+    last = time.monotonic()
+    for step in range(steps):
+        if time.monotonic() - last > 2:
+            last = time.monotonic()
+            say(f"planned {step:,} of {steps:,} steps")
+        yield pairs.plan(step, processes)
+
+
+def describe(found: Costliest, pairs) -> str:
+    """What the micro-batches look like, in one line."""
+    return (
+        f"{found.count:.1f} micro-batches a step on each process, of {found.mean:,.0f} tokens on "
+        f"average and {found.most:,} at most (--max-tokens-per-gpu {pairs.max_tokens})"
     )
 
 
-def forward_flops(
-    llama, shapes: dict[str, tuple[int, ...]], pairs: list, share_prompt: bool
-) -> int:
-    """FLOPs of a forward pass over these pairs; backward has twice as many.
+@contextlib.contextmanager
+def advising(where: str, model: nn.Module, pairs, tokens: float = math.inf) -> Iterator[None]:
+    """Inside this `with`, running out of memory is a StoppedError that names the flag to change.
+    tokens: of the micro-batch, if it is known."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        longest, now, most = int(pairs.sizes.max()), pairs.max_tokens, pairs.config.max_tokens
+        less = max(int(min(now, tokens)) // 2, longest)
+        advice = f"lower --max-tokens-per-gpu from {now} to {less}"
+        if longest == min(now, tokens):
+            advice = (
+                f"that is one pair: lower --max-tokens from {most} to {most // 2}, or use more "
+                "processes"
+            )
+        blocks = [block.recompute for block in model.model["layers"]]
+        if not all(blocks):
+            more = min(len(blocks), sum(blocks) + max(1, len(blocks) // 8))
+            advice += (
+                f", or pass --checkpoint-blocks {more}: {sum(blocks)} of {len(blocks)} blocks were "
+                "recomputed"
+            )
+        raise StoppedError(f"out of memory {where}; {advice}") from None
 
-    2 FLOPs per weight per token (in the head only scored tokens count), and of attention only what
-    the causal mask lets through. llama: LlamaConfig; shapes: of its weights, by key.
+
+# ---------------------------------------------------------------------------------- simulation
+
+# (mesh, recomputed blocks) -> the sharded model, its optimizer, and a function to be called before
+# each batch: with True before the last one of a step.
+Build = Callable[[DeviceMesh, int], tuple[nn.Module, torch.optim.Optimizer, Callable[[bool], None]]]
+
+
+def simulated_peak(build: Build, steps: list[list], gpus: int, recomputed: int) -> dict[str, float]:
+    """GiB by kind ("total" among them) at the peak of one of `gpus` CUDA devices.
+
+    The batches of each step run forward and backward with fake tensors, under torch's memory
+    tracker, on the first process of a fake group. Memory that the allocator wastes, and CUDA's own,
+    come on top; a compiled block keeps somewhat less than this.
     """
-    in_blocks = sum(math.prod(shape) for key, shape in shapes.items() if "_proj" in key)
-    tokens = sum(pair.packed_tokens(share_prompt) for pair in pairs)
-    scored = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    prompts = 1 if share_prompt else 2  # how often a prompt is computed
-    seen = 0  # pairs of a query and a key
-    for pair in pairs:
-        n_p = len(pair.prompt)
-        seen += prompts * n_p * (n_p + 1) // 2
-        for n in (len(pair.chosen), len(pair.rejected)):
-            seen += n * n_p + n * (n + 1) // 2
-    attention = 4 * llama.num_hidden_layers * llama.num_attention_heads * llama.head_dim * seen
-    return 2 * in_blocks * tokens + 2 * llama.vocab_size * llama.hidden_size * scored + attention
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+
+    mesh, highest = init_device_mesh("cpu", (gpus,)), {"Total": 0}
+    for batches in steps:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model, optimizer, before_batch = build(mesh, recomputed)
+            # The moments exist already; the update itself is fused and allocates nothing.
+            tracker = FSDPMemTracker(model, optimizer)
+            with tracker:
+                for i, batch in enumerate(batches):
+                    tracker.reset_mod_stats()  # or it takes a second forward pass for a mistake
+                    before_batch(i + 1 == len(batches))
+                    model(batch)[0].sum().backward()
+            (peak,) = tracker.get_tracker_snapshot("peak").values()
+        highest = max(highest, peak, key=lambda kinds: kinds["Total"])
+    names = {kind: str(kind).split(".")[-1].lower().replace("_", " ") for kind in highest}
+    return {names[kind]: size / 2**30 for kind, size in highest.items() if size}
+
+
+def fewest_recomputed(peak_of: Callable[[int], float], layers: int, limit: float) -> int:
+    """The smallest number of recomputed blocks whose peak, peak_of(number), is within the limit;
+    all of them if none is. More recomputed blocks never take more memory."""
+    low, high = 0, layers  # high is enough, or all there are
+    while low < high:
+        # The first try is 0, since that is the most frequent answer.
+        middle = (low + high) // 2 if high < layers or low else 0
+        if peak_of(middle) <= limit:
+            high = middle
+        else:
+            low = middle + 1
+    return high
+
+
+def print_plan(pairs, steps: int, gpus: int, llama, parameters: int, build: Build) -> None:
+    """Prints the steps, FLOPs and memory of a run of `pairs` (train.Pairs) on `gpus` devices, with
+    the choices that `rehearse` makes on devices of --gpu-memory.
+
+    llama: model.LlamaConfig; parameters: their number; build: see Build.
+    """
+    config, sizes, layers = pairs.config, pairs.sizes, llama.num_hidden_layers
+    limit = (config.gpu_memory or math.inf) * (1 - MARGIN)
+    fixed = recomputed_blocks(config.checkpoint_blocks, layers, on_gpu=True)
+
+    def costliest_of(numbers: Iterable[int]) -> Costliest:
+        costs = [pair_bytes(llama, pairs, recomputed) for recomputed in numbers]
+        return costliest(planned(pairs, steps, gpus, print), sizes, costs)
+
+    @functools.cache
+    def peak_of(recomputed: int) -> dict[str, float]:
+        batches = [[pairs.batch(indexes)[1] for indexes in step] for step in found.steps]
+        return simulated_peak(build, batches, gpus, recomputed)
+
+    found = costliest_of([layers, 0] if fixed is None else [fixed])
+    if fixed is not None:
+        numbers = [fixed]
+    elif config.gpu_memory is None:
+        numbers = [layers, 0]
+    else:
+        numbers = [fewest_recomputed(lambda number: peak_of(number)["total"], layers, limit)]
+        resting = 12 * parameters / gpus / 2**30  # weights and moments
+        if may_enlarge(config, numbers[0], peak_of(numbers[0])["total"], resting, limit):
+            pairs.max_tokens *= LARGER
+            peak_of.cache_clear()
+            found = costliest_of([0])
+    share = config.pairs_per_step / len(pairs.pairs)  # of an epoch, in one step
+    flops = 3 * share * pair_flops(llama, pairs.pairs, config.share_prompt)[:, :2].sum()
+    print(
+        f"{config.model} on {gpus} GPU{'s' * (gpus > 1)}, {config.data}\n"
+        f"  parameters  {parameters:,}\n"
+        f"  steps       {steps:,} of {config.pairs_per_step} pairs, "
+        f"{sizes.sum() * share:,.0f} tokens a step\n"
+        f"  batches     {describe(found, pairs)}\n"
+        f"  FLOPs       {flops:.3g} a step (forward and backward; recomputation not counted)"
+    )
+    for number in numbers:
+        peak = peak_of(number)
+        kinds = ", ".join(f"{k} {size:.1f}" for k, size in peak.items() if size >= 0.05)
+        print(
+            f"  memory      {peak['total']:.1f} GiB at the peak on each GPU, if {number} of "
+            f"{layers} blocks are recomputed: {kinds}"
+        )
+    if peak["total"] > limit:
+        print(f"  That is more than {limit:.1f} GiB, {1 - MARGIN:.0%} of --gpu-memory.")
 
 
 def init_fake_group(gpus: int) -> None:

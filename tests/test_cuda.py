@@ -55,7 +55,7 @@ def test_a_packed_batch_in_bf16_on_cuda_is_the_cpus_in_fp32_up_to_rounding():
         assert F.cosine_similarity(a.grad.flatten(), b.grad.float().cpu().flatten(), 0) > 0.999, key
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [0, 1, 2])
 def test_blocks_compile_once_for_five_batches_of_other_lengths_and_change_no_number(
     monkeypatch, recompute
 ):
@@ -64,7 +64,7 @@ def test_blocks_compile_once_for_five_batches_of_other_lengths_and_change_no_num
     expected = [plain(batch)[0].detach() for batch in batches]
     monkeypatch.setattr(model, "attention", dense_attention)
     compiled = tiny_model()
-    compiled.checkpoint_blocks = recompute
+    compiled.recompute(recompute)
     torch._dynamo.reset()
     for block in compiled.model["layers"]:
         block.compile(dynamic=True, backend="aot_eager")

@@ -494,7 +494,7 @@ def test_an_answer_ends_before_a_stop_id_at_its_limit_and_at_the_models_context(
 def test_a_tied_model_whose_steps_have_several_micro_batches_is_simulated(capsys):
     assert LlamaConfig.load(ROOT / "examples/model").tie_word_embeddings
     assert main("--plan 1 --max-tokens-per-gpu 500") == 0
-    assert "a micro-batch" in capsys.readouterr().out
+    assert "micro-batches a step" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -513,9 +513,9 @@ def test_the_simulated_peak_of_8b_meets_the_goal(
     (tmp_path / "config.json").write_text(json.dumps(config))
     data = write_pairs(tmp_path / "pairs.jsonl", random_pairs([(177, 330, 278)] * pairs))
     given = ["--model", tmp_path, "--data", data, "--plan", gpus, "--pairs-per-step", pairs]
-    assert main(*given) == 0
+    assert main(*given, "--checkpoint-blocks on") == 0
     printed = capsys.readouterr().out
-    assert parameters in printed and "at most 7,850 a micro-batch" in printed
+    assert parameters in printed and "and 7,850 at most" in printed
     assert least < float(re.search(r"memory +([\d.]+) GiB", printed)[1]) < goal
     # By hand, little for attention: 6 FLOPs per weight of the blocks and token, 6 D per logit.
     flops = float(re.search(r"FLOPs +([\d.e+]+)", printed)[1])

@@ -1,0 +1,489 @@
+"""How much is recomputed, compiled and reduced, and what is tried before the first step.
+
+The oracles count: matrix products in compiled graphs, graphs, collectives, live bytes.
+"""
+
+import contextlib
+import json
+import math
+import re
+import weakref
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import main, random_pairs, read_json, tiny_model, trained, write_pairs
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model as model_py
+import train
+from data import pack
+from model import Block, rope_tables
+from support import memory
+from support.flops import peak_tflops, utilisation
+from support.processes import StoppedError, join_group
+
+# ------------------------------------------------------------------------------ compiled blocks
+
+
+@pytest.fixture(scope="module")
+def flash_attention():
+    """CUDA's attention, for the CPU: nothing but its shapes."""
+
+    def forward(q, *_, **__):
+        return torch.zeros_like(q), q.new_zeros(q.shape[1::-1]), torch.zeros(2, dtype=torch.uint64)
+
+    def backward(_, q, k, v, *__, **___):
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+
+    torch.library.register_kernel("torch_attn::_varlen_attn", "cpu", forward)
+    torch.library.register_kernel("torch_attn::_varlen_attn_backward", "cpu", backward)
+
+
+class Counting:
+    """A compiler that counts graphs, and the matrix products that run in them."""
+
+    def __init__(self):
+        self.graphs = self.products = 0
+        self.backend = aot_autograd(
+            fw_compiler=self.compiled,
+            bw_compiler=self.compiled,
+            partition_fn=min_cut_rematerialization_partition,  # inductor's
+        )
+
+    def compiled(self, graph, _):
+        self.graphs += 1
+        products = sum(node.target == torch.ops.aten.mm.default for node in graph.graph.nodes)
+
+        def run(*inputs):
+            self.products += products
+            return graph(*inputs)
+
+        return make_boxed_func(run)
+
+    def take(self) -> int:
+        """The products since the last call."""
+        found, self.products = self.products, 0
+        return found
+
+
+@pytest.fixture
+def counting(flash_attention, monkeypatch):
+    monkeypatch.setattr(model_py, "on_cuda", lambda x: True)
+    torch._dynamo.reset()
+    return Counting()
+
+
+@pytest.mark.parametrize("recompute, in_backward", [(False, 14), (True, 20)])
+def test_a_compiled_block_recomputes_six_of_its_seven_matrix_products(
+    counting, recompute, in_backward
+):
+    """Backward has two for each of the seven weights. down_proj's own output is not needed."""
+    block = Block(tiny_model().config).bfloat16()
+    block.recompute = recompute
+    block.compile(dynamic=True, backend=counting.backend, fullgraph=True)
+    for lengths in ([(5, 4, 3)], [(6, 2, 3), (2, 2, 5)]):
+        batch = pack(random_pairs(lengths), longest=64)
+        x_TD = torch.randn(len(batch.tokens_T), 32, dtype=torch.bfloat16, requires_grad=True)
+        output = block(x_TD, rope_tables(tiny_model().config, batch.positions_T), batch.segments)
+        assert counting.take() == 7
+        output.float().square().sum().backward()
+        assert counting.take() == in_backward
+    assert counting.graphs == 2
+
+
+@contextlib.contextmanager
+def group(world=1, backend="gloo"):
+    """A process group; with backend "fake", its other processes do not exist."""
+    if backend == "fake":
+        memory.init_fake_group(world)
+    else:
+        join_group(backend)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_sharded_run_compiles_five_graphs_whatever_is_recomputed(counting):
+    """Forward and backward with and without recomputation, and one for evaluation: dynamo gives up
+    compiling after eight."""
+    ours = tiny_model(num_hidden_layers=4)
+    for block in ours.model["layers"]:
+        block.compile(dynamic=True, backend=counting.backend)
+    with group():
+        train.shard(ours, init_device_mesh("cpu", (1,)), torch.bfloat16)
+        for recompute in (4, 3, 1, 0, 2):  # a rehearsal's, then a run's
+            ours.recompute(recompute)
+            for lengths in ([(5, 4, 3)], [(6, 2, 3), (2, 2, 5)], [(3, 3, 2)] * 3):
+                ours(pack(random_pairs(lengths), longest=64))[0].sum().backward()
+                with torch.no_grad():
+                    ours(pack(random_pairs(lengths), longest=64))
+                train.reshard(ours)
+    assert counting.graphs == 5
+
+
+def test_small_models_are_not_compiled(start, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(Block, "compile", lambda block, dynamic: compiled.append(dynamic))
+    with group():
+        mesh = SimpleNamespace(device_type="cuda", size=lambda: 1)
+        for choice, least, expected in [
+            ("auto", 50_000_000, 0),
+            ("auto", 1000, 2),
+            ("on", 50_000_000, 2),
+            ("off", 1000, 0),
+        ]:
+            monkeypatch.setattr(train, "COMPILE_PARAMETERS", least)
+            monkeypatch.setattr(train, "shard", lambda *_: None)
+            monkeypatch.setattr(train.Llama, "to_empty", lambda model, device: model)
+            monkeypatch.setattr(train, "load_weights", lambda *_: None)
+            config = train.Config(
+                model=str(start / "model"), data="x", device="cpu", compile=choice
+            )
+            train.build_model(config, mesh)
+            assert compiled == [True] * expected
+            compiled.clear()
+
+
+# ----------------------------------------------------------------------- reductions of gradients
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch runs, by the operations' names."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "shape, names, copies, scatters, sums",
+    [
+        ((1,), ("shard",), 4, 0, 0),  # nothing is sent, but each reduction copies all gradients
+        ((4,), ("shard",), 12, 12, 0),  # or each process would hold the whole model's gradients
+        ((2, 2), ("replicate", "shard"), 12, 12, 4),
+    ],
+)
+def test_gradients_are_reduced_no_more_often_than_memory_needs(
+    shape, names, copies, scatters, sums
+):
+    """A step of three micro-batches; two blocks, the embedding, and norm with head are sharded."""
+    ours, counter = tiny_model(), Operations()
+    with group(math.prod(shape), "fake"), counter:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        train.shard(ours, mesh, torch.bfloat16)
+        for i in range(3):
+            train.reduce_gradients(ours, mesh, last=i == 2)
+            ours(pack(random_pairs([(5, 4, 3)])))[0].sum().backward()
+    assert counter.calls["chunk_cat"] == copies  # where a reduction begins
+    assert counter.calls["_reduce_scatter_base_"] == scatters
+    assert counter.calls["allreduce_"] == sums
+
+
+# ------------------------------------------------------------------- what is tried before the run
+
+
+def plans_of(*steps):
+    """Plans of one process."""
+    return [[list(step)] for step in steps]
+
+
+def test_the_costliest_micro_batches_are_those_of_most_bytes_not_of_most_tokens():
+    sizes = np.array([10, 20, 30, 25])
+    scored = np.array([5, 1, 2, 20])
+    plans = plans_of(([2], [0, 1]), ([3], [1]), ([0, 1],))
+    found = memory.costliest(plans, sizes, [sizes, scored])
+    assert found.steps == [[[2], [0, 1]], [[3], [0, 1]]]
+    assert (found.count, found.mean, found.most) == (5 / 3, (30 + 30 + 25 + 20 + 30) / 5, 30)
+    same = memory.costliest(plans, sizes, [sizes, 2 * sizes])
+    assert same.steps == [[[2], [0, 1]]]
+    assert memory.costliest(plans_of(([0],), ([3],)), sizes, [sizes]).steps == [[[3]]]
+    two = [[[[0], [1]], [[2], []]]]  # the second process has nothing in its second micro-batch
+    assert memory.costliest(two, sizes, [sizes]).steps == [[[2], [1]]]
+
+
+class Bytes(TorchDispatchMode):
+    """The Gpu of these tests: counts the bytes of tensors that were made inside and still live."""
+
+    def __init__(self, total=math.inf):
+        super().__init__()
+        self.total, self.live, self.highest, self.known = total, 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.note(tensor.untyped_storage())
+        return result
+
+    def note(self, storage) -> None:
+        key, size = storage.data_ptr(), storage.nbytes()
+        if size and key not in self.known:
+            self.known.add(key)
+            self.live += size
+            self.highest = max(self.highest, self.live)
+            weakref.finalize(storage, self.forget, key, size)
+
+    def forget(self, key, size) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+    def available(self):
+        return self.total
+
+    def allocated(self):
+        return self.live
+
+    def peak(self):
+        return self.highest
+
+    def reset_peak(self):
+        self.highest = self.live
+
+
+LENGTHS = [(40, 30, 20), (10, 60, 50), (30, 30, 30), (5, 9, 8)]
+
+
+@pytest.fixture
+def rehearsed(tmp_path):
+    """rehearsed(total, **flags): a rehearsal on a GPU with so many bytes, eight blocks, bf16.
+    Returns what it chose, what it said, its pairs and its meter."""
+    with group():
+
+        def run(total, most=None, **flags):
+            config = train.Config(model="m", data="d", device="cpu", pairs_per_step=4, **flags)
+            config = replace(config, max_tokens=128)
+            pairs = train.Pairs(random_pairs(LENGTHS), config, "cpu")
+            pairs.max_tokens = most or pairs.max_tokens
+            ours, gpu, said = tiny_model(num_hidden_layers=8), Bytes(total), []
+            batch = lambda i: pack([pairs.pairs[j] for j in i], longest=128)  # noqa: E731
+            with gpu:
+                chosen = memory.rehearse(
+                    ours, pairs, 2, lambda i, last: ours(batch(i))[0], said.append, gpu
+                )
+            return SimpleNamespace(chosen=chosen, said=said, pairs=pairs, gpu=gpu, model=ours)
+
+        yield run
+
+
+def peak_with(rehearsed, recomputed, **flags):
+    """Bytes at the peak with so many blocks recomputed."""
+    return rehearsed(1e12, checkpoint_blocks=str(recomputed), **flags).gpu.highest
+
+
+def test_as_few_blocks_are_recomputed_as_memory_demands(rehearsed):
+    """4% stay free. The run never took more, also not while it tried."""
+    peaks = [peak_with(rehearsed, k) for k in range(9)]
+    assert sorted(peaks, reverse=True) == peaks and peaks[0] > 3 * peaks[8]
+    for k in (0, 1, 4, 7, 8):
+        found = rehearsed(1.01 * peaks[k] / 0.96)
+        chosen = found.chosen["recomputed_blocks"]
+        assert chosen in (k, k + 1)  # at the peak a kept block may cost less than it keeps
+        assert found.gpu.highest <= 1.01 * peaks[k]
+        assert f"memory     recomputes {chosen} of 8 blocks; " in found.said[0]
+        assert [block.recompute for block in found.model.model["layers"]] == [
+            i < chosen for i in range(8)
+        ]
+    # Nothing more can be recomputed: the run is tried anyway.
+    assert rehearsed(peaks[8]).chosen["recomputed_blocks"] == 8
+
+
+def test_all_processes_recompute_as_many_blocks_as_the_one_with_the_least_memory(
+    rehearsed, monkeypatch
+):
+    def least(number, op):
+        assert op == dist.ReduceOp.MIN
+        number.clamp_(max=2 - len(asked) if len(asked) < 2 else 0)
+        asked.append(1)
+
+    asked = []
+    with_group = memory.dist
+    monkeypatch.setattr(memory, "dist", SimpleNamespace(**vars(with_group) | {"all_reduce": least}))
+    assert rehearsed(1e12).chosen == {"recomputed_blocks": 5, "max_tokens_per_gpu": 8192}
+
+
+def test_micro_batches_are_larger_than_by_default_if_nothing_is_recomputed_and_they_surely_fit(
+    rehearsed,
+):
+    peak = peak_with(rehearsed, 0)
+    assert rehearsed(2.1 * peak).chosen["max_tokens_per_gpu"] == 16_384
+    assert rehearsed(1.9 * peak).chosen["max_tokens_per_gpu"] == 8192  # weights were not measured
+    assert rehearsed(2.1 * peak, max_tokens_per_gpu=8192).chosen["max_tokens_per_gpu"] == 8192
+    assert rehearsed(2.1 * peak, checkpoint_blocks="off").chosen["max_tokens_per_gpu"] == 8192
+    small = rehearsed(1e12, most=170)
+    assert (
+        "1.0 micro-batches a step on each process, of 322 tokens on average and 322"
+        in (small.said[0])
+    )
+    assert "(--max-tokens-per-gpu 340)" in small.said[0]
+    assert small.gpu.highest == pytest.approx(peak, rel=0.01)  # the larger ones were tried
+
+
+def test_on_a_cpu_nothing_is_recomputed_unless_asked_for(start, tmp_path, capsys):
+    for flags, blocks in [("", 0), ("--checkpoint-blocks on", 2), ("--checkpoint-blocks 1", 1)]:
+        out = tmp_path / f"out{blocks}"
+        trained(start, out, "--max-steps 2", flags)
+        found = {"recomputed_blocks": blocks, "max_tokens_per_gpu": 8192}
+        assert read_json(out / "config.json")["memory"] == found
+        said = capsys.readouterr().out
+        assert f"memory     recomputes {blocks} of 2 blocks\n" in said
+        assert re.search(r"batches    1\.0 micro-batches a step.*, of \d+ tokens on average", said)
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--checkpoint-blocks 3", "--checkpoint-blocks is 3, but the model has 2 blocks"),
+        ("--checkpoint-blocks -1", "wanted auto, on, off or a number of blocks"),
+        ("--checkpoint-blocks some", "wanted auto, on, off or a number of blocks"),
+        ("--gpu-memory 80", "--gpu-memory goes with --plan"),
+        ("--plan 1 --gpu-memory 0", "--gpu-memory is 0.0, wanted a number above 0"),
+        ("--peak-tflops nan", "--peak-tflops is nan, wanted a number above 0"),
+    ],
+)
+def test_wrong_flags_of_memory_are_refused(start, tmp_path, complaint, flags, expected):
+    files = ["--model", start / "model", "--data", start / "train.jsonl"]
+    assert expected in complaint(*files, "--out", tmp_path / "out", flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_running_out_of_memory_names_what_to_change():
+    pairs = SimpleNamespace(
+        sizes=np.array([100, 900]), max_tokens=8192, config=SimpleNamespace(max_tokens=2048)
+    )
+
+    def said(recomputed, **known) -> str:
+        ours = tiny_model(num_hidden_layers=8)
+        ours.recompute(recomputed)
+        with pytest.raises(StoppedError) as error, memory.advising("here", ours, pairs, **known):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return str(error.value)
+
+    lower = "out of memory here; lower --max-tokens-per-gpu from 8192 to "
+    assert said(8) == lower + "4096"
+    assert said(8, tokens=4000) == lower + "2000"
+    assert said(8, tokens=1000) == lower + "900"  # the longest pair
+    assert said(3) == lower + "4096, or pass --checkpoint-blocks 4: 3 of 8 blocks were recomputed"
+    one = said(8, tokens=900)
+    assert "that is one pair: lower --max-tokens from 2048 to 1024, or use more processes" in one
+    with pytest.raises(ValueError), memory.advising("here", tiny_model(), pairs):
+        raise ValueError
+
+
+# ---------------------------------------------------------------------------------- simulation
+
+
+@pytest.mark.parametrize("needed", range(9))
+def test_the_fewest_recomputed_blocks_are_found(needed):
+    asked = []
+
+    def peak_of(recomputed):
+        asked.append(recomputed)
+        return 100 - 10 * recomputed
+
+    limit = 100 - 10 * needed
+    assert memory.fewest_recomputed(peak_of, 8, limit) == needed
+    assert len(asked) <= 5 and (needed or asked == [0])
+    assert memory.fewest_recomputed(peak_of, 8, 5) == 8  # not even all suffice
+
+
+def plan(capsys, *flags) -> tuple[list[float], list[int], str]:
+    """GiB and recomputed blocks of each line that --plan prints, and all that it prints."""
+    assert main("--plan 1", *flags) == 0
+    printed = capsys.readouterr().out
+    found = re.findall(r"memory +([\d.]+) GiB at the peak.* if (\d+) of", printed)
+    return [float(gib) for gib, _ in found], [int(blocks) for _, blocks in found], printed
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """The flags of a model whose blocks are costly: 4 of width 512, in a file of 32 pairs."""
+    sizes = dict(model_type="llama", vocab_size=97, hidden_size=512, intermediate_size=2048)
+    sizes |= dict(num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
+    sizes |= dict(rope_theta=1e4, max_position_embeddings=2048, rms_norm_eps=1e-5)
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    data = write_pairs(tmp_path / "pairs.jsonl", random_pairs([(200, 100, 100)] * 32))
+    return ["--model", tmp_path, "--data", data, "--pairs-per-step", 32]
+
+
+def test_a_plan_without_a_memory_shows_all_blocks_recomputed_and_none(wide, capsys):
+    (least, most), blocks, printed = plan(capsys, *wide)
+    assert blocks == [4, 0] and most > least + 0.3
+    assert "2.0 micro-batches a step on each process, of 6,400 tokens on average" in printed
+
+
+def test_a_plan_chooses_as_a_run_would(wide, capsys):
+    (least, most), _, _ = plan(capsys, *wide)
+    (middle,), blocks, _ = plan(capsys, *wide, "--checkpoint-blocks 2")
+    assert blocks == [2] and least < middle < most
+    for memory_gib, recomputed, micro_batch in [
+        (middle / 0.96 + 0.02, 2, 8192),
+        (most / 0.96 + 0.02, 0, 8192),
+        (2 * most, 0, 16_384),
+        (least / 2, 4, 8192),
+    ]:
+        _, blocks, printed = plan(capsys, *wide, "--gpu-memory", memory_gib)
+        assert blocks == [recomputed] and f"--max-tokens-per-gpu {micro_batch})" in printed
+        assert ("That is more than" in printed) == (memory_gib < least)
+
+
+def test_a_plan_sees_logits_of_pairs_that_are_not_the_longest(tmp_path, capsys):
+    """1,000 logits of 128,256 numbers in bf16, and as many in fp32 while they are computed."""
+    config = dict(model_type="llama", vocab_size=128256, hidden_size=8, intermediate_size=8)
+    config |= dict(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    config |= dict(rope_theta=1e4, max_position_embeddings=2048, rms_norm_eps=1e-5)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    data = write_pairs(tmp_path / "pairs.jsonl", random_pairs([(1500, 2, 2), (2, 500, 500)]))
+    files = ["--model", tmp_path, "--data", data, "--pairs-per-step 1 --checkpoint-blocks"]
+    for choice in ("on", "off"):
+        (peak,), _, _ = plan(capsys, *files, choice)
+        assert peak > 0.9 * 1000 * 128256 * 6 / 2**30
+
+
+# --------------------------------------------------------------------------------- utilisation
+
+
+def test_utilisation_counts_recomputed_work_only_as_the_hardware_does():
+    blocks, head, again = 3e12, 1e12, 2e12
+    found = utilisation(blocks, head, again, recomputed=0.5, seconds=2.0, available=4e13)
+    assert found == pytest.approx({"mfu": 12 / 80, "hfu": 13 / 80})
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA L4", None),
+    ],
+)
+def test_the_peak_of_a_gpu_follows_from_its_name(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert peak_tflops() == peak
+
+
+def test_a_run_logs_its_utilisation_if_the_peak_is_known(start, tmp_path, capsys):
+    rows = trained(start, tmp_path / "a", "--max-steps 2")
+    assert not any("mfu" in row for row in rows) and "mfu" not in capsys.readouterr().out
+    more = "--max-steps 2 --peak-tflops 0.01 --checkpoint-blocks 1"
+    for row in trained(start, tmp_path / "b", more):
+        assert 0 < row["mfu"] < row["hfu"] < 4 / 3 * row["mfu"]
+    assert re.search(r"pairs/s mfu [\d.]+% ", capsys.readouterr().out)
