@@ -10,7 +10,8 @@
     checkpoints.py     OUT/checkpoints: written whole, checked, resumed
     run_directory.py   OUT itself: its lock, what a run is made of, the cache of a reference
     log.py             the header, the line per step, metrics.jsonl and eval.jsonl
-    memory.py          trying the largest micro-batches first; simulating a run's memory (--plan)
+    memory.py          trying the costliest micro-batches; what is recomputed; simulation (--plan)
+    flops.py           what a step computes, and its share of the GPUs' peak
 
 Nothing here imports model.py, data.py or train.py.
 """
@@ -31,3 +32,8 @@ if Path(getattr(sys.modules["__main__"], "__file__", "")).name in ("train.py", "
 # Waiting OpenMP threads keep a CPU busy for milliseconds by default. Beside another busy process
 # that makes a step five times slower; this setting costs a few per cent. torch reads it on loading.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+# On a GPU that is nearly full, memory in segments that grow leaves fewer gaps than in blocks of a
+# size. A user's own settings stay.
+if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
