@@ -11,7 +11,7 @@ In reading order
     step_loss, train                       the step and the loop
     learning_rate, Pairs, Sums             warm-up and cosine; what a step draws; its metrics
     evaluate, answer                       held-out figures; answers to a few held-out prompts
-    attach_reference                       log-probs of the starting model, for dpo and ipo
+    attach_reference                       log-probs of the starting model, for dpo, ipo
     start_processes ... make_optimizer     one process and many, on CPU and on GPUs (FSDP2)
     Run, run, plan, main                   a whole run; what it would take; the exit code
 
@@ -189,7 +189,7 @@ class Config:
     def __post_init__(self):
         for names, wanted, allowed in RANGES:
             require(self, names, wanted, allowed)
-        if self.beta == 0 and self.loss in ("dpo", "ipo", "simpo"):
+        if self.beta == 0 and self.loss in ("dpo", "dpo-norm", "ipo", "simpo"):
             raise InputError(
                 f"--beta is 0.0, wanted more for --loss {self.loss}: it would be constant"
             )
