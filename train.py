@@ -78,7 +78,7 @@ from model import (
     load_weights,
     save_model,
 )
-from support import checkpoints, memory, run_directory
+from support import checkpoints, groups, memory, run_directory
 from support.files import InputError, checksum, flush, write_whole
 from support.flags import MAY_CHANGE, flag, parse, require
 from support.log import Log, describe, header, run_facts, speed
@@ -175,6 +175,7 @@ class Config:
     replicas: int = flag(1, "hybrid sharding: groups of processes with a whole model each")
 
     eval_every: int = flag(0, "steps between evaluations, besides those at start and end")
+    eval_by: str | None = flag(None, "key of held-out rows: figures for each of its values too")
     samples: int = flag(0, "held-out prompts to answer (greedily) before and after training")
     save_dtype: str = flag("bf16", "of OUT/model", ("bf16", "fp32"))
     save_every: int = flag(200, "steps between checkpoints (12 bytes a parameter each); 0: none")
@@ -197,8 +198,8 @@ class Config:
             raise InputError(f"--ipo-sum goes with --loss ipo, found --loss {self.loss}")
         if not self.model or not self.data:
             raise InputError("--model and --data go together (with neither, the example runs)")
-        if (self.eval_every or self.samples) and not self.eval_data:
-            raise InputError("--eval-every and --samples need --eval-data")
+        if (self.eval_every or self.eval_by or self.samples) and not self.eval_data:
+            raise InputError("--eval-every, --eval-by and --samples need --eval-data")
         live = self.loss_row.reference and self.reference == "live"
         if self.plan and (self.precision == "fp32" or self.replicas > 1 or live):
             raise InputError(
@@ -359,6 +360,8 @@ class Pairs:
         self.sizes = np.array([pair.packed_tokens(config.share_prompt) for pair in pairs])
         # A live copy, or numbers of shape (pairs, 2, 2): [pair, chosen or rejected, mean or sum].
         self.reference: Llama | Tensor | None = None
+        # Indexes of the pairs that are evaluated together: all; and those of each --eval-by value.
+        self.groups: dict[str | None, range | set[int]] = {None: range(len(pairs))}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -449,15 +452,21 @@ def evaluate(
     model: Llama, pairs: Pairs, log: Log, step: int, answers: list[str] | None = None
 ) -> dict[str, float]:
     """Held-out metrics (eval_loss and so on): means over all pairs, each counted once on any number
-    of processes. Logged, with `answers` if there are some."""
-    sums = Sums()
+    of processes. Logged, also for each group of pairs, and with `answers` if there are some."""
+    sums = {name: Sums() for name in pairs.groups}
     for indexes in pairs.split():
         _, metrics, present_B = step_loss(model, pairs, indexes)
-        sums.add(metrics, present_B)
+        for name, group in pairs.groups.items():
+            within = [float(i in group) for i in indexes] or [0.0]
+            sums[name].add(metrics, present_B * torch.tensor(within, device=pairs.device))
     reshard(model)
-    means = sums.mean_over_processes(len(pairs.pairs))
-    row = {f"eval_{name}": value for name, value in means.items()}
-    log.evaluation(step, row, answers or [])
+    rows = {}
+    for name, group in pairs.groups.items():
+        means = sums[name].mean_over_processes(len(group))
+        rows[name] = {f"eval_{metric}": mean for metric, mean in means.items()}
+    row = rows.pop(None)
+    by = {name: {"pairs": len(pairs.groups[name])} | of_group for name, of_group in rows.items()}
+    log.evaluation(step, row, by, answers)
     return row
 
 
@@ -637,6 +646,9 @@ def run(config: Config) -> None:
     weights = check_weights(config.model, llama)
     mesh = start_processes(config)
     parts, counts, chat = read_pairs(config, llama, mesh.device_type)
+    if config.eval_by:
+        places = [pair.place for pair in parts[1].pairs]
+        parts[1].groups |= groups.read_groups(config.eval_data, config.eval_by, places)
     files = [Path(config.model) / "config.json", *sorted(set(weights.values()))]
     dtype = choose_device(config.device, config.precision)[1]
     marks = on_first_process(

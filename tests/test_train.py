@@ -121,7 +121,9 @@ MISTAKES = """
 --ipo-sum | --ipo-sum goes with --loss ipo
 --plan 2 --precision fp32 | --plan simulates neither
 --eval-data PAIRS --samples 2 | --samples needs text
---eval-every 5 | --eval-every and --samples need --eval-data
+--eval-every 5 | --eval-every, --eval-by and --samples need --eval-data
+--eval-by source | --eval-every, --eval-by and --samples need --eval-data
+--eval-data PAIRS --eval-by sauce | --eval-by sauce: no row of
 --max-tokens 300 | --max-tokens 300 is above the model's max_position_embeddings 256
 --max-tokens 1 | no pair left to use
 --max-tokens-per-gpu 20 | a pair of 26 packed tokens exceeds --max-tokens-per-gpu 20
