@@ -41,6 +41,7 @@ import sys
 import time
 import typing
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -176,7 +177,7 @@ class Config:
 
     eval_every: int = flag(0, "steps between evaluations, besides those at start and end")
     eval_by: str | None = flag(None, "key of held-out rows: figures for each of its values too")
-    samples: int = flag(0, "held-out prompts to answer (greedily) before and after training")
+    samples: int = flag(0, "held-out prompts to answer (greedily) at each evaluation")
     save_dtype: str = flag("bf16", "of OUT/model", ("bf16", "fp32"))
     save_every: int = flag(200, "steps between checkpoints (12 bytes a parameter each); 0: none")
     keep: int = flag(2, "checkpoints to keep, the newest")
@@ -311,8 +312,8 @@ def train(run: "Run", done: int) -> None:
         )
         run.log.step(row, run.steps)
         last = step + 1 == run.steps
-        if run.held_out and (last or due(config.eval_every, step + 1)):
-            row |= evaluate(model, run.held_out, run.log, step + 1)
+        if config.eval_data and (last or due(config.eval_every, step + 1)):
+            row |= run.evaluate(step + 1)
         run.log.append("metrics.jsonl", row)
         stop = run.stop.signal_anywhere(pairs.device)
         if not last and (stop or due(config.save_every, step + 1)):
@@ -449,7 +450,7 @@ def stop_non_finite(
 
 @torch.no_grad()
 def evaluate(
-    model: Llama, pairs: Pairs, log: Log, step: int, answers: list[str] | None = None
+    model: Llama, pairs: Pairs, log: Log, step: int, answers: list[str]
 ) -> dict[str, float]:
     """Held-out metrics (eval_loss and so on): means over all pairs, each counted once on any number
     of processes. Logged, also for each group of pairs, and with `answers` if there are some."""
@@ -621,7 +622,7 @@ class Run:
     model: Llama
     optimizer: torch.optim.AdamW
     pairs: Pairs
-    held_out: Pairs | None
+    evaluate: Callable[[int], dict[str, float]]  # step -> held-out metrics, logged
     steps: int  # updates of the whole run
     log: Log
     stop: StopRequest
@@ -690,20 +691,22 @@ def run(config: Config) -> None:
         on_first_process(lambda: log.rewind(state["step"]))
         on_first_process(record)
         log.say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint: from step 1")
-    held_out = parts[1] if config.eval_data else None
-    prompts = [pair.prompt for pair in held_out.pairs[: config.samples]] if held_out else []
-    answers = partial(answer, model, chat, device=mesh.device_type)
+    prompts = [pair.prompt for pair in parts[-1].pairs[: config.samples]]
+
+    def evaluated(step: int) -> dict[str, float]:
+        answers = [answer(model, chat, prompt, mesh.device_type) for prompt in prompts]
+        return evaluate(model, parts[1], log, step, answers)
+
     if checkpoint:
         checkpoints.load_checkpoint(checkpoint, state, model, optimizer)
-    elif held_out:
-        evaluate(model, held_out, log, 0, list(map(answers, prompts)))
+    elif config.eval_data:
+        evaluated(0)
     with StopRequest() as stop:  # also during the export: the first signal lets it finish
         train(
-            Run(config, mesh, model, optimizer, parts[0], held_out, steps, log, stop, identity),
+            Run(config, mesh, model, optimizer, parts[0], evaluated, steps, log, stop, identity),
             state["step"],
         )
         checkpoints.stop_unless_finite(checkpoints.trained_tensors(model, optimizer), steps)
-        after = list(map(answers, prompts))
         on_first_process(lambda: [flush(path) for path in out.glob("*.jsonl")])
         save_model(
             model,
@@ -713,7 +716,7 @@ def run(config: Config) -> None:
             stop_ids=[chat.end_of_turn] if chat else [],
         )
     if prompts and log.active:
-        log.answers([chat.last_turn(prompt) for prompt in prompts], after)
+        log.answers([chat.last_turn(prompt) for prompt in prompts], steps)
     log.say(f"\nsaved {out / 'model'} ({config.save_dtype}); metrics in {out / 'metrics.jsonl'}")
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import (
     LENGTHS,
+    ROOT,
     flags,
     main,
     random_pairs,
@@ -20,11 +21,15 @@ from conftest import (
     trained,
     write_pairs,
 )
+from safetensors.torch import load_file
 
+from data import ChatFormat
 from model import load_model
 from support.groups import read_groups
+from support.log import one_line
 
 HELD_OUT = random_pairs(LENGTHS, seed=2)
+EXAMPLES = ROOT / "examples/heldout.jsonl"
 # The values of `source` in the rows of these pairs, and the groups' names.
 SOURCES = ["wiki", "chat", None, "wiki", 3, ["a", {"b": 1}], "chat", 3, "", None]
 NAMES = ["wiki", "chat", "no source", "wiki", "3", '["a", {"b": 1}]', "chat", "3", "", "no source"]
@@ -122,3 +127,42 @@ def test_a_resumed_run_may_have_another_key(start, sourced, tmp_path):
     assert main("--resume", out, "--eval-by source") == 0
     assert ["by" in row for row in rows(out, "eval.jsonl")] == [False, True]
     assert (out / "model/model.safetensors").read_bytes() == weights
+
+
+# ------------------------------------------------------------------------------------ samples
+
+
+@torch.no_grad()
+def greedy(model, chat: ChatFormat, question: str) -> str:
+    """At most 64 tokens, each from a pass over all before it."""
+    ids, new = chat.prompt([("user", question)]), []
+    while len(new) < 64:
+        best = int(model.logits(torch.tensor(ids + new))[-1].argmax())
+        if best in chat.stop_ids:
+            break
+        new.append(best)
+    return chat.decode(new)
+
+
+def test_samples_are_answered_at_each_evaluation_by_the_weights_of_its_step(tmp_path, capsys):
+    """The file has all of them; the end of the run shows the first and the last."""
+    out = tmp_path / "out"
+    common = "--device cpu --max-steps 4 --pairs-per-step 4 --lr 3e-2 --save-dtype fp32"
+    assert main(common, "--samples 2 --eval-every 2 --save-every 2 --out", out) == 0
+    said, evaluations = capsys.readouterr().out, rows(out, "eval.jsonl")
+    assert [row["step"] for row in evaluations] == [0, 2, 4]
+    questions = [json.loads(line)["prompt"] for line in EXAMPLES.read_text().splitlines()[:2]]
+    chat, model = ChatFormat(out / "model"), load_model(ROOT / "examples/model")
+    stored = load_file(out / "checkpoints/step-000002/00000-of-00001.safetensors")
+    after_2 = {key.removeprefix("weight."): stored[key] for key in stored if "weight." in key}
+    for row, weights in zip(evaluations, [{}, after_2, None], strict=True):
+        if weights is None:
+            model = load_model(out / "model")
+        else:
+            model.load_state_dict(weights, strict=False)
+        assert row["answers"] == [greedy(model, chat, question) for question in questions]
+    first, _, last = (row["answers"] for row in evaluations)
+    assert first != evaluations[1]["answers"] != last
+    for question, old, new in zip(questions, first, last, strict=True):
+        shown = [one_line(text) for text in (question, old, new)]
+        assert "  prompt  {}\n  before  {}\n  after   {}\n".format(*shown) in said
