@@ -34,6 +34,7 @@ Not here: computing the reference's log-probs (train.py), and the mean over a ba
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -202,20 +203,17 @@ def simpo_loss(
 
 
 def dpo_loss(
-    sum_logp_w_B: Tensor,
-    sum_logp_l_B: Tensor,
-    ref_w_B: Tensor,
-    ref_l_B: Tensor,
-    *,
-    beta: float = 0.1,
+    logp_w_B: Tensor, logp_l_B: Tensor, ref_w_B: Tensor, ref_l_B: Tensor, *, beta: float = 0.1
 ) -> tuple[Tensor, Metrics]:
     """DPO (arXiv 2305.18290; equations 1 to 3):
     -logsigmoid(beta * ((s_w - s_w_ref) - (s_l - s_l_ref))).
 
-    Takes *summed* log-probs of the model and of the reference. Equal to TRL's loss_type "sigmoid".
-    `beta` is the reward scale; it shares only its name with ASFT's weight.
+    Takes *summed* log-probs of the model and of the reference ("dpo", TRL's loss_type "sigmoid"),
+    or means of both: then it is length-normalised DPO ("dpo-norm", TRL's "sigmoid_norm"). `beta` is
+    the reward scale; it shares only its name with ASFT's weight. With means it is larger: Tülu 3
+    (arXiv 2411.15124) has 5, which is dpo-norm's default; TRL's is 0.1 for both.
     """
-    ratio_w_B, ratio_l_B = _ratios(sum_logp_w_B, sum_logp_l_B, ref_w_B, ref_l_B)
+    ratio_w_B, ratio_l_B = _ratios(logp_w_B, logp_l_B, ref_w_B, ref_l_B)
     loss_B = -F.logsigmoid(beta * (ratio_w_B - ratio_l_B))
     return loss_B, {"align": loss_B.detach()} | _rewards(beta * ratio_w_B, beta * ratio_l_B)
 
@@ -256,6 +254,7 @@ LOSSES = {
     "orpo": Loss(orpo_loss, "mean", reference=False),
     "simpo": Loss(simpo_loss, "mean", reference=False),
     "dpo": Loss(dpo_loss, "sum", reference=True),
+    "dpo-norm": Loss(partial(dpo_loss, beta=5.0), "mean", reference=True),
     "ipo": Loss(ipo_loss, "mean", reference=True),
 }
 

@@ -11,7 +11,7 @@ In reading order
     step_loss, train                       the step and the loop
     learning_rate, Pairs, Sums             warm-up and cosine; what a step draws; its metrics
     evaluate, answer                       held-out figures; answers to a few held-out prompts
-    attach_reference                       log-probs of the starting model, for dpo and ipo
+    attach_reference                       log-probs of the starting model, for dpo, ipo
     start_processes ... make_optimizer     one process and many, on CPU and on GPUs (FSDP2)
     Run, run, plan, main                   a whole run; what it would take; the exit code
 
@@ -41,6 +41,7 @@ import sys
 import time
 import typing
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,7 +79,7 @@ from model import (
     load_weights,
     save_model,
 )
-from support import checkpoints, memory, run_directory
+from support import checkpoints, groups, memory, run_directory
 from support.files import InputError, checksum, flush, write_whole
 from support.flags import MAY_CHANGE, flag, parse, require
 from support.log import Log, describe, header, run_facts, speed
@@ -181,7 +182,8 @@ class Config:
     replicas: int = flag(1, "hybrid sharding: groups of processes with a whole model each")
 
     eval_every: int = flag(0, "steps between evaluations, besides those at start and end")
-    samples: int = flag(0, "held-out prompts to answer (greedily) before and after training")
+    eval_by: str | None = flag(None, "key of held-out rows: figures for each of its values too")
+    samples: int = flag(0, "held-out prompts to answer (greedily) at each evaluation")
     save_dtype: str = flag("bf16", "of OUT/model", ("bf16", "fp32"))
     save_every: int = flag(200, "steps between checkpoints (12 bytes a parameter each); 0: none")
     keep: int = flag(2, "checkpoints to keep, the newest")
@@ -200,7 +202,7 @@ class Config:
     def __post_init__(self):
         for names, wanted, allowed in RANGES:
             require(self, names, wanted, allowed)
-        if self.beta == 0 and self.loss in ("dpo", "ipo", "simpo"):
+        if self.beta == 0 and self.loss in ("dpo", "dpo-norm", "ipo", "simpo"):
             raise InputError(
                 f"--beta is 0.0, wanted more for --loss {self.loss}: it would be constant"
             )
@@ -215,8 +217,8 @@ class Config:
             raise InputError("--gpu-memory goes with --plan")
         if not self.model or not self.data:
             raise InputError("--model and --data go together (with neither, the example runs)")
-        if (self.eval_every or self.samples) and not self.eval_data:
-            raise InputError("--eval-every and --samples need --eval-data")
+        if (self.eval_every or self.eval_by or self.samples) and not self.eval_data:
+            raise InputError("--eval-every, --eval-by and --samples need --eval-data")
         live = self.loss_row.reference and self.reference == "live"
         if self.plan and (self.precision == "fp32" or self.replicas > 1 or live):
             raise InputError(
@@ -326,8 +328,8 @@ def train(run: "Run", done: int) -> None:
         row |= {"grad_norm": norm} | speed(run, drawn, time.perf_counter() - started)
         run.log.step(row, run.steps)
         last = step + 1 == run.steps
-        if run.held_out and (last or due(config.eval_every, step + 1)):
-            row |= evaluate(model, run.held_out, run.log, step + 1)
+        if config.eval_data and (last or due(config.eval_every, step + 1)):
+            row |= run.evaluate(step + 1)
         run.log.append("metrics.jsonl", row)
         stop = run.stop.signal_anywhere(pairs.device)
         if not last and (stop or due(config.save_every, step + 1)):
@@ -376,6 +378,8 @@ class Pairs:
         self.max_tokens = config.max_tokens_per_gpu or 8192  # of a micro-batch
         # A live copy, or numbers of shape (pairs, 2, 2): [pair, chosen or rejected, mean or sum].
         self.reference: Llama | Tensor | None = None
+        # Indexes of the pairs that are evaluated together: all; and those of each --eval-by value.
+        self.groups: dict[str | None, range | set[int]] = {None: range(len(pairs))}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -464,18 +468,24 @@ def stop_non_finite(
 
 @torch.no_grad()
 def evaluate(
-    model: Llama, pairs: Pairs, log: Log, step: int, answers: list[str] | None = None
+    model: Llama, pairs: Pairs, log: Log, step: int, answers: list[str]
 ) -> dict[str, float]:
     """Held-out metrics (eval_loss and so on): means over all pairs, each counted once on any number
-    of processes. Logged, with `answers` if there are some."""
-    sums = Sums()
+    of processes. Logged, also for each group of pairs, and with `answers` if there are some."""
+    sums = {name: Sums() for name in pairs.groups}
     for indexes in pairs.split():
         _, metrics, present_B = step_loss(model, pairs, indexes)
-        sums.add(metrics, present_B)
+        for name, group in pairs.groups.items():
+            within = [float(i in group) for i in indexes] or [0.0]
+            sums[name].add(metrics, present_B * torch.tensor(within, device=pairs.device))
     reshard(model)
-    means = sums.mean_over_processes(len(pairs.pairs))
-    row = {f"eval_{name}": value for name, value in means.items()}
-    log.evaluation(step, row, answers or [])
+    rows = {}
+    for name, group in pairs.groups.items():
+        means = sums[name].mean_over_processes(len(group))
+        rows[name] = {f"eval_{metric}": mean for metric, mean in means.items()}
+    row = rows.pop(None)
+    by = {name: {"pairs": len(pairs.groups[name])} | of_group for name, of_group in rows.items()}
+    log.evaluation(step, row, by, answers)
     return row
 
 
@@ -645,7 +655,7 @@ class Run:
     model: Llama
     optimizer: torch.optim.AdamW
     pairs: Pairs
-    held_out: Pairs | None
+    evaluate: Callable[[int], dict[str, float]]  # step -> held-out metrics, logged
     steps: int  # updates of the whole run
     log: Log
     stop: StopRequest
@@ -671,6 +681,9 @@ def run(config: Config) -> None:
     weights = check_weights(config.model, llama)
     mesh = start_processes(config)
     parts, counts, chat = read_pairs(config, llama, mesh.device_type)
+    if config.eval_by:
+        places = [pair.place for pair in parts[1].pairs]
+        parts[1].groups |= groups.read_groups(config.eval_data, config.eval_by, places)
     files = [Path(config.model) / "config.json", *sorted(set(weights.values()))]
     dtype = choose_device(config.device, config.precision)[1]
     marks = on_first_process(
@@ -722,19 +735,21 @@ def run(config: Config) -> None:
         on_first_process(lambda: log.rewind(state["step"]))
         on_first_process(record)
         log.say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint: from step 1")
-    held_out = parts[1] if config.eval_data else None
-    prompts = [pair.prompt for pair in held_out.pairs[: config.samples]] if held_out else []
-    answers = partial(answer, model, chat, device=mesh.device_type)
+    prompts = [pair.prompt for pair in parts[-1].pairs[: config.samples]]
+
+    def evaluated(step: int) -> dict[str, float]:
+        answers = [answer(model, chat, prompt, mesh.device_type) for prompt in prompts]
+        return evaluate(model, parts[1], log, step, answers)
+
     if checkpoint:
         checkpoints.load_checkpoint(checkpoint, state, model, optimizer)
-    elif held_out:
-        evaluate(model, held_out, log, 0, list(map(answers, prompts)))
+    elif config.eval_data:
+        evaluated(0)
     with StopRequest() as stop:  # also during the export: the first signal lets it finish
-        whole = Run(config, mesh, model, optimizer, parts[0], held_out, steps, log, stop, identity)
+        whole = Run(config, mesh, model, optimizer, parts[0], evaluated, steps, log, stop, identity)
         with memory.advising("in a step", model, parts[0]):
             train(whole, state["step"])
         checkpoints.stop_unless_finite(checkpoints.trained_tensors(model, optimizer), steps)
-        after = list(map(answers, prompts))
         on_first_process(lambda: [flush(path) for path in out.glob("*.jsonl")])
         save_model(
             model,
@@ -744,7 +759,7 @@ def run(config: Config) -> None:
             stop_ids=[chat.end_of_turn] if chat else [],
         )
     if prompts and log.active:
-        log.answers([chat.last_turn(prompt) for prompt in prompts], after)
+        log.answers([chat.last_turn(prompt) for prompt in prompts], steps)
     log.say(f"\nsaved {out / 'model'} ({config.save_dtype}); metrics in {out / 'metrics.jsonl'}")
 
 

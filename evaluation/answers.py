@@ -2,6 +2,7 @@
 
 In reading order
     load_generator    a model, its chat format, and the ids at which an answer ends
+    IdFormat          in place of a chat format, for a model that is asked in token ids
     claim_rows        which answers are there already; refuses those that were made otherwise
     with_progress     prints how far it is
     run, add_flags    the command
@@ -13,9 +14,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data import ChatFormat
+from data import ChatFormat, generation_eos, load_tokenizer
 from evaluation.generate import CACHE_TOKENS, Request, generate
-from evaluation.prompts import Prompt, encode_prompts, read_prompts
+from evaluation.prompts import Prompt, encode_prompts, is_ids, read_prompts
 from evaluation.rows import (
     add_model_flags,
     append_row,
@@ -35,16 +36,42 @@ Answers = Iterator[tuple[int, list[int], str]]  # as `generate` yields them
 SAMPLING = ("raw", "temperature", "top_p", "top_k", "seed", "max_new_tokens")
 
 
+class IdFormat:
+    """In place of data.ChatFormat, for a model that gets and gives token ids and whose tokenizer,
+    if it has one, lacks Llama 3's control tokens.
+
+    stop_ids: the eos ids of generation_config.json, or without that file of config.json.
+    """
+
+    def __init__(self, directory: str | Path):
+        path = Path(directory) / "tokenizer.json"
+        self.tokenizer = load_tokenizer(path) if path.exists() else None
+        self.stop_ids = frozenset(generation_eos(directory))
+
+    def is_llama3(self) -> bool:
+        """True if this is the tokenizer of a Llama 3."""
+        return self.tokenizer is not None and self.tokenizer.token_to_id("<|eot_id|>") is not None
+
+    def decode(self, ids: list[int]) -> str | None:
+        """Text of ids, control tokens shown; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
 def load_generator(
-    directory: str | Path, device: str = "auto", precision: str = "auto"
-) -> tuple[Llama, ChatFormat, frozenset[int]]:
+    directory: str | Path, device: str = "auto", precision: str = "auto", only_ids: bool = False
+) -> tuple[Llama, ChatFormat | IdFormat, frozenset[int]]:
     """A whole model on this process's device, its chat format, and the ids at which an answer ends:
     <|end_of_text|>, <|eot_id|>, <|eom_id|> if it exists, and those in generation_config.json.
 
-    Raises InputError if `directory` is not a Hugging Face model with its tokenizer.
+    only_ids: all prompts are token ids. The model may then have another tokenizer than Llama 3's,
+    or none. Raises InputError if `directory` is not a Hugging Face model with its tokenizer.
     """
     here, dtype = choose_device(device, precision)
-    chat = ChatFormat(directory)
+    chat = IdFormat(directory) if only_ids else None
+    if chat is None or chat.is_llama3():
+        chat = ChatFormat(directory)
     model = load_model(directory, dtype, here).requires_grad_(False)
     return model, chat, chat.stop_ids
 
@@ -115,7 +142,8 @@ def run(flags: argparse.Namespace) -> None:
     numbers = range(len(prompts))
     with torchrun_group():
         done = claim_rows(flags, "prompts", "index", numbers, *SAMPLING)
-        model, chat, stop_ids = load_generator(flags.model, flags.device, flags.precision)
+        only_ids = all(map(is_ids, prompts))
+        model, chat, stop_ids = load_generator(flags.model, flags.device, flags.precision, only_ids)
         encoded = encode_prompts(prompts, chat, model.config.vocab_size)
         if is_first():
             print(
@@ -123,12 +151,14 @@ def run(flags: argparse.Namespace) -> None:
                 f"answers go to {out}.part-*, and to {out} when all are there",
                 flush=True,
             )
+            if not stop_ids:
+                print(f"{flags.model}: no file in it names an eos_token_id, so no answer stops")
         mine = [i for i in share(numbers) if i not in done]
         requests = [Request(i, encoded[i], flags.temperature, flags.max_new_tokens) for i in mine]
         options = {key: getattr(flags, key) for key in ("top_p", "top_k", "seed", "cache_tokens")}
         answers = generate(model, requests, stop_ids, **options)
         for k, new, finish in with_progress(answers, len(mine)):
-            append_row(out, answer_row(mine[k], prompts[mine[k]], chat.decode(new), new, finish))
+            append_row(out, answer_row(mine[k], prompts[mine[k]], chat, new, finish))
         wait_for_all()
         if is_first():
             rows = join_parts(out, "index", numbers)
@@ -143,15 +173,22 @@ def run(flags: argparse.Namespace) -> None:
             )
 
 
-def answer_row(index: int, prompt: Prompt, text: str, new: list[int], finish: str) -> dict:
-    """A row of --out. The prompt is as it was asked: a text, token ids, or messages."""
-    asked = prompt.prompt
+def answer_row(
+    index: int, prompt: Prompt, chat: ChatFormat | IdFormat, new: list[int], finish: str
+) -> dict:
+    """A row of --out. The prompt is as it was asked: a text, token ids, or messages. Token ids are
+    answered with `response_ids` too; texts of ids are left out if the model has no tokenizer."""
+    asked, reference = prompt.prompt, prompt.reference
     if isinstance(asked[0], tuple):  # turns; a single one is shown as its text
         asked = [{"role": role, "content": content} for role, content in asked]
         asked = asked[0]["content"] if len(asked) == 1 else asked
-    row = {"index": index, "prompt": asked, "prediction": text, "tokens": len(new)}
-    row["finish"] = finish
-    return row if prompt.reference is None else row | {"reference": prompt.reference}
+    if isinstance(reference, list):
+        reference = chat.decode([token for token in reference if token not in chat.stop_ids])
+    row = {"index": index, "prompt": asked, "prediction": chat.decode(new), "tokens": len(new)}
+    row |= {"finish": finish, "reference": reference}
+    if is_ids(prompt):
+        row["response_ids"] = new
+    return {key: value for key, value in row.items() if value is not None}
 
 
 def add_generation_flags(command: argparse.ArgumentParser) -> None:

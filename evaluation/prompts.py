@@ -31,7 +31,7 @@ class Prompt:
     """Something to answer: turns, a plain text to continue, or token ids."""
 
     prompt: Turns | str | list[int]
-    reference: str | None  # a good answer, if the row has one
+    reference: str | list[int] | None  # a good answer, if the row has one: a text or token ids
     place: str  # "file:line", or "file: record 3"
 
 
@@ -43,7 +43,7 @@ def read_prompts(path: str | Path, raw: bool = False) -> list[Prompt]:
         messages                 likewise
         instruction [, input]    `system` and `history` may stand beside it
         prompt_ids               token ids, used as they are
-        chosen                   a preference in any form: its prompt, and `chosen` as reference
+        chosen, chosen_ids       a preference in any form: its prompt, and this as reference
 
     and perhaps `reference` or `output`, an answer to compare with. A text is a user's turn, or an
     HH transcript that ends with "Assistant:"; with `raw` it is a text to continue, unchanged, and
@@ -65,10 +65,10 @@ def read_prompts(path: str | Path, raw: bool = False) -> list[Prompt]:
 
 
 PROMPT_KEYS = ("prompt", "messages", "instruction", "prompt_ids")
-ANSWER_KEYS = ("reference", "output")
+ANSWER_KEYS = ("reference", "output", "chosen_ids")
 
 
-def parse_prompt(row: object, raw: bool) -> tuple[Turns | str | list[int], str | None]:
+def parse_prompt(row: object, raw: bool) -> tuple[Turns | str | list[int], str | list[int] | None]:
     """(prompt, reference) of a row; ValueError if it is not a prompt."""
     if not isinstance(row, dict):
         raise ValueError(f"a row is a string or a JSON object, found {shown(row)}")
@@ -76,8 +76,10 @@ def parse_prompt(row: object, raw: bool) -> tuple[Turns | str | list[int], str |
     if "chosen" not in row:
         prompt, references = find_prompt(row, raw), [key for key in ANSWER_KEYS if key in row]
         if len(references) > 1:
-            raise ValueError("found reference and output, wanted one of them")
-        reference = text(row[references[0]], references[0]) if references else None
+            raise ValueError(f"found {' and '.join(references)}, wanted one of them")
+        reference = None
+        for key in references:
+            reference = token_ids(row, key) if key in ID_KEYS else text(row[key], key)
     elif raw or any(key in row for key in ID_KEYS):
         raise ValueError("found a preference, wanted its prompt as turns: no --raw, no token ids")
     else:  # what the row holds as rejected does not matter
@@ -109,9 +111,15 @@ def find_prompt(row: dict, raw: bool) -> Turns | str | list[int]:
     return instruction_text(row).strip() if key == "instruction" else text(row[key], key)
 
 
+def is_ids(prompt: Prompt) -> bool:
+    """True if the prompt is token ids."""
+    return isinstance(prompt.prompt[0], int)
+
+
 def encode_prompts(prompts: list[Prompt], chat: ChatFormat, vocab_size: int) -> list[list[int]]:
     """Token ids: of turns, in the chat format up to the header of the assistant's next turn; of a
-    plain text, after BOS. Raises InputError for ids that are not below vocab_size."""
+    plain text, after BOS. `chat` is not used if all prompts are token ids. Raises InputError for
+    ids that are not below vocab_size."""
     encoded = []
     for p in prompts:
         ids = p.prompt

@@ -25,7 +25,8 @@ REFERENCE_OPTIONS = {"reference", "reference_cache"}
 # may change, but not the content behind them: support/run_directory.py compares it.
 MAY_CHANGE = {
     *("model", "data", "eval_data", "reference_cache", "out", "resume"),
-    *("save_every", "keep", "eval_every", "save_dtype", "plan", "gpu_memory", "peak_tflops"),
+    *("save_every", "keep", "eval_every", "eval_by", "save_dtype"),
+    *("plan", "gpu_memory", "peak_tflops"),
     *("max_tokens_per_gpu", "share_prompt", "checkpoint_blocks", "compile", "device", "replicas"),
 }
 

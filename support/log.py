@@ -180,16 +180,25 @@ class Log:
             text = "\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1]
         print(text, end="" if self.moving and row["step"] < steps else "\n", flush=True)
 
-    def evaluation(self, step: int, row: dict, answers: list[str]) -> None:
-        """Prints the held-out figures after a step and adds them, with answers, to eval.jsonl."""
-        self.append("eval.jsonl", {"step": step, **row} | ({"answers": answers} if answers else {}))
+    def evaluation(self, step: int, row: dict, by: dict[str, dict], answers: list[str]) -> None:
+        """Prints the held-out figures after a step, in all and of each group in `by`, and adds
+        them, with answers, to eval.jsonl."""
         clear = "\r\x1b[K" if self.moving else ""
         self.say(f"{clear}held-out after {step} | {formatted(row, STEP, 'eval_')}")
+        for name, of_group in by.items():
+            figures = formatted(of_group, STEP, "eval_")
+            self.say(f"  {one_line(name)}: pairs {of_group['pairs']:,} | {figures}")
+        more = {"by": by, "answers": answers}
+        more = {key: value for key, value in more.items() if value}
+        self.append("eval.jsonl", {"step": step, **row, **more})
 
-    def answers(self, prompts: list[str], after: list[str]) -> None:
-        """Prints sample prompts with their answers before training (from eval.jsonl) and after."""
-        first = json.loads((self.out / "eval.jsonl").read_text().split("\n")[0])
-        before = first.get("answers", ["(not in eval.jsonl)"] * len(prompts))
+    def answers(self, prompts: list[str], step: int) -> None:
+        """Prints sample prompts with their answers before training and after `step`, both from
+        eval.jsonl."""
+        rows = map(json.loads, (self.out / "eval.jsonl").read_text().splitlines())
+        found = {row["step"]: row["answers"] for row in rows if "answers" in row}
+        lost = ["(not in eval.jsonl)"] * len(prompts)
+        before, after = (found.get(at, lost) for at in (0, step))
         for prompt, old, new in zip(prompts, before, after, strict=True):
             self.say(f"\n  prompt  {one_line(prompt)}")
             self.say(f"  before  {one_line(old)}\n  after   {one_line(new)}")

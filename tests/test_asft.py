@@ -26,6 +26,7 @@ OPTIONS = {
     "orpo": [{}, dict(beta=1.0)],
     "simpo": [{}, dict(beta=10.0, gamma=3.0)],
     "dpo": [{}, dict(beta=0.5)],
+    "dpo-norm": [{}, dict(beta=0.5)],
     "ipo": [{}, dict(beta=0.5)],
 }
 each_variant = pytest.mark.parametrize(
@@ -279,9 +280,13 @@ def test_half_types_are_computed_in_fp32_and_float64_stays(name, options):
 
 
 def test_the_table_says_which_log_probs_reference_and_options_each_loss_takes():
-    """The options are the function's keyword arguments; the paper's beta is the default."""
+    """The options are the function's keyword arguments; the paper's beta is the default. dpo-norm
+    is dpo of means with Tülu 3's beta."""
     all_of_asft = {"beta": 0.1, "sft_weight": 1.0, "temperature": 1.0, "eps": 1e-6}
-    assert {name: (*loss, loss.options) for name, loss in LOSSES.items()} == {
+    rows = {name: (*loss, loss.options) for name, loss in LOSSES.items()}
+    function, *norm = rows.pop("dpo-norm")
+    assert (function.func, norm) == (asft.dpo_loss, ["mean", True, {"beta": 5.0}])
+    assert rows == {
         "sft": (sft_loss, "mean", False, {}),
         "asft": (asft_loss, "mean", False, all_of_asft),
         "orpo": (orpo_loss, "mean", False, {"beta": 0.1, "eps": 1e-6}),
@@ -307,6 +312,8 @@ def test_the_table_says_which_log_probs_reference_and_options_each_loss_takes():
         ("dpo", (-10.0, -12.0, -11.0, -11.5), dict(beta=2.0), 0.048587351574),  # z = 2 * 1.5
         ("dpo", (-12.0, -10.0, -11.5, -11.0), dict(beta=2.0), 3.048587351574),  # z = 2 * -1.5
         ("dpo", (-11.0, -11.5, -11.0, -11.5), dict(beta=0.1), 0.693147180560),  # z = 0
+        ("dpo-norm", (-1.0, -2.5, -1.5, -2.4), {}, 0.048587351574),  # z = 5 * (0.5 + 0.1)
+        ("dpo-norm", (-1.0, -2.5, -1.5, -2.4), dict(beta=10.0), 0.002475685137),  # z = 10 * 0.6
         ("ipo", (-10.0, -12.0, -11.0, -11.5), dict(beta=0.1), 12.25),  # (1.5 - 5)^2
         ("ipo", (-10.0, -12.0, -11.0, -11.5), dict(beta=0.5), 0.25),  # (1.5 - 1)^2
         ("ipo", (-11.0, -11.5, -11.0, -11.5), dict(beta=0.1), 25.0),  # (0 - 5)^2

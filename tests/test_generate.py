@@ -20,7 +20,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import LLAMA31, REAL, ROOT, needs_real, tiny_model
+from conftest import LLAMA31, REAL, ROOT, needs_real, save_tiny, tiny_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import eval as program
 import evaluation.answers
@@ -31,7 +33,7 @@ from evaluation.answers import load_generator
 from evaluation.generate import Cache, Request, choose, generate, prefill, probabilities, step
 from evaluation.prompts import encode_prompts, read_prompts
 from evaluation.rows import append_row, join_parts
-from model import save_model
+from model import load_model, save_model
 from support.files import InputError
 
 EXAMPLE = ROOT / "examples" / "model"
@@ -214,12 +216,82 @@ def test_samples_depend_only_on_seed_row_number_and_position():
     assert answers(model, [Request(4, [1, 2], 1.0, 50)], seed=9)[0] == (expected, "length")
 
 
-def test_an_answer_stops_at_the_ids_of_the_chat_format_and_of_generation_config(tmp_path):
+@pytest.mark.parametrize("only_ids", [False, True])
+def test_an_answer_stops_at_the_ids_of_the_chat_format_and_of_generation_config(tmp_path, only_ids):
+    """Also an answer to token ids."""
     linked(tmp_path, generation_config='{"eos_token_id": [7]}')
     tokens = json.loads((EXAMPLE / "tokenizer.json").read_text())["added_tokens"]
     names = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
     ends = {token["id"] for token in tokens if token["content"] in names}
-    assert len(ends) >= 2 and load_generator(tmp_path)[2] == ends | {7}
+    assert len(ends) >= 2 and load_generator(tmp_path, only_ids=only_ids)[2] == ends | {7}
+
+
+# ------------------------------------------------- a model without Llama 3's control tokens
+
+WORDS_OF_IDS = {f"w{i}": i for i in range(97)}
+
+
+@pytest.fixture
+def other(tmp_path):
+    """other(**files): a tiny model with these JSON files; its eos id is 1, its tokenizer not Llama
+    3's. Returns the model, and how `eval.py generate` answers the rows given."""
+
+    def make(without=(), **contents):
+        home = save_tiny(tmp_path / "other", std=0.3)
+        words = Tokenizer(WordLevel(WORDS_OF_IDS, unk_token="w0"))
+        contents = {"tokenizer": words.to_str()} | contents
+        for stem in contents.keys() - set(without):
+            (home / f"{stem}.json").write_text(contents[stem])
+
+        def answer(*rows, code=0, flags=()):
+            prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+            prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            paths = ["--model", home, "--prompts", prompts, "--out", out, *flags]
+            assert program.main(["generate", "--max-new-tokens", "30", *map(str, paths)]) == code
+            return [json.loads(line) for line in out.read_text().splitlines()] if not code else []
+
+        return load_model(home).requires_grad_(False), answer
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "files, stop_ids",
+    [
+        ({}, {1}),  # config.json's
+        ({"generation_config": '{"eos_token_id": [5, 17, 40]}'}, {5, 17, 40}),
+        ({"generation_config": '{"temperature": 1}'}, set()),
+        ({"without": ["tokenizer"]}, {1}),
+    ],
+)
+def test_prompts_of_ids_are_answered_in_ids_by_a_model_with_any_tokenizer_or_none(
+    other, capsys, files, stop_ids
+):
+    model, answer = other(**files)
+    prompts = prompts_of(LENGTHS)
+    rows = [{"prompt_ids": ids} for ids in prompts]
+    rows[2] |= {"chosen_ids": [8, 9, *stop_ids], "rejected_ids": [3]}
+    rows[3] |= {"reference": "in words"}
+    decoded = "without" not in files
+    for i, row in enumerate(answer(*rows)):
+        new, finish = continued(model, prompts[i], stop_ids, 30)
+        expected = {"index": i, "prompt": prompts[i], "tokens": len(new), "finish": finish}
+        expected |= {"response_ids": new}
+        if decoded:
+            expected |= {"prediction": " ".join(f"w{i}" for i in new)}
+        if i == 2 and decoded:
+            expected |= {"reference": "w8 w9"}
+        if i == 3:
+            expected |= {"reference": "in words"}
+        assert row == expected
+    assert ("so no answer stops" in capsys.readouterr().out) == (not stop_ids)
+
+
+@pytest.mark.parametrize("rows", [["Hi"], [{"prompt_ids": [3]}, {"prompt": "Hi"}]])
+@pytest.mark.parametrize("flags", [[], ["--raw"]])
+def test_texts_are_refused_by_a_model_without_llama_3s_control_tokens(other, capsys, rows, flags):
+    other()[1](*rows, code=2, flags=flags)
+    assert "tokenizer.json: has no token <|begin_of_text|>" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------ prompts

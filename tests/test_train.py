@@ -112,6 +112,7 @@ MISTAKES = """
 --adam-beta2 1 | --adam-beta2 is 1.0
 --loss kto | kto
 --loss ipo --beta 0 | --beta is 0.0
+--loss dpo-norm --beta 0 | --beta is 0.0
 --loss dpo --temperature 2 | --temperature is not an option of --loss dpo, which takes --beta
 --loss sft --beta 2 | --beta is not an option of --loss sft, which takes none
 --reference live | --reference is not an option of --loss asft
@@ -120,7 +121,9 @@ MISTAKES = """
 --ipo-sum | --ipo-sum goes with --loss ipo
 --plan 2 --precision fp32 | --plan simulates neither
 --eval-data PAIRS --samples 2 | --samples needs text
---eval-every 5 | --eval-every and --samples need --eval-data
+--eval-every 5 | --eval-every, --eval-by and --samples need --eval-data
+--eval-by source | --eval-every, --eval-by and --samples need --eval-data
+--eval-data PAIRS --eval-by sauce | --eval-by sauce: no row of
 --max-tokens 300 | --max-tokens 300 is above the model's max_position_embeddings 256
 --max-tokens 1 | no pair left to use
 --max-tokens-per-gpu 20 | a pair of 26 packed tokens exceeds --max-tokens-per-gpu 20
@@ -345,6 +348,7 @@ def test_the_first_step_of_every_loss_is_its_definition(start, tmp_path, loss):
         "orpo": -w + 0.1 * np.log1p(np.exp(-odds)),
         "simpo": np.log1p(np.exp(-(2 * (w - l) - 1))),
         "dpo": np.full(4, math.log(2)),
+        "dpo-norm": np.full(4, math.log(2)),
         "ipo": np.full(4, 25.0),
     }
     assert row["loss"] == pytest.approx(expected[loss].mean(), rel=1e-5)
@@ -367,9 +371,10 @@ def test_a_live_reference_and_a_precomputed_one_give_the_same_losses(start, tmp_
     assert_close(live[-1:], kept[-1:], "eval_loss", rel=1e-4, absolute=0)
 
 
-def test_sums_and_means_are_different_ipo_losses(start, tmp_path):
-    mean = trained(start, tmp_path / "mean", "--loss ipo --max-steps 1")
-    total = trained(start, tmp_path / "sum", "--loss ipo --ipo-sum --max-steps 1")
+@pytest.mark.parametrize("mean, total", [("ipo", "ipo --ipo-sum"), ("dpo-norm --beta 0.1", "dpo")])
+def test_sums_and_means_are_different_losses(start, tmp_path, mean, total):
+    mean = trained(start, tmp_path / "mean", f"--loss {mean} --max-steps 1")
+    total = trained(start, tmp_path / "sum", f"--loss {total} --max-steps 1")
     assert total[0]["grad_norm"] > 3 * mean[0]["grad_norm"]
 
 

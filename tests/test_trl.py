@@ -110,6 +110,15 @@ def test_dpo_is_trls(beta):
     assert_same(ours, trl_dpo("sigmoid", w, l, *sums[2:], beta), w, l)
 
 
+@pytest.mark.parametrize("beta", [0.1, 5.0])
+def test_dpo_of_means_is_trls_length_normalised_dpo(beta):
+    means, sums = random_logps()
+    w, l = leaves(*sums[:2])
+    function = asft.LOSSES["dpo-norm"].function
+    ours, _ = function(w / LENGTHS_W, l / LENGTHS_L, *means[2:], beta=beta)
+    assert_same(ours, trl_dpo("sigmoid_norm", w, l, *sums[2:], beta), w, l)
+
+
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 def test_ipo_of_means_is_trls(beta):
     means, sums = random_logps()
