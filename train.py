@@ -234,19 +234,32 @@ RANGES = (
 # ---------------------------------------------------------------------------- step and loop
 
 
+# A row is a pair, or one answer: good (chosen) or bad (rejected). These metrics are means over the
+# rows that have what they measure, all others over all rows.
+MEASURED = {
+    "chosen": ("sft", "logp_w", "sum_logp_w", "align_w"),
+    "rejected": ("logp_l", "sum_logp_l", "align_l", "rejected_weight", "clamped"),
+    "both": ("margin", "accuracy"),
+}
+
+
 def step_loss(
     model: Llama, pairs: "Pairs", indexes: list[int]
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Forward pass of one micro-batch: packed pairs -> one loss per pair.
 
-    Returns loss_B; per-pair metrics, detached (those in `common` for every loss); and present_B: 1
+    Returns loss_B; per-pair metrics, detached (those in `common` for every loss), 0 where a pair
+    lacks the answer, and 0/1 metrics that say which it has (`rows_chosen`, ...); and present_B: 1
     for a pair, 0 for the stand-in that an empty micro-batch computes.
     """
     loss, options = pairs.config.loss_row, pairs.config.loss_options
     indexes, batch, present_B = pairs.batch(indexes)
     mean_R, sum_R = model(batch)  # responses 2i and 2i+1: chosen and rejected of pair i
     logp_R = mean_R if loss.logps == "mean" else sum_R
-    inputs = [logp_R[0::2], logp_R[1::2]]
+    chosen_B, rejected_B = batch.length_R[0::2] > 0, batch.length_R[1::2] > 0
+    # Constants of which the loss's terms vanish: an absent chosen answer has l_w = 0 (the model
+    # says so), an absent rejected one p_l = 0.
+    inputs = [logp_R[0::2], logp_R[1::2].masked_fill(~rejected_B, -math.inf)]
     if loss.reference:
         mean_ref_R, sum_ref_R = pairs.reference_logps(indexes, batch)
         reference_R = mean_ref_R if loss.logps == "mean" else sum_ref_R
@@ -264,7 +277,13 @@ def step_loss(
         "sum_logp_l": sum_R[1::2],
         **asft.comparison(logp_w_B, logp_l_B),
     }
-    return loss_B, common | metrics, present_B
+    metrics = common | metrics
+    rows = {"chosen": chosen_B, "rejected": rejected_B, "both": chosen_B & rejected_B}
+    for kind, names in MEASURED.items():
+        for name in metrics.keys() & names:
+            metrics[name] = metrics[name].masked_fill(~rows[kind], 0)
+        metrics[f"rows_{kind}"] = rows[kind].float()
+    return loss_B, metrics, present_B
 
 
 def train(run: "Run", done: int) -> None:
@@ -409,10 +428,17 @@ class Sums(dict):
             self[name] = self.get(name, 0) + (value_B * present_B).sum()
 
     def mean_over_processes(self, pairs: int) -> dict[str, float]:
-        """Means over so many pairs, equal on all processes."""
+        """Means over so many pairs, equal on all processes. Of MEASURED, over those that have the
+        answers: if some lack one, their numbers (rows_chosen, ...) come too. A mean over none is
+        left out."""
         total = torch.stack([value.double() for value in self.values()])
         dist.all_reduce(total)
-        return dict(zip(self, (total / pairs).tolist(), strict=True))
+        sums = dict(zip(self, total.tolist(), strict=True))
+        rows = {f"rows_{kind}": int(sums.pop(f"rows_{kind}")) for kind in MEASURED}
+        measured = {name: rows[f"rows_{kind}"] for kind in MEASURED for name in MEASURED[kind]}
+        over = {name: measured.get(name, pairs) for name in sums}
+        means = {name: total / over[name] for name, total in sums.items() if over[name]}
+        return means if rows["rows_both"] == pairs else means | rows
 
 
 def stop_non_finite(
@@ -722,7 +748,7 @@ def read_pairs(
         read_preferences(path, count, config.skip_bad_lines)
         for path, count in zip(files, counts, strict=True)
     ]
-    text = any(isinstance(p.chosen, str) for part in preferences for p in part)
+    text = any(p.is_text for part in preferences for p in part)
     chat = ChatFormat(config.model) if text else None
     if config.samples and chat is None:
         raise InputError("--samples needs text: these pairs are token ids")
@@ -733,6 +759,13 @@ def read_pairs(
 
     parts = []
     for path, part, count in zip(files, preferences, counts, strict=True):
+        ones = sum(len(p.answers) == 1 for p in part)
+        if ones and not config.loss_row.one_answer:
+            others = " or ".join(name for name, row in asft.LOSSES.items() if row.one_answer)
+            raise InputError(
+                f"--loss {config.loss} compares two answers, but {ones:,} of {len(part):,} rows of "
+                f"{path} have one; --loss {others} takes them"
+            )
         pairs = encode_preferences(
             part, chat, config.max_tokens, config.overlong, count, llama.vocab_size, progress
         )

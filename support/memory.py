@@ -132,10 +132,10 @@ def forward_flops(
     in_blocks = sum(math.prod(shape) for key, shape in shapes.items() if "_proj" in key)
     tokens = sum(pair.packed_tokens(share_prompt) for pair in pairs)
     scored = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    prompts = 1 if share_prompt else 2  # how often a prompt is computed
     seen = 0  # pairs of a query and a key
     for pair in pairs:
         n_p = len(pair.prompt)
+        prompts = 1 if share_prompt else pair.answers  # how often the prompt is computed
         seen += prompts * n_p * (n_p + 1) // 2
         for n in (len(pair.chosen), len(pair.rejected)):
             seen += n * n_p + n * (n + 1) // 2
