@@ -234,31 +234,22 @@ RANGES = (
 # ---------------------------------------------------------------------------- step and loop
 
 
-# A row is a pair, or one answer: good (chosen) or bad (rejected). These metrics are means over the
-# rows that have what they measure, all others over all rows.
-MEASURED = {
-    "chosen": ("sft", "logp_w", "sum_logp_w", "align_w"),
-    "rejected": ("logp_l", "sum_logp_l", "align_l", "rejected_weight", "clamped"),
-    "both": ("margin", "accuracy"),
-}
-
-
 def step_loss(
     model: Llama, pairs: "Pairs", indexes: list[int]
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Forward pass of one micro-batch: packed pairs -> one loss per pair.
 
-    Returns loss_B; per-pair metrics, detached (those in `common` for every loss), 0 where a pair
-    lacks the answer, and 0/1 metrics that say which it has (`rows_chosen`, ...); and present_B: 1
+    Returns loss_B; per-pair metrics, detached (those in `common` for every loss); and present_B: 1
     for a pair, 0 for the stand-in that an empty micro-batch computes.
+
+    A pair may lack an answer; MEASURED says which metrics then mean nothing.
     """
     loss, options = pairs.config.loss_row, pairs.config.loss_options
     indexes, batch, present_B = pairs.batch(indexes)
     mean_R, sum_R = model(batch)  # responses 2i and 2i+1: chosen and rejected of pair i
     logp_R = mean_R if loss.logps == "mean" else sum_R
     chosen_B, rejected_B = batch.length_R[0::2] > 0, batch.length_R[1::2] > 0
-    # Constants of which the loss's terms vanish: an absent chosen answer has l_w = 0 (the model
-    # says so), an absent rejected one p_l = 0.
+    # The term of an absent answer vanishes: l_w = 0, which the model gives, or p_l = 0.
     inputs = [logp_R[0::2], logp_R[1::2].masked_fill(~rejected_B, -math.inf)]
     if loss.reference:
         mean_ref_R, sum_ref_R = pairs.reference_logps(indexes, batch)
@@ -276,14 +267,11 @@ def step_loss(
         "sum_logp_w": sum_R[0::2],
         "sum_logp_l": sum_R[1::2],
         **asft.comparison(logp_w_B, logp_l_B),
+        "rows_chosen": chosen_B.float(),
+        "rows_rejected": rejected_B.float(),
+        "rows_both": (chosen_B & rejected_B).float(),
     }
-    metrics = common | metrics
-    rows = {"chosen": chosen_B, "rejected": rejected_B, "both": chosen_B & rejected_B}
-    for kind, names in MEASURED.items():
-        for name in metrics.keys() & names:
-            metrics[name] = metrics[name].masked_fill(~rows[kind], 0)
-        metrics[f"rows_{kind}"] = rows[kind].float()
-    return loss_B, metrics, present_B
+    return loss_B, common | metrics, present_B
 
 
 def train(run: "Run", done: int) -> None:
@@ -419,25 +407,37 @@ class Pairs:
         return self.reference[indexes].flatten(0, 1).unbind(-1)
 
 
+# A pair may be one answer, good (chosen) or bad (rejected). The means of these metrics are over the
+# pairs that have what they measure; all others, such as the loss, are over all pairs.
+MEASURED = {
+    **dict.fromkeys(("sft", "logp_w", "sum_logp_w", "align_w"), "rows_chosen"),
+    **dict.fromkeys(("logp_l", "sum_logp_l", "align_l"), "rows_rejected"),
+    **dict.fromkeys(("rejected_weight", "clamped"), "rows_rejected"),
+    **dict.fromkeys(("margin", "accuracy"), "rows_both"),
+}
+
+
 class Sums(dict):
     """Per-pair metrics summed over micro-batches, then over processes: each pair counts once."""
 
     def add(self, metrics: dict[str, Tensor], present_B: Tensor) -> None:
         """Adds a micro-batch's metrics."""
         for name, value_B in metrics.items():
-            self[name] = self.get(name, 0) + (value_B * present_B).sum()
+            counts_B = present_B * metrics[MEASURED[name]] if name in MEASURED else present_B
+            self[name] = self.get(name, 0) + value_B.where(counts_B > 0, 0).sum()
 
     def mean_over_processes(self, pairs: int) -> dict[str, float]:
-        """Means over so many pairs, equal on all processes. Of MEASURED, over those that have the
-        answers: if some lack one, their numbers (rows_chosen, ...) come too. A mean over none is
-        left out."""
+        """Means over so many pairs, equal on all processes; those of MEASURED are left out if no
+        pair has what they measure. If pairs lack an answer, with the numbers of those that have it
+        (rows_chosen, rows_rejected, rows_both)."""
         total = torch.stack([value.double() for value in self.values()])
         dist.all_reduce(total)
         sums = dict(zip(self, total.tolist(), strict=True))
-        rows = {f"rows_{kind}": int(sums.pop(f"rows_{kind}")) for kind in MEASURED}
-        measured = {name: rows[f"rows_{kind}"] for kind in MEASURED for name in MEASURED[kind]}
-        over = {name: measured.get(name, pairs) for name in sums}
-        means = {name: total / over[name] for name, total in sums.items() if over[name]}
+        rows = {name: int(sums.pop(name)) for name in ("rows_chosen", "rows_rejected", "rows_both")}
+        means = {}
+        for name, value in sums.items():
+            if count := rows[MEASURED[name]] if name in MEASURED else pairs:
+                means[name] = value / count
         return means if rows["rows_both"] == pairs else means | rows
 
 
