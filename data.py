@@ -224,13 +224,13 @@ class Pair:
 
     def packed_tokens(self, share_prompt: bool = True) -> int:
         """Tokens that the pair takes in a batch."""
-        prompts = 1 if share_prompt else self.answers
+        prompts = 1 if share_prompt else len(self.answers)
         return prompts * len(self.prompt) + len(self.chosen) + len(self.rejected)
 
     @property
-    def answers(self) -> int:
-        """How many answers it has: 2 or 1."""
-        return bool(len(self.chosen)) + bool(len(self.rejected))
+    def answers(self) -> list[np.ndarray]:
+        """Both answers, or the only one."""
+        return [ids for ids in (self.chosen, self.rejected) if len(ids)]
 
 
 CHUNK = 1000  # preferences encoded at once: an Encoding takes many times the memory of its ids
@@ -269,7 +269,8 @@ def encode_preferences(
                 )
             room = max_tokens - len(prompt)
             too_long = max(len(chosen), len(rejected)) > room
-            if not len(prompt) or bool(len(chosen)) + bool(len(rejected)) < len(p.answers):
+            answers = [ids for ids in (chosen, rejected) if len(ids)]
+            if not len(prompt) or len(answers) < len(p.answers):
                 counts["empty"] += 1
             elif room <= 0 or (too_long and overlong == "drop"):
                 counts["overlong"] += 1
@@ -277,7 +278,7 @@ def encode_preferences(
                 counts["identical"] += 1
             else:
                 counts["truncated"] += too_long
-                if len(p.answers) == 1:
+                if len(answers) == 1:
                     counts["bad answers" if p.chosen is None else "good answers"] += 1
                 # Copies: a slice would keep the whole response in memory.
                 pairs.append(Pair(prompt, chosen[:room].copy(), rejected[:room].copy(), p.place))
@@ -336,12 +337,12 @@ def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = Non
     query_lengths, key_lengths = [], []
     end = 0  # index after the last token so far
     for pair in pairs:
-        n_p, start_p = len(pair.prompt), None  # of the prompt: its length, its first token's index
-        for response in filter(len, (pair.chosen, pair.rejected)):
+        n_p = len(pair.prompt)
+        for i, response in enumerate(pair.answers):
             n = len(response)
-            repeats = start_p is None or not share_prompt  # the prompt stands before this response
-            new = n_p if repeats else 0
-            start_p = end if repeats else start_p
+            new = 0  # tokens of the prompt that stand before this response
+            if i == 0 or not share_prompt:
+                start_p, new = end, n_p  # where the prompt starts
             start, end = end + new, end + new + n  # of the response
 
             tokens += [pair.prompt[:new], response]

@@ -135,7 +135,7 @@ def forward_flops(
     seen = 0  # pairs of a query and a key
     for pair in pairs:
         n_p = len(pair.prompt)
-        prompts = 1 if share_prompt else pair.answers  # how often the prompt is computed
+        prompts = 1 if share_prompt else len(pair.answers)  # how often the prompt is computed
         seen += prompts * n_p * (n_p + 1) // 2
         for n in (len(pair.chosen), len(pair.rejected)):
             seen += n * n_p + n * (n + 1) // 2

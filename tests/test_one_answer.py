@@ -225,6 +225,23 @@ def test_a_label_alone_does_not_change_what_a_prompt_is(tmp_path):
     assert "no --raw" in refused_prompt(ONE | {"label": True}, tmp_path, raw=True)
 
 
+def test_what_trl_makes_of_pairs_is_read_as_their_answers(tmp_path):
+    from datasets import Dataset
+    from trl import unpair_preference_dataset
+
+    lines = (ROOT / "examples/heldout.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    records = [r for r in records if r.keys() == {"prompt", "chosen", "rejected"}]
+    for name, kind in (("texts", str), ("messages", list)):
+        some = [r for r in records if all(isinstance(value, kind) for value in r.values())][:5]
+        pairs = read_preferences(write(tmp_path / "pairs.jsonl", some))
+        path = tmp_path / f"{name}.jsonl"
+        unpair_preference_dataset(Dataset.from_list(some)).to_json(path)
+        found = {(str(p.prompt), p.chosen, p.rejected) for p in read_preferences(path)}
+        good = {(str(p.prompt), p.chosen, None) for p in pairs}
+        assert len(some) == 5 and found == good | {(str(p.prompt), None, p.rejected) for p in pairs}
+
+
 # -------------------------------------------------------------------------------- packing, losses
 
 
