@@ -106,9 +106,13 @@ def asft_loss(
     which is what runs at temperature 1: no odds, no cancellation, and no trouble at logp_w = 0.
     (With sft_weight, 1 + beta is sft_weight + beta.)
 
+    Each answer has its own terms, so none needs a partner: with logp_w = 0 the chosen terms vanish,
+    with logp_l = -inf (p_l = 0) the rejected one, exactly, at every temperature and eps. train.py
+    passes these for a row that has only a bad or only a good answer.
+
     Args:
         logp_w_B, logp_l_B: mean log-probs in nats, at most 0, of equal shape. Half types are
-            computed in fp32; float64 stays float64.
+            computed in fp32; float64 stays float64. 0 and -inf: see above.
         beta: weight of the align term, the paper's beta (it finds 0.1 to 0.5 to work). Not a
             temperature, not DPO's beta.
         sft_weight: weight of L_SFT; 0 leaves beta * L_align ("align only").
@@ -142,12 +146,14 @@ def asft_loss(
         align_l_B = -log1mexp(bounded_l_B)
     else:
         align_w_B = -F.logsigmoid(temperature * log_odds(_bounded(logp_w_B, eps)))
+        align_w_B = align_w_B.masked_fill(logp_w_B == 0, 0.0)  # exact; eps would leave eps^T
         align_l_B = -F.logsigmoid(-temperature * log_odds(bounded_l_B))
     align_B = align_w_B + align_l_B
     loss_B = sft_weight * sft_B + beta * align_B
     with torch.no_grad():
-        # The chosen side is bounded only in the tempered form.
-        clamped_B = (logp_l_B > -eps) | ((temperature != 1) & (logp_w_B > -eps))
+        # The chosen side is bounded only in the tempered form, and not at 0.
+        clamped_w_B = (logp_w_B > -eps) & (logp_w_B < 0)
+        clamped_B = (logp_l_B > -eps) | ((temperature != 1) & clamped_w_B)
         # The derivative of align_l is T sigmoid(T log_odds_l) times that of log_odds_l, which is
         # 1 / (1 - p_l). At T = 1 the sigmoid is p_l, so this is the odds p_l / (1 - p_l).
         log_odds_l_B = log_odds(bounded_l_B)
@@ -240,6 +246,9 @@ class Loss(NamedTuple):
     function: Callable[..., tuple[Tensor, Metrics]]
     logps: str  # "mean" or "sum": which log-probs the function takes
     reference: bool  # True if it also takes the log-probs of a reference model
+    # True if it is a sum of one term per answer, and so takes rows with one: an absent chosen
+    # answer is logp_w = 0, an absent rejected one logp_l = -inf.
+    one_answer: bool = False
 
     @property
     def options(self) -> dict[str, float]:
@@ -249,8 +258,8 @@ class Loss(NamedTuple):
 
 
 LOSSES = {
-    "sft": Loss(sft_loss, "mean", reference=False),
-    "asft": Loss(asft_loss, "mean", reference=False),
+    "sft": Loss(sft_loss, "mean", reference=False, one_answer=True),
+    "asft": Loss(asft_loss, "mean", reference=False, one_answer=True),
     "orpo": Loss(orpo_loss, "mean", reference=False),
     "simpo": Loss(simpo_loss, "mean", reference=False),
     "dpo": Loss(dpo_loss, "sum", reference=True),

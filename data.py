@@ -44,12 +44,23 @@ BAD_LINES_SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """A prompt with a chosen and a rejected response: turns and texts, or token ids (int32)."""
+    """A prompt with a chosen and a rejected response: turns and texts, or token ids (int32). In a
+    row with one answer, good or bad, the other is None."""
 
     prompt: Turns | np.ndarray
-    chosen: str | np.ndarray
-    rejected: str | np.ndarray
+    chosen: str | np.ndarray | None
+    rejected: str | np.ndarray | None
     place: str  # "file:line", or "file: record 3"
+
+    @property
+    def is_text(self) -> bool:
+        """False if it holds token ids."""
+        return isinstance(self.prompt, list)
+
+    @property
+    def answers(self) -> list[str] | list[np.ndarray]:
+        """Both answers, or the only one."""
+        return [answer for answer in (self.chosen, self.rejected) if answer is not None]
 
 
 def read_preferences(
@@ -59,7 +70,7 @@ def read_preferences(
 
     `counts` gains "read", "bad lines", "unequal prompts" (dropped: the two sides have different
     prompts) and, if there are any, "repeat their prompt" (kept, since an answer may quote its
-    question, but both answers begin with their prompt). Unless skip_bad_lines, raises InputError
+    question, but all answers begin with their prompt). Unless skip_bad_lines, raises InputError
     with the place and fault of the first 20 records that are not pairs. `read_records` says what is
     never skipped.
     """
@@ -204,7 +215,7 @@ def generation_eos(directory: str | Path) -> set[int]:
 @dataclass(frozen=True, slots=True)
 class Pair:
     """Token ids of a pair, int32. Its sequences are prompt + chosen and prompt + rejected; all
-    response tokens are scored."""
+    response tokens are scored. In a row with one answer, the other is empty."""
 
     prompt: np.ndarray
     chosen: np.ndarray
@@ -213,8 +224,13 @@ class Pair:
 
     def packed_tokens(self, share_prompt: bool = True) -> int:
         """Tokens that the pair takes in a batch."""
-        prompts = 1 if share_prompt else 2
+        prompts = 1 if share_prompt else len(self.answers)
         return prompts * len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+    @property
+    def answers(self) -> list[np.ndarray]:
+        """Both answers, or the only one."""
+        return [ids for ids in (self.chosen, self.rejected) if len(ids)]
 
 
 CHUNK = 1000  # preferences encoded at once: an Encoding takes many times the memory of its ids
@@ -237,8 +253,9 @@ def encode_preferences(
     overlong="drop": a pair with a sequence that is too long is dropped.
 
     `counts` gains "truncated", "kept", and the reasons for a drop, the first that applies: "empty"
-    (the prompt or an answer), "overlong", "identical" (compared after truncation). `chat` may be
-    None if every preference holds ids. Raises InputError for ids that are not below vocab_size.
+    (the prompt or an answer), "overlong", "identical" (compared after truncation). Of the kept rows
+    with one answer, "good answers" and "bad answers" are counted too. `chat` may be None if every
+    preference holds ids. Raises InputError for ids that are not below vocab_size.
     """
     counts = Counter() if counts is None else counts
     pairs, last = [], time.monotonic()
@@ -252,7 +269,8 @@ def encode_preferences(
                 )
             room = max_tokens - len(prompt)
             too_long = max(len(chosen), len(rejected)) > room
-            if not len(prompt) or not len(chosen) or not len(rejected):
+            answers = [ids for ids in (chosen, rejected) if len(ids)]
+            if not len(prompt) or len(answers) < len(p.answers):
                 counts["empty"] += 1
             elif room <= 0 or (too_long and overlong == "drop"):
                 counts["overlong"] += 1
@@ -260,6 +278,8 @@ def encode_preferences(
                 counts["identical"] += 1
             else:
                 counts["truncated"] += too_long
+                if len(answers) == 1:
+                    counts["bad answers" if p.chosen is None else "good answers"] += 1
                 # Copies: a slice would keep the whole response in memory.
                 pairs.append(Pair(prompt, chosen[:room].copy(), rejected[:room].copy(), p.place))
         if progress is not None and time.monotonic() - last > 2:
@@ -270,21 +290,22 @@ def encode_preferences(
 
 
 def encode_chunk(chunk: list[Preference], chat: ChatFormat | None) -> Iterator[list[np.ndarray]]:
-    """Ids of prompt, chosen and rejected (int32). Equal texts are encoded once, all in one call."""
+    """Ids of prompt, chosen and rejected (int32; none of an absent answer). Equal texts are encoded
+    once, all in one call."""
     texts = {}  # a dict, for its order
     for p in chunk:
-        if isinstance(p.chosen, str):
+        if p.is_text:
             contents = [content for _, content in p.prompt]
-            texts |= dict.fromkeys(part.strip() for part in (*contents, p.chosen, p.rejected))
+            texts |= dict.fromkeys(part.strip() for part in (*contents, *p.answers))
     encoded = dict(zip(texts, chat.encode(list(texts)), strict=True)) if texts else {}
     for p in chunk:
-        if isinstance(p.chosen, str):
+        prompt, sides = p.prompt, (p.chosen, p.rejected)
+        if p.is_text:
             asks = any(role == "user" and content for role, content in p.prompt)
             prompt = chat.prompt(p.prompt, encoded) if asks else []
-            sides = (chat.response(side, encoded) for side in (p.chosen, p.rejected))
-            yield [np.array(ids, dtype=np.int32) for ids in (prompt, *sides)]
-        else:
-            yield [p.prompt, p.chosen, p.rejected]
+            sides = [chat.response(side, encoded) if side else [] for side in sides]
+        parts = [[] if ids is None else ids for ids in (prompt, *sides)]
+        yield [np.asarray(ids, dtype=np.int32) for ids in parts]
 
 
 def resolve_max_tokens(max_tokens: int | None, config: LlamaConfig) -> int:
@@ -305,7 +326,8 @@ def resolve_max_tokens(max_tokens: int | None, config: LlamaConfig) -> int:
 
 def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = None) -> Batch:
     """Packs pairs one after the other as [prompt, chosen, rejected]: the prompt is computed once
-    and both responses attend to it (model.Segments shows an example).
+    and both responses attend to it (model.Segments shows an example). A row with one answer is
+    [prompt, answer].
 
     With share_prompt=False a pair is [prompt, chosen, prompt, rejected], two independent sequences:
     the same numbers for more work. `longest` bounds the tokens of a sequence (default: the longest
@@ -313,29 +335,27 @@ def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = Non
     """
     tokens, positions, keys, scored, targets, lengths = [], [], [], [], [], []
     query_lengths, key_lengths = [], []
-    start = 0  # index of the pair's first token
+    end = 0  # index after the last token so far
     for pair in pairs:
-        n_p, n_w, n_l = len(pair.prompt), len(pair.chosen), len(pair.rejected)
-        start_w = start + n_p  # of the chosen response
-        end_w = start_w + n_w
-        repeated = 0 if share_prompt else n_p  # length of the prompt's second copy
-        start_l = end_w + repeated
-        end_l = start_l + n_l
-        # Indexes of the prompt that rejected attends to.
-        prompt_l = np.arange(start, start_w) if share_prompt else np.arange(end_w, start_l)
+        n_p = len(pair.prompt)
+        for i, response in enumerate(pair.answers):
+            n = len(response)
+            new = 0  # tokens of the prompt that stand before this response
+            if i == 0 or not share_prompt:
+                start_p, new = end, n_p  # where the prompt starts
+            start, end = end + new, end + new + n  # of the response
 
-        tokens += [pair.prompt, pair.chosen, pair.prompt[:repeated], pair.rejected]
-        # Rejected continues where the prompt ends, as chosen does.
-        positions += [np.arange(n_p + n_w), np.arange(n_p - repeated, n_p + n_l)]
-        query_lengths += [n_p + n_w, repeated + n_l]
-        key_lengths += [n_p + n_w, n_p + n_l]
-        keys += [np.arange(start, end_w), prompt_l, np.arange(start_l, end_l)]
-        # A response token is predicted at the token before it, the first one at the prompt's last.
-        scored.append(np.arange(start_w - 1, end_w - 1))
-        scored += [prompt_l[-1:], np.arange(start_l, end_l - 1)]
+            tokens += [pair.prompt[:new], response]
+            # Rejected continues where the prompt ends, as chosen does.
+            positions.append(np.arange(n_p - new, n_p + n))
+            query_lengths.append(new + n)
+            key_lengths.append(n_p + n)
+            keys += [np.arange(start_p, start_p + n_p), np.arange(start, end)]
+            # A response token is predicted at the token before it, the first one at the prompt's
+            # last.
+            scored += [[start_p + n_p - 1], np.arange(start, end - 1)]
         targets += [pair.chosen, pair.rejected]
-        lengths += [n_w, n_l]
-        start = end_l
+        lengths += [len(pair.chosen), len(pair.rejected)]
 
     def int64(parts: list) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))

@@ -131,7 +131,7 @@ class Segments:
 @dataclass(frozen=True)
 class Batch:
     """Pairs as one sequence of T tokens, without padding (made by data.pack). Responses 2i and 2i+1
-    are the chosen and the rejected one of pair i."""
+    are the chosen and the rejected one of pair i; one that is absent has length 0."""
 
     tokens_T: Tensor  # int64
     positions_T: Tensor  # int64; chosen and rejected both continue where their prompt ends
@@ -462,11 +462,12 @@ class Llama(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns mean_R and sum_R, the mean and summed log-prob of each response in nats, at least
-        fp32. The packed form of asft.response_logps, equal to it."""
+        fp32; 0 for a response without tokens. The packed form of asft.response_logps, equal to
+        it."""
         hidden_TD = self.hidden(batch.tokens_T, batch.positions_T, batch.segments)
         logp_S = self.output(hidden_TD.index_select(0, batch.scored_index_S), batch.target_S)
         sum_R = logp_S.new_zeros(len(batch.length_R)).index_add(0, batch.response_S, logp_S)
-        return sum_R / batch.length_R, sum_R
+        return sum_R / batch.length_R.clamp(min=1), sum_R
 
     def logits(self, tokens_T: Tensor) -> Tensor:
         """Logits (T, V) of one plain sequence, in the dtype of the weights: row t predicts token

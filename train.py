@@ -261,12 +261,16 @@ def step_loss(
 
     Returns loss_B; per-pair metrics, detached (those in `common` for every loss); and present_B: 1
     for a pair, 0 for the stand-in that an empty micro-batch computes.
+
+    A pair may lack an answer; MEASURED says which metrics then mean nothing.
     """
     loss, options = pairs.config.loss_row, pairs.config.loss_options
     indexes, batch, present_B = pairs.batch(indexes)
     mean_R, sum_R = model(batch)  # responses 2i and 2i+1: chosen and rejected of pair i
     logp_R = mean_R if loss.logps == "mean" else sum_R
-    inputs = [logp_R[0::2], logp_R[1::2]]
+    chosen_B, rejected_B = batch.length_R[0::2] > 0, batch.length_R[1::2] > 0
+    # The term of an absent answer vanishes: l_w = 0, which the model gives, or p_l = 0.
+    inputs = [logp_R[0::2], logp_R[1::2].masked_fill(~rejected_B, -math.inf)]
     if loss.reference:
         mean_ref_R, sum_ref_R = pairs.reference_logps(indexes, batch)
         reference_R = mean_ref_R if loss.logps == "mean" else sum_ref_R
@@ -283,6 +287,9 @@ def step_loss(
         "sum_logp_w": sum_R[0::2],
         "sum_logp_l": sum_R[1::2],
         **asft.comparison(logp_w_B, logp_l_B),
+        "rows_chosen": chosen_B.float(),
+        "rows_rejected": rejected_B.float(),
+        "rows_both": (chosen_B & rejected_B).float(),
     }
     return loss_B, common | metrics, present_B
 
@@ -422,19 +429,38 @@ class Pairs:
         return self.reference[indexes].flatten(0, 1).unbind(-1)
 
 
+# A pair may be one answer, good (chosen) or bad (rejected). The means of these metrics are over the
+# pairs that have what they measure; all others, such as the loss, are over all pairs.
+MEASURED = {
+    **dict.fromkeys(("sft", "logp_w", "sum_logp_w", "align_w"), "rows_chosen"),
+    **dict.fromkeys(("logp_l", "sum_logp_l", "align_l"), "rows_rejected"),
+    **dict.fromkeys(("rejected_weight", "clamped"), "rows_rejected"),
+    **dict.fromkeys(("margin", "accuracy"), "rows_both"),
+}
+
+
 class Sums(dict):
     """Per-pair metrics summed over micro-batches, then over processes: each pair counts once."""
 
     def add(self, metrics: dict[str, Tensor], present_B: Tensor) -> None:
         """Adds a micro-batch's metrics."""
         for name, value_B in metrics.items():
-            self[name] = self.get(name, 0) + (value_B * present_B).sum()
+            counts_B = present_B * metrics[MEASURED[name]] if name in MEASURED else present_B
+            self[name] = self.get(name, 0) + value_B.where(counts_B > 0, 0).sum()
 
     def mean_over_processes(self, pairs: int) -> dict[str, float]:
-        """Means over so many pairs, equal on all processes."""
+        """Means over so many pairs, equal on all processes; those of MEASURED are left out if no
+        pair has what they measure. If pairs lack an answer, with the numbers of those that have it
+        (rows_chosen, rows_rejected, rows_both)."""
         total = torch.stack([value.double() for value in self.values()])
         dist.all_reduce(total)
-        return dict(zip(self, (total / pairs).tolist(), strict=True))
+        sums = dict(zip(self, total.tolist(), strict=True))
+        rows = {name: int(sums.pop(name)) for name in ("rows_chosen", "rows_rejected", "rows_both")}
+        means = {}
+        for name, value in sums.items():
+            if count := rows[MEASURED[name]] if name in MEASURED else pairs:
+                means[name] = value / count
+        return means if rows["rows_both"] == pairs else means | rows
 
 
 def stop_non_finite(
@@ -780,7 +806,7 @@ def read_pairs(
         read_preferences(path, count, config.skip_bad_lines)
         for path, count in zip(files, counts, strict=True)
     ]
-    text = any(isinstance(p.chosen, str) for part in preferences for p in part)
+    text = any(p.is_text for part in preferences for p in part)
     chat = ChatFormat(config.model) if text else None
     if config.samples and chat is None:
         raise InputError("--samples needs text: these pairs are token ids")
@@ -791,6 +817,13 @@ def read_pairs(
 
     parts = []
     for path, part, count in zip(files, preferences, counts, strict=True):
+        ones = sum(len(p.answers) == 1 for p in part)
+        if ones and not config.loss_row.one_answer:
+            others = " or ".join(name for name, row in asft.LOSSES.items() if row.one_answer)
+            raise InputError(
+                f"--loss {config.loss} compares two answers, but {ones:,} of {len(part):,} rows of "
+                f"{path} have one; --loss {others} takes them"
+            )
         pairs = encode_preferences(
             part, chat, config.max_tokens, config.overlong, count, llama.vocab_size, progress
         )

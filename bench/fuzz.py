@@ -168,6 +168,7 @@ def refused(error: InputError, *files: Path | str) -> str:
 
 KEYS = ["prompt", "chosen", "rejected", "conversations", "messages", "instruction", "input"]
 KEYS += ["history", "system", "prompt_ids", "chosen_ids", "rejected_ids"]
+KEYS += ["completion", "output", "response_ids", "label", "kto_tag"]
 CONTENT = LOOK_ALIKES | SCALARS
 OPENAI_ROLES = st.sampled_from(["user", "assistant", "system"]) | SCALARS
 SHARE_ROLES = st.sampled_from(["human", "gpt"]) | SCALARS
@@ -190,11 +191,16 @@ RECORDS = (
         {"chosen": VALUES, "rejected": VALUES},
         optional={key: VALUES for key in KEYS if key not in ("chosen", "rejected")},
     )
+    | st.fixed_dictionaries(
+        {"label": st.booleans()},
+        optional={key: VALUES for key in KEYS if key not in ("chosen", "rejected", "label")},
+    )
     | st.dictionaries(st.sampled_from(KEYS) | TEXT, VALUES, max_size=5)
     | JSON_VALUES
 )
 DOCS = (ROOT / "docs" / "data-formats.md").read_text()
-FORMATS = re.search(r"<!-- formats -->\n```jsonl\n(.*?)```", DOCS, re.S)[1].splitlines()
+SHOWN = re.findall(r"<!-- (?:formats|single answers) -->\n```jsonl\n(.*?)```", DOCS, re.S)
+FORMATS = "".join(SHOWN).splitlines()
 REAL_LINES = [*FORMATS, *(ROOT / "examples" / "train.jsonl").read_text().splitlines()[:30]]
 for file in sorted((REAL / "preferences").glob("*.jsonl")):
     REAL_LINES += [line for line in file.read_text().split("\n")[:40] if 0 < len(line) < 3000][:6]
@@ -247,8 +253,10 @@ def check_records(where: Path, case: tuple[list[bytes], bool, int]) -> str:
         return refused(error, f"{path}:")
     assert counts["read"] == sum(counts[reason] for reason in REASONS)
     assert counts["kept"] == len(pairs)
+    ones = [pair for pair in pairs if not len(pair.chosen) or not len(pair.rejected)]
+    assert len(ones) == counts["good answers"] + counts["bad answers"]
     for pair in pairs:
-        assert min(len(pair.prompt), len(pair.chosen), len(pair.rejected)) > 0
+        assert len(pair.prompt) > 0
         assert len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= limit
         assert pair.chosen.tolist() != pair.rejected.tolist()
     if pairs:

@@ -1,4 +1,5 @@
 """`eval.py likelihood`: log-probs of both responses of preference pairs, under one model or two.
+Rows with one answer count in the means of that answer only.
 
 In reading order
     pair_logps, pair_rows     one row per pair
@@ -10,6 +11,7 @@ In reading order
 import argparse
 import itertools
 import json
+import math
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -51,7 +53,7 @@ def encode_pairs(flags, directory: str, max_tokens: int) -> tuple[list[Pair], Co
     read and dropped."""
     counts = Counter()
     preferences = read_preferences(flags.data, counts, flags.skip_bad_lines)
-    chat = ChatFormat(directory) if any(isinstance(p.chosen, str) for p in preferences) else None
+    chat = ChatFormat(directory) if any(p.is_text for p in preferences) else None
     vocab_size = LlamaConfig.load(directory).vocab_size
     pairs = encode_preferences(preferences, chat, max_tokens, flags.overlong, counts, vocab_size)
     if not pairs:
@@ -81,20 +83,25 @@ def pair_logps(
 
 def pair_rows(pairs: list[Pair], logps: np.ndarray) -> list[dict]:
     """The rows of pairs.jsonl. margin is logp_w - logp_l, in nats per token; accuracy is 1 if the
-    margin is above 0, otherwise 0."""
+    margin is above 0, otherwise 0. A row lacks the keys of an answer that its pair lacks."""
     rows = []
     for pair, ((mean_w, sum_w), (mean_l, sum_l)) in zip(pairs, logps.tolist(), strict=True):
         row = {"place": pair.place, "tokens_w": len(pair.chosen), "tokens_l": len(pair.rejected)}
         row |= {"logp_w": mean_w, "logp_l": mean_l, "sum_logp_w": sum_w, "sum_logp_l": sum_l}
         row |= {"margin": mean_w - mean_l, "accuracy": float(mean_w > mean_l)}
-        rows.append(row)
+        missing = {side for side in "wl" if not row[f"tokens_{side}"]}
+        compares = ("margin", "accuracy") if missing else ()
+        rows.append({k: v for k, v in row.items() if k[-1] not in missing and k not in compares})
     return rows
 
 
 def measures(columns_MPC: np.ndarray, weight_P: np.ndarray) -> np.ndarray:
     """MEASURES of each of M models over P pairs, pair p counted weight_P[p] times; then those of
-    the first model less those of the second, if there are two."""
-    mean_MC = weight_P @ columns_MPC / weight_P.sum()
+    the first model less those of the second, if there are two. A NaN in a column is not there: each
+    mean is over the pairs that have the number, and NaN if none does."""
+    there_MPC = ~np.isnan(columns_MPC)
+    with np.errstate(invalid="ignore"):
+        mean_MC = weight_P @ np.where(there_MPC, columns_MPC, 0) / (weight_P @ there_MPC)
     nats_M, tokens_M = mean_MC[:, COLUMNS.index("sum_logp_w")], mean_MC[:, -1]
     found = np.column_stack([mean_MC[:, :-1], np.exp(-nats_M / tokens_M)])
     return np.vstack([found, found[:1] - found[1:]])
@@ -102,16 +109,19 @@ def measures(columns_MPC: np.ndarray, weight_P: np.ndarray) -> np.ndarray:
 
 def summarise(rows: list[dict], other: list[dict] | None = None, seed: int = 0) -> list[dict]:
     """The measures of one model, or of two on the same pairs and their differences (the first's
-    less the other's), each {"value", "low", "high"}.
+    less the other's), each {"value", "low", "high"}. A measure that no row has is left out.
 
     Both models get the same resamples, so the interval of a difference is that of paired data.
     """
-    columns_MPC = np.array([[[row[c] for c in COLUMNS] for row in m] for m in (rows, other) if m])
-    found = bootstrap(lambda weight_P: measures(columns_MPC, weight_P), len(rows), seed)
+    models = [rows] if other is None else [rows, other]
+    columns_MPC = np.array([[[row.get(c, math.nan) for c in COLUMNS] for row in m] for m in models])
+    shown_F = ~np.isnan(measures(columns_MPC, np.ones(len(rows)))[0])  # of all MEASURES
+    names = [name for name, shown in zip(MEASURES, shown_F, strict=True) if shown]
+    found = bootstrap(lambda weight_P: measures(columns_MPC, weight_P)[:, shown_F], len(rows), seed)
     summaries = []
     for of_model in np.stack(found, -1).tolist():
         values = [{"value": value, "low": low, "high": high} for value, low, high in of_model]
-        summaries.append(dict(zip(MEASURES, values, strict=True)))
+        summaries.append(dict(zip(names, values, strict=True)))
     return summaries
 
 
@@ -170,7 +180,7 @@ def run(flags: argparse.Namespace) -> None:
     if not is_first():
         return
     summaries = summarise(*rows, seed=flags.seed)
-    tokens_w, tokens_l = (sum(row[f"tokens_{side}"] for row in rows[0]) for side in "wl")
+    tokens_w, tokens_l = (sum(row.get(f"tokens_{side}", 0) for row in rows[0]) for side in "wl")
     facts = {"model": flags.model, "compare": flags.compare, "data": flags.data}
     facts |= {"counts": counts, "pairs": len(pairs), "tokens_w": tokens_w, "tokens_l": tokens_l}
     facts |= {"max_tokens": max_tokens, "dtype": str(dtype)}
@@ -181,7 +191,11 @@ def run(flags: argparse.Namespace) -> None:
         for path, of_model in zip(row_paths, rows, strict=True):
             path.write_text("".join(json.dumps(row) + "\n" for row in of_model))
         write_json(summary_path, facts)
-    read = f"{len(pairs):,} pairs of {counts['read']:,} read"
+    good, bad = counts["good answers"], counts["bad answers"]
+    kept = f"{len(pairs) - good - bad:,} pairs"
+    if good or bad:
+        kept += f", {good:,} good and {bad:,} bad answers"
+    read = f"{kept} of {counts['read']:,} read"
     print(f"{flags.data}: {read}; {tokens_w:,} chosen and {tokens_l:,} rejected tokens\n")
     print(table(models, summaries))
 
@@ -192,6 +206,8 @@ def table(models: list[str], summaries: list[dict]) -> str:
     width = max(30, *map(len, heads)) + 2
     rows = [("", heads, "[95% of resampled pairs]")]
     for name, text in MEASURES.items():
+        if name not in summaries[0]:
+            continue
         form = "{value:+.4f} [{low:+.4f}, {high:+.4f}]"
         rows.append((name, [form.format(**summary[name]) for summary in summaries], text))
     lines = []

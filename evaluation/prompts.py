@@ -15,6 +15,7 @@ from support.forms import (
     ID_KEYS,
     PROMPT_FORMS,
     Turns,
+    has_labelled_answer,
     instruction_text,
     parse_pair,
     present,
@@ -44,6 +45,7 @@ def read_prompts(path: str | Path, raw: bool = False) -> list[Prompt]:
         instruction [, input]    `system` and `history` may stand beside it
         prompt_ids               token ids, used as they are
         chosen, chosen_ids       a preference in any form: its prompt, and this as reference
+        label or kto_tag         one answer, in any form but ids: if good, it is the reference
 
     and perhaps `reference` or `output`, an answer to compare with. A text is a user's turn, or an
     HH transcript that ends with "Assistant:"; with `raw` it is a text to continue, unchanged, and
@@ -73,7 +75,8 @@ def parse_prompt(row: object, raw: bool) -> tuple[Turns | str | list[int], str |
     if not isinstance(row, dict):
         raise ValueError(f"a row is a string or a JSON object, found {shown(row)}")
     row = present(row)
-    if "chosen" not in row:
+    labelled = "reference" not in row and has_labelled_answer(row)
+    if "chosen" not in row and not labelled:
         prompt, references = find_prompt(row, raw), [key for key in ANSWER_KEYS if key in row]
         if len(references) > 1:
             raise ValueError(f"found {' and '.join(references)}, wanted one of them")
@@ -82,6 +85,9 @@ def parse_prompt(row: object, raw: bool) -> tuple[Turns | str | list[int], str |
             reference = token_ids(row, key) if key in ID_KEYS else text(row[key], key)
     elif raw or any(key in row for key in ID_KEYS):
         raise ValueError("found a preference, wanted its prompt as turns: no --raw, no token ids")
+    elif "chosen" not in row:  # one answer, which is a reference if it is good and not empty
+        prompt, good, _ = parse_pair(row)
+        reference = good or None
     else:  # what the row holds as rejected does not matter
         prompt, reference, _ = parse_pair(row | {"rejected": row["chosen"]})
     role, content = prompt[-1] if prompt and isinstance(prompt[-1], tuple) else ("user", prompt)

@@ -5,6 +5,7 @@ In reading order
     present, messages, transcript       a conversation as JSON and as HH's text
     prompt_key ... PROMPT_FORMS         where the prompt is: recognition, in one place
     parse_pair, parse_side              a record -> prompt, chosen, rejected
+    read_label, answer_key              a record with one answer, good or bad
     with_system, repeats_prompt         a system text or a prompt that is given twice
     stored_messages, text, token_ids    checked values
 
@@ -13,7 +14,7 @@ A function here raises ValueError that says what it found; its caller adds file 
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def present(record: dict) -> dict:
 def messages(value: object, key: str) -> Turns:
     """[{"role", "content"}, ...], or [{"from", "value"}, ...]."""
     if not isinstance(value, list) or not value:
-        text_too = "a string or " if key in ("prompt", "chosen", "rejected") else ""
+        text_too = "" if key in ("conversations", "messages") else "a string or "
         raise ValueError(f"{key} is {shown(value)}, wanted {text_too}a list of messages")
     return [parse_message(message, key) for message in value]
 
@@ -127,27 +128,38 @@ PROMPT_FORMS: dict[str, Callable[[dict], Turns]] = {
     "prompt": prompt_key,
     "messages": messages_key,
 }
+PAIR_KEYS = ("chosen", "rejected")
 ID_KEYS = ("prompt_ids", "chosen_ids", "rejected_ids")  # token ids, used as they are
+# A record with one answer says under a label if it is good (true) or bad (false). The answer is
+# under a key of its own, or ends a conversation.
+LABELS = ("label", "kto_tag")
+ANSWER_KEYS, CONVERSATION_KEYS = ("completion", "output"), ("messages", "conversations")
 
 
 def parse_pair(record: object) -> tuple | None:
-    """(prompt, chosen, rejected): turns and two texts, or three int32 arrays of token ids.
+    """(prompt, chosen, rejected): turns and two texts, or three int32 arrays of token ids. A record
+    with one answer has None in place of the other.
 
-    None if the two sides have different prompts. ValueError if the record is not a pair, if a
-    prompt has no user's turn, or if two keys give different prompts.
+    None if the two sides have different prompts. ValueError if the record is neither a pair nor one
+    labelled answer, if a prompt has no user's turn, or if two keys give different prompts.
     """
     if not isinstance(record, dict):
         raise ValueError(f"a record is a JSON object, found {shown(record)}")
     record = present(record)
-    if any(key in record for key in ID_KEYS):
-        return tuple(np.array(token_ids(record, key), dtype=np.int32) for key in ID_KEYS)
-    for key in ("chosen", "rejected"):
+    good = read_label(record)
+    if any(key in record for key in (*ID_KEYS, "response_ids")):
+        keys = ID_KEYS if good is None else ("prompt_ids", "response_ids")
+        prompt, *answers = (np.array(token_ids(record, key), dtype=np.int32) for key in keys)
+        return prompt, *as_pair(answers, good)
+    keys = PAIR_KEYS if good is None else (answer_key(record) or "completion",)
+    for key in keys:
         if key not in record:
             raise ValueError(f"key {key} is missing, found {shown(', '.join(sorted(record)))}")
-    for key in ("chosen", "rejected", "prompt", "conversations", "messages"):
+    for key in (*keys, "prompt", "conversations", "messages"):
         if isinstance(record.get(key), str):
             record[key] = stored_messages(record[key], key)
     prompts, conversation = read_prompt_keys(record), None
+    prompts.pop(keys[0], None)  # a conversation that ends with the one answer
     if "messages" in prompts and prompts["messages"][-1][0] == "assistant":
         # UltraFeedback repeats the chosen conversation there: it is not a prompt.
         conversation = prompts.pop("messages")
@@ -156,11 +168,51 @@ def parse_pair(record: object) -> tuple | None:
         if prompts[other] != prompts[first]:
             raise ValueError(f"{first} and {other} give different prompts, wanted one")
     prompt = prompts[first] if prompts else []
-    prompt_w, chosen = parse_side(prompt, record, "chosen")
-    prompt_l, rejected = parse_side(prompt, record, "rejected")
-    if conversation and spoken(conversation) != spoken([*prompt_w, ("assistant", chosen)]):
-        raise ValueError("messages hold another conversation than chosen, wanted one")
-    return (prompt_w, chosen, rejected) if prompt_w == prompt_l else None
+    asked, answers = zip(*(parse_side(prompt, record, key) for key in keys), strict=True)
+    if conversation and spoken(conversation) != spoken([*asked[0], ("assistant", answers[0])]):
+        raise ValueError(f"messages hold another conversation than {keys[0]}, wanted one")
+    return (asked[0], *as_pair(answers, good)) if asked[0] == asked[-1] else None
+
+
+def as_pair(answers: Sequence, good: bool | None) -> Sequence:
+    """[chosen, rejected]; one of them is None if there is one answer, good or bad."""
+    if good is None:
+        return answers
+    return (answers[0], None) if good else (None, answers[0])
+
+
+def read_label(record: dict) -> bool | None:
+    """True or False if the record has one answer, good or bad; None if it has two. ValueError if
+    it has a pair and a labelled answer, since either may be meant."""
+    labels = {key: record[key] for key in LABELS if key in record}
+    own = [key for key in (*ANSWER_KEYS, "response_ids") if key in record]
+    if pair := [key for key in (*PAIR_KEYS, *ID_KEYS[1:]) if key in record]:
+        if own and any(isinstance(label, bool) for label in labels.values()):
+            found = f"{pair[0]}, and {own[0]} with {' and '.join(labels)}"
+            raise ValueError(f"found {found}; wanted a pair or one labelled answer")
+        return None
+    for key, label in labels.items():
+        if not isinstance(label, bool):
+            raise ValueError(f"{key} is {shown(label)}, wanted true (a good answer) or false (bad)")
+    if len(set(labels.values())) > 1:
+        raise ValueError("label and kto_tag differ, wanted one")
+    if not labels and own and own[0] != "output":
+        raise ValueError(f"key label is missing: wanted true or false beside {own[0]}")
+    return next(iter(labels.values()), None)
+
+
+def has_labelled_answer(record: dict) -> bool:
+    """True if the record is text with one answer that a label calls good or bad."""
+    labelled = any(isinstance(record.get(key), bool) for key in LABELS)
+    return labelled and "prompt_ids" not in record and answer_key(record) is not None
+
+
+def answer_key(record: dict) -> str | None:
+    """Where a record with one answer has it. ValueError for two of its own."""
+    own = [key for key in ANSWER_KEYS if key in record]
+    if len(own) > 1:
+        raise ValueError("found completion and output, wanted one answer")
+    return next((key for key in (*own, *CONVERSATION_KEYS) if key in record), None)
 
 
 def spoken(turns: Turns) -> Turns:
@@ -222,14 +274,15 @@ def with_system(turns: Turns, record: dict) -> Turns:
     return [("system", system) if turn in same else turn for turn in turns]
 
 
-def repeats_prompt(prompt, chosen, rejected) -> bool:
-    """True if both answers begin with the prompt (texts: with its last turn). They would be scored
-    on repeating it."""
-    if not isinstance(chosen, str):
+def repeats_prompt(prompt, *answers) -> bool:
+    """True if all answers (None: absent) begin with the prompt (texts: with its last turn). They
+    would be scored on repeating it."""
+    answers = [answer for answer in answers if answer is not None]
+    if not isinstance(answers[0], str):
         n = len(prompt)
-        return n > 0 and all(np.array_equal(ids[:n], prompt) for ids in (chosen, rejected))
+        return n > 0 and all(np.array_equal(ids[:n], prompt) for ids in answers)
     asked = re.compile(re.escape(prompt[-1][1]) + r"(?!\w)")
-    return bool(prompt[-1][1]) and all(asked.match(answer) for answer in (chosen, rejected))
+    return bool(prompt[-1][1]) and all(asked.match(answer) for answer in answers)
 
 
 # ----------------------------------------------------------------------------------- checked values

@@ -32,10 +32,15 @@ def describe(counts: Counter) -> str:
     """Counts of a data file in one line."""
     reasons = ("bad lines", "unequal prompts", "empty", "overlong", "identical")
     dropped = ", ".join(f"{counts[reason]:,} {reason}" for reason in reasons)
-    kept = f"{counts['kept']:,} kept, {counts['truncated']:,} of them truncated"
+    good, bad = counts["good answers"], counts["bad answers"]
+    kept = f"{counts['kept']:,} kept"
+    if good or bad:
+        kept += f" ({counts['kept'] - good - bad:,} pairs, {good:,} good and {bad:,} bad answers)"
+    kept += f", {counts['truncated']:,} of them truncated"
     text = f"{counts['read']:,} read, {kept}; dropped: {dropped}"
     if repeats := counts["repeat their prompt"]:
-        text += f". In {repeats:,} both answers begin with the prompt: left in by mistake?"
+        answers = "the answers begin" if good or bad else "both answers begin"
+        text += f". In {repeats:,} {answers} with the prompt: left in by mistake?"
     return text
 
 

@@ -250,7 +250,9 @@ def test_clamped_counts_the_responses_on_which_eps_acted():
     logp_l = torch.tensor([-2e-6, -1e-7, 0.0, -1.0, -1e-9])
     # At temperature 1 log(1 - p_w) is not in the loss, so a chosen response cannot be clamped.
     assert asft_loss(logp_w, logp_l)[1]["clamped"].tolist() == [0, 1, 1, 0, 1]
-    assert asft_loss(logp_w, logp_l, temperature=2.0)[1]["clamped"].tolist() == [0, 1, 1, 1, 1]
+    assert asft_loss(logp_w, logp_l, temperature=2.0)[1]["clamped"].tolist() == [0, 1, 1, 0, 1]
+    sure = torch.tensor([-1e-7, 0.0])  # at exactly 0 the tempered term is 0, and needs no bound
+    assert asft_loss(sure, sure - 1, temperature=2.0)[1]["clamped"].tolist() == [1, 0]
     assert orpo_loss(logp_w, logp_l)[1]["clamped"].tolist() == [0, 1, 1, 1, 1]
     assert asft_loss(logp_w, logp_l, eps=1e-5)[1]["clamped"].tolist() == [1, 1, 1, 0, 1]
 
@@ -282,17 +284,18 @@ def test_half_types_are_computed_in_fp32_and_float64_stays(name, options):
 def test_the_table_says_which_log_probs_reference_and_options_each_loss_takes():
     """The options are the function's keyword arguments; the paper's beta is the default. dpo-norm
     is dpo of means with Tülu 3's beta."""
+    # function, mean or sum, takes a reference, takes rows with one answer, options
     all_of_asft = {"beta": 0.1, "sft_weight": 1.0, "temperature": 1.0, "eps": 1e-6}
     rows = {name: (*loss, loss.options) for name, loss in LOSSES.items()}
     function, *norm = rows.pop("dpo-norm")
-    assert (function.func, norm) == (asft.dpo_loss, ["mean", True, {"beta": 5.0}])
+    assert (function.func, norm) == (asft.dpo_loss, ["mean", True, False, {"beta": 5.0}])
     assert rows == {
-        "sft": (sft_loss, "mean", False, {}),
-        "asft": (asft_loss, "mean", False, all_of_asft),
-        "orpo": (orpo_loss, "mean", False, {"beta": 0.1, "eps": 1e-6}),
-        "simpo": (asft.simpo_loss, "mean", False, {"beta": 2.0, "gamma": 1.0}),
-        "dpo": (asft.dpo_loss, "sum", True, {"beta": 0.1}),
-        "ipo": (asft.ipo_loss, "mean", True, {"beta": 0.1}),
+        "sft": (sft_loss, "mean", False, True, {}),
+        "asft": (asft_loss, "mean", False, True, all_of_asft),
+        "orpo": (orpo_loss, "mean", False, False, {"beta": 0.1, "eps": 1e-6}),
+        "simpo": (asft.simpo_loss, "mean", False, False, {"beta": 2.0, "gamma": 1.0}),
+        "dpo": (asft.dpo_loss, "sum", True, False, {"beta": 0.1}),
+        "ipo": (asft.ipo_loss, "mean", True, False, {"beta": 0.1}),
     }
 
 
