@@ -193,6 +193,7 @@ def rehearse(
         while more := min(recomputed, smallest((limit - tried.peak) // one, pairs.device)):
             recomputed -= more
             tried = try_with(recomputed)
+        model.recompute(recomputed)  # if none more is kept, the last try had one
         larger = may_enlarge(pairs.config, recomputed, tried.peak, resting, limit)
         if smallest(larger, pairs.device):
             pairs.max_tokens *= LARGER

@@ -22,7 +22,7 @@ import train
 from data import ChatFormat, Pair, encode_preferences, pack, read_preferences
 from model import load_model
 from support.log import describe
-from support.memory import forward_flops
+from support.flops import pair_flops
 
 EXAMPLE = ROOT / "examples" / "model"
 PAIRS = random_pairs(LENGTHS)
@@ -265,11 +265,13 @@ def test_nothing_is_packed_for_an_absent_answer(share_prompt):
     assert batch.segments.key_starts.diff().tolist() == [5, 5, 3, 4]
     sizes = [p.packed_tokens(share_prompt) for p in (GOOD[0], BAD[0], PAIRS[0])]
     assert sizes == [12, 9, 16 if share_prompt else 21]
-    # 2 FLOPs for each of 2 scored tokens and 8 numbers of a head; causal attention of 5 tokens.
+    # Of 5 tokens: 2 FLOPs for each weight of the blocks, and causal attention of 4 heads of size 8.
+    # The head has 8 numbers for each of 3 scored tokens.
     llama = tiny_model(vocab_size=8, hidden_size=1).config
-    of_one = 2 * 8 * 3 + 4 * 2 * 4 * 8 * (5 * 6 // 2)
+    blocks = 2 * (2 * 5 * (4 + 2 + 2 + 4) * 8 + 2 * 5 * 3 * llama.intermediate_size)
+    blocks += 2 * 4 * 4 * 8 * (5 * 6 // 2)
     for one in (Pair(a, b, NOTHING, ""), Pair(a, NOTHING, b, "")):
-        assert forward_flops(llama, {}, [one], share_prompt) == of_one
+        assert pair_flops(llama, [one], share_prompt)[0, :2].tolist() == [blocks, 2 * 8 * 3]
 
 
 TERMS = [  # l_w, l_l (None: absent), beta, loss, its slopes: with 40 digits
