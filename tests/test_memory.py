@@ -292,7 +292,7 @@ def test_as_few_blocks_are_recomputed_as_memory_demands(rehearsed):
         found = rehearsed(1.01 * peaks[k] / 0.96)
         chosen = found.chosen["recomputed_blocks"]
         assert chosen in (k, k + 1)  # at the peak a kept block may cost less than it keeps
-        assert found.gpu.highest <= 1.01 * peaks[k]
+        assert found.gpu.highest <= 1.01 * max(peaks[k], peaks[7])
         assert f"memory     recomputes {chosen} of 8 blocks; " in found.said[0]
         assert [block.recompute for block in found.model.model["layers"]] == [
             i < chosen for i in range(8)
