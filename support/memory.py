@@ -165,8 +165,8 @@ def rehearse(
     Running out of memory then shows in the first minute, not in the hour in which such a batch is
     drawn. A kept block adds to the memory at any moment at most what it keeps, so all others follow
     from two measurements: with every block recomputed, and with one kept. What that leaves free is
-    measured again. No process may run out of memory while it tries, because the others would wait for
-    it: each number that is tried is known to fit, but for the one block, which has the margin.
+    measured again. No process may run out of memory while it tries, because the others would wait
+    for it: all that is tried is known to fit, but for the one block, which has the margin.
 
     model: model.Llama; pairs: train.Pairs, whose max_tokens may be raised. losses_of(indexes, last)
     gives each pair's loss; `last` of its step. gpu: None on a CPU, where nothing can be measured.

@@ -21,8 +21,8 @@ import eval as program
 import train
 from data import ChatFormat, Pair, encode_preferences, pack, read_preferences
 from model import load_model
-from support.log import describe
 from support.flops import pair_flops
+from support.log import describe
 
 EXAMPLE = ROOT / "examples" / "model"
 PAIRS = random_pairs(LENGTHS)
