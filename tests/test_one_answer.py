@@ -372,8 +372,11 @@ def oracle(model, pairs) -> tuple[np.ndarray, np.ndarray]:
     return np.array(means), np.array(sums)
 
 
-@pytest.mark.parametrize("loss", ["asft", "sft"])
-@pytest.mark.parametrize("more", ["", "--max-tokens-per-gpu 30", "--no-share-prompt"])
+@pytest.mark.parametrize(
+    "loss, more",
+    [("asft", ""), ("asft", "--max-tokens-per-gpu 30"), ("asft", "--eps 5")]
+    + [("sft", ""), ("sft", "--no-share-prompt")],
+)
 def test_each_metric_is_a_mean_over_the_rows_that_have_what_it_measures(
     start, tmp_path, loss, more
 ):
@@ -384,7 +387,9 @@ def test_each_metric_is_a_mean_over_the_rows_that_have_what_it_measures(
         means, sums = oracle(load_model(start / "model"), MIXED)
     (w, l), (sum_w, sum_l) = means.T, sums.T
     good, bad = ~np.isnan(w), ~np.isnan(l)
-    terms_w, terms_l = np.where(good, -w, 0), np.where(bad, -np.log(1 - np.exp(l)), 0)
+    bounded = np.minimum(l, -5 if "eps" in more else 0)
+    assert 0 < (l[bad] > -5).mean() < 1
+    terms_w, terms_l = np.where(good, -w, 0), np.where(bad, -np.log(1 - np.exp(bounded)), 0)
     align = (terms_w + terms_l) * (loss == "asft")
     expected = {"loss": np.mean(terms_w + 0.1 * align), "align": align.mean()}
     expected |= {"sft": -np.nanmean(w), "logp_w": np.nanmean(w), "sum_logp_w": np.nanmean(sum_w)}
@@ -392,9 +397,10 @@ def test_each_metric_is_a_mean_over_the_rows_that_have_what_it_measures(
     expected |= {"margin": np.nanmean(w - l), "accuracy": (w > l)[good & bad].mean()}
     expected |= {"rows_chosen": 4, "rows_rejected": 5, "rows_both": 2, "pairs": 7}
     if loss == "asft":
-        odds = np.exp(l) / (1 - np.exp(l))
-        expected |= {"align_w": -np.nanmean(w), "align_l": terms_l[bad].mean(), "clamped": 0}
+        odds = np.exp(bounded) / (1 - np.exp(bounded))
+        expected |= {"align_w": -np.nanmean(w), "align_l": terms_l[bad].mean()}
         expected |= {"rejected_weight": 0.1 * np.nanmean(odds)}
+        expected |= {"clamped": (l > -5)[bad].mean() if "eps" in more else 0}
     for name, value in expected.items():
         assert row[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
     before = rows(tmp_path / "out", "eval.jsonl")[0]
