@@ -15,14 +15,15 @@ from conftest import LENGTHS, ROOT, flags, main, random_pairs, rows, run_joined,
 from test_data import shown_in_docs
 from test_forms import ASK, FRUIT, TALK, messages, prompt_of, read_one, refused_prompt, stored
 from test_train import oracle_logps, parsed
+from torch.utils.flop_counter import FlopCounterMode
 
 import asft
 import eval as program
 import train
 from data import ChatFormat, Pair, encode_preferences, pack, read_preferences
 from model import load_model
+from support.flops import pair_flops
 from support.log import describe
-from support.memory import forward_flops
 
 EXAMPLE = ROOT / "examples" / "model"
 PAIRS = random_pairs(LENGTHS)
@@ -265,11 +266,13 @@ def test_nothing_is_packed_for_an_absent_answer(share_prompt):
     assert batch.segments.key_starts.diff().tolist() == [5, 5, 3, 4]
     sizes = [p.packed_tokens(share_prompt) for p in (GOOD[0], BAD[0], PAIRS[0])]
     assert sizes == [12, 9, 16 if share_prompt else 21]
-    # 2 FLOPs for each of 2 scored tokens and 8 numbers of a head; causal attention of 5 tokens.
-    llama = tiny_model(vocab_size=8, hidden_size=1).config
-    of_one = 2 * 8 * 3 + 4 * 2 * 4 * 8 * (5 * 6 // 2)
+    # Queries with keys, and weights with values: 4 heads of size 8, 2 layers, 5 causal tokens.
+    attention, model = 2 * 2 * 4 * 8 * 2 * (1 + 2 + 3 + 4 + 5), tiny_model()
     for one in (Pair(a, b, NOTHING, ""), Pair(a, NOTHING, b, "")):
-        assert forward_flops(llama, {}, [one], share_prompt) == of_one
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(pack([one], share_prompt))
+        products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+        assert pair_flops(model.config, [one], share_prompt)[0, :2].sum() == products + attention
 
 
 TERMS = [  # l_w, l_l (None: absent), beta, loss, its slopes: with 40 digits
