@@ -15,6 +15,7 @@ from conftest import LENGTHS, ROOT, flags, main, random_pairs, rows, run_joined,
 from test_data import shown_in_docs
 from test_forms import ASK, FRUIT, TALK, messages, prompt_of, read_one, refused_prompt, stored
 from test_train import oracle_logps, parsed
+from torch.utils.flop_counter import FlopCounterMode
 
 import asft
 import eval as program
@@ -265,13 +266,13 @@ def test_nothing_is_packed_for_an_absent_answer(share_prompt):
     assert batch.segments.key_starts.diff().tolist() == [5, 5, 3, 4]
     sizes = [p.packed_tokens(share_prompt) for p in (GOOD[0], BAD[0], PAIRS[0])]
     assert sizes == [12, 9, 16 if share_prompt else 21]
-    # Of 5 tokens: 2 FLOPs for each weight of the blocks, and causal attention of 4 heads of size 8.
-    # The head has 8 numbers for each of 3 scored tokens.
-    llama = tiny_model(vocab_size=8, hidden_size=1).config
-    blocks = 2 * (2 * 5 * (4 + 2 + 2 + 4) * 8 + 2 * 5 * 3 * llama.intermediate_size)
-    blocks += 2 * 4 * 4 * 8 * (5 * 6 // 2)
+    # Queries with keys, and weights with values: 4 heads of size 8, 2 layers, 5 causal tokens.
+    attention, model = 2 * 2 * 4 * 8 * 2 * (1 + 2 + 3 + 4 + 5), tiny_model()
     for one in (Pair(a, b, NOTHING, ""), Pair(a, NOTHING, b, "")):
-        assert pair_flops(llama, [one], share_prompt)[0, :2].tolist() == [blocks, 2 * 8 * 3]
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(pack([one], share_prompt))
+        products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+        assert pair_flops(model.config, [one], share_prompt)[0, :2].sum() == products + attention
 
 
 TERMS = [  # l_w, l_l (None: absent), beta, loss, its slopes: with 40 digits
@@ -374,8 +375,11 @@ def oracle(model, pairs) -> tuple[np.ndarray, np.ndarray]:
     return np.array(means), np.array(sums)
 
 
-@pytest.mark.parametrize("loss", ["asft", "sft"])
-@pytest.mark.parametrize("more", ["", "--max-tokens-per-gpu 30", "--no-share-prompt"])
+@pytest.mark.parametrize(
+    "loss, more",
+    [("asft", ""), ("asft", "--max-tokens-per-gpu 30"), ("asft", "--eps 5")]
+    + [("sft", ""), ("sft", "--no-share-prompt")],
+)
 def test_each_metric_is_a_mean_over_the_rows_that_have_what_it_measures(
     start, tmp_path, loss, more
 ):
@@ -386,7 +390,9 @@ def test_each_metric_is_a_mean_over_the_rows_that_have_what_it_measures(
         means, sums = oracle(load_model(start / "model"), MIXED)
     (w, l), (sum_w, sum_l) = means.T, sums.T
     good, bad = ~np.isnan(w), ~np.isnan(l)
-    terms_w, terms_l = np.where(good, -w, 0), np.where(bad, -np.log(1 - np.exp(l)), 0)
+    bounded = np.minimum(l, -5 if "eps" in more else 0)
+    assert 0 < (l[bad] > -5).mean() < 1
+    terms_w, terms_l = np.where(good, -w, 0), np.where(bad, -np.log(1 - np.exp(bounded)), 0)
     align = (terms_w + terms_l) * (loss == "asft")
     expected = {"loss": np.mean(terms_w + 0.1 * align), "align": align.mean()}
     expected |= {"sft": -np.nanmean(w), "logp_w": np.nanmean(w), "sum_logp_w": np.nanmean(sum_w)}
@@ -394,9 +400,10 @@ def test_each_metric_is_a_mean_over_the_rows_that_have_what_it_measures(
     expected |= {"margin": np.nanmean(w - l), "accuracy": (w > l)[good & bad].mean()}
     expected |= {"rows_chosen": 4, "rows_rejected": 5, "rows_both": 2, "pairs": 7}
     if loss == "asft":
-        odds = np.exp(l) / (1 - np.exp(l))
-        expected |= {"align_w": -np.nanmean(w), "align_l": terms_l[bad].mean(), "clamped": 0}
+        odds = np.exp(bounded) / (1 - np.exp(bounded))
+        expected |= {"align_w": -np.nanmean(w), "align_l": terms_l[bad].mean()}
         expected |= {"rejected_weight": 0.1 * np.nanmean(odds)}
+        expected |= {"clamped": (l > -5)[bad].mean() if "eps" in more else 0}
     for name, value in expected.items():
         assert row[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
     before = rows(tmp_path / "out", "eval.jsonl")[0]
