@@ -80,6 +80,7 @@ from model import (
     save_model,
 )
 from support import checkpoints, groups, memory, run_directory
+from support.best import Best
 from support.files import InputError, checksum, flush, write_whole
 from support.flags import MAY_CHANGE, flag, parse, require
 from support.log import Log, describe, header, run_facts, speed
@@ -184,6 +185,11 @@ class Config:
     eval_every: int = flag(0, "steps between evaluations, besides those at start and end")
     eval_by: str | None = flag(None, "key of held-out rows: figures for each of its values too")
     samples: int = flag(0, "held-out prompts to answer (greedily) at each evaluation")
+    keep_best: str | None = flag(
+        None,
+        "export the weights of the evaluation with the best held-out figure, not the last ones",
+        ("loss", "accuracy"),
+    )
     save_dtype: str = flag("bf16", "of OUT/model", ("bf16", "fp32"))
     save_every: int = flag(200, "steps between checkpoints (12 bytes a parameter each); 0: none")
     keep: int = flag(2, "checkpoints to keep, the newest")
@@ -219,6 +225,8 @@ class Config:
             raise InputError("--model and --data go together (with neither, the example runs)")
         if (self.eval_every or self.eval_by or self.samples) and not self.eval_data:
             raise InputError("--eval-every, --eval-by and --samples need --eval-data")
+        if self.keep_best and not self.eval_every:
+            raise InputError("--keep-best needs --eval-data and --eval-every")
         live = self.loss_row.reference and self.reference == "live"
         if self.plan and (self.precision == "fp32" or self.replicas > 1 or live):
             raise InputError(
@@ -763,9 +771,13 @@ def run(config: Config) -> None:
         log.say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint: from step 1")
     prompts = [pair.prompt for pair in parts[-1].pairs[: config.samples]]
 
+    best = Best(config.keep_best, out, identity, model, mesh, log.say)
+
     def evaluated(step: int) -> dict[str, float]:
         answers = [answer(model, chat, prompt, mesh.device_type) for prompt in prompts]
-        return evaluate(model, parts[1], log, step, answers)
+        row = evaluate(model, parts[1], log, step, answers)
+        best.offer(step, row)
+        return row
 
     if checkpoint:
         checkpoints.load_checkpoint(checkpoint, state, model, optimizer)
@@ -776,6 +788,7 @@ def run(config: Config) -> None:
         with memory.advising("in a step", model, parts[0]):
             train(whole, state["step"])
         checkpoints.stop_unless_finite(checkpoints.trained_tensors(model, optimizer), steps)
+        exported = best.load(steps)
         on_first_process(lambda: [flush(path) for path in out.glob("*.jsonl")])
         save_model(
             model,
@@ -785,7 +798,7 @@ def run(config: Config) -> None:
             stop_ids=[chat.end_of_turn] if chat else [],
         )
     if prompts and log.active:
-        log.answers([chat.last_turn(prompt) for prompt in prompts], steps)
+        log.answers([chat.last_turn(prompt) for prompt in prompts], exported)
     log.say(f"\nsaved {out / 'model'} ({config.save_dtype}); metrics in {out / 'metrics.jsonl'}")
 
 

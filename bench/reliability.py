@@ -31,7 +31,8 @@ from common import ROOT, read_rows, train_command
 CLOCKS = {"seconds", "tokens_per_s", "pairs_per_s", "peak_memory_gib"}
 EXAMPLE = ROOT / "examples"
 FLAGS = [
-    *"--max-steps 24 --epochs 2 --save-every 3 --eval-every 6 --lr 1e-3 --samples 1".split(),
+    *"--max-steps 24 --epochs 2 --save-every 3 --eval-every 4 --lr 1e-3 --samples 1".split(),
+    *("--keep-best", "loss"),
     *("--model", EXAMPLE / "model", "--data", EXAMPLE / "train.jsonl"),
     *("--eval-data", EXAMPLE / "heldout.jsonl"),
 ]
@@ -69,7 +70,7 @@ def kill(out: Path, when: str, rng: random.Random) -> str | None:
         elif when == "training":
             begun = (out / "config.json").exists()
         elif when == "saving":
-            saves |= {path.name for path in (out / "checkpoints").glob(".step-*")}
+            saves |= {path.name for path in (out / "checkpoints").glob(".[sb]*.partial")}
             begun = len(saves) >= wanted
         else:
             begun = (out / ".model.partial").exists()

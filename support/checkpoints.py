@@ -5,6 +5,8 @@ its rows of every weight and moment in fp32, and checkpoint.json with their chec
 under a hidden name and renamed when all of it is on the disk, so a directory with this name is
 whole unless the disk damaged it. Nothing in it can execute.
 
+OUT/checkpoints/best-000120/ is the same, with weights only (support/best.py).
+
 All functions here but `checkpoints` must be called on every process.
 
     save_checkpoint       written by all processes; then the oldest is removed
@@ -17,6 +19,7 @@ torch's HuggingFaceStorageWriter reshards as well, but it holds a rank's whole s
 
 import functools
 import json
+import math
 import shutil
 import tempfile
 import typing
@@ -38,8 +41,11 @@ class DamagedError(InputError):
     """A checkpoint that is not what was written."""
 
 
-def trained_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> list[tuple[str, Tensor]]:
-    """(key, tensor) of all that training changes except the step number: fp32, sharded."""
+Tensors = list[tuple[str, Tensor]]  # each with its key in a checkpoint's files
+
+
+def trained_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> Tensors:
+    """All that training changes except the step number: fp32, sharded."""
     tensors = []
     for name, parameter in model.named_parameters():
         moments = optimizer.state[parameter]
@@ -51,7 +57,7 @@ def trained_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> list[tupl
     return tensors
 
 
-def stop_unless_finite(tensors: list[tuple[str, Tensor]], step: int) -> None:
+def stop_unless_finite(tensors: Tensors, step: int) -> None:
     """Raises StoppedError on all processes if a tensor holds a NaN or an infinity, naming it."""
     bad = together(lambda: [key for key, tensor in tensors if not finite(local_rows(tensor)[0])])
     if named := sorted({key for of_process in bad for key in of_process}):
@@ -74,13 +80,20 @@ def save_checkpoint(
     `identity` names the run: only that run resumes from it. Raises StoppedError for a value that
     is not finite, and InputError if it cannot be written; earlier checkpoints stay whole.
     """
-    tensors = trained_tensors(model, optimizer)
-    stop_unless_finite(tensors, step)
-    home, name = out / "checkpoints", f"step-{step:06d}"
+    facts = {"step": step, "run": identity}
+    write_checkpoint(out, "step", facts, trained_tensors(model, optimizer), mesh)
+    on_first_process(lambda: retire(checkpoints(out)[:-keep]))
+
+
+def write_checkpoint(out: Path, kind: str, facts: dict, tensors: Tensors, mesh: DeviceMesh) -> None:
+    """Writes OUT/checkpoints/KIND-..., with these facts in its checkpoint.json. Raises as
+    `save_checkpoint`."""
+    stop_unless_finite(tensors, facts["step"])
+    home, name = out / "checkpoints", f"{kind}-{facts['step']:06d}"
     *replica, index = mesh.get_coordinate()
 
     def begin() -> Path:
-        for path in home.glob(".step-*"):  # left behind by a run that was killed
+        for path in home.glob(f".{kind}-*"):  # left behind by a run that was killed
             remove(path)
         home.mkdir(exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=home))
@@ -98,18 +111,12 @@ def save_checkpoint(
         for log in out.glob("*.jsonl"):  # a checkpoint's steps must never be missing from the log
             flush(log)
         files = {file: digest for of_process in digests for file, digest in of_process.items()}
-        facts = {"step": step, "run": identity, "files": files}
-        facts |= {"checksum": checksum(facts)}
-        write_whole(aside / FACTS, json.dumps(facts, indent=2) + "\n")
+        written = facts | {"files": files}
+        written |= {"checksum": checksum(written)}
+        write_whole(aside / FACTS, json.dumps(written, indent=2) + "\n")
         aside.rename(home / name)
         flush(home)
         flush(out)
-        for old in checkpoints(out)[:-keep]:
-            # Renamed first: a directory that is half removed must not count as a checkpoint.
-            try:
-                remove(old.rename(old.with_name(f".{old.name}.old")))
-            except OSError as error:
-                print(f"\n{old}: not removed ({error.strerror}); the run goes on", flush=True)
 
     aside = on_first_process(begin)
     try:
@@ -121,6 +128,16 @@ def save_checkpoint(
         raise
 
 
+def retire(old: list[Path]) -> None:
+    """Removes checkpoints. If that fails for one, it is printed."""
+    for path in old:
+        # Renamed first: a directory that is half removed must not count as a checkpoint.
+        try:
+            remove(path.rename(path.with_name(f".{path.name}.old")))
+        except OSError as error:
+            print(f"\n{path}: not removed ({error.strerror}); the run goes on", flush=True)
+
+
 def remove(path: Path) -> None:
     """Removes a directory as far as possible. A file in it that another process reads may have to
     stay, for example on NFS: that is printed, and it is tried again at the next checkpoint."""
@@ -130,12 +147,13 @@ def remove(path: Path) -> None:
         print(f"\n{path}: not removed ({error.strerror or error})", flush=True)
 
 
-def checkpoints(out: Path) -> list[Path]:
+def checkpoints(out: Path, kind: str = "step") -> list[Path]:
     """The checkpoints in OUT, newest last. A copy under another name (step-000200.bak) is not one
     of them: it would count as the newest."""
-    paths = (out / "checkpoints").glob("step-*")
-    found = [path for path in paths if path.name[5:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    paths = (out / "checkpoints").glob(f"{kind}-*")
+    found = {path: path.name.removeprefix(f"{kind}-") for path in paths}
+    steps = {path: int(step) for path, step in found.items() if step.isdecimal()}
+    return sorted(steps, key=steps.get)
 
 
 def newest_checkpoint(
@@ -147,12 +165,6 @@ def newest_checkpoint(
     Newer ones are reported with `say` and renamed damaged-step-... Raises InputError if no
     checkpoint is whole, if one cannot be read, or if it belongs to another run.
     """
-
-    def set_aside(bad: Path) -> None:
-        aside = bad.with_name(f"damaged-{bad.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        bad.rename(aside)
-
     found = on_first_process(lambda: checkpoints(out))[::-1]
     for i, path in enumerate(found):
         try:
@@ -160,11 +172,7 @@ def newest_checkpoint(
         except DamagedError as error:
             say(f"{error}; trying the checkpoint before")
             continue
-        if facts.get("run") != identity:
-            raise InputError(
-                f"{path}: belongs to a run with other flags, pairs or weights than "
-                f"{out / 'config.json'}"
-            )
+        check_run(path, facts, identity)
         on_first_process(lambda bad=found[:i]: [set_aside(path) for path in bad])
         return path, facts
     if found:
@@ -175,6 +183,22 @@ def newest_checkpoint(
     return None, {"step": 0}
 
 
+def set_aside(bad: Path) -> None:
+    """Renames a damaged checkpoint, so that it no longer counts as one."""
+    aside = bad.with_name(f"damaged-{bad.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    bad.rename(aside)
+
+
+def check_run(path: Path, facts: dict, identity: str) -> None:
+    """Raises InputError if another run wrote the checkpoint."""
+    if facts.get("run") != identity:
+        raise InputError(
+            f"{path}: belongs to a run with other flags, pairs or weights than "
+            f"{path.parents[1] / 'config.json'}"
+        )
+
+
 def checked_facts(path: Path) -> dict:
     """A checkpoint's checkpoint.json. Each process verifies the checksums of its share of the
     files. Raises DamagedError, naming the file."""
@@ -183,7 +207,9 @@ def checked_facts(path: Path) -> dict:
         facts = json.loads((path / name).read_bytes())
         if facts.pop("checksum") != checksum(facts):
             raise ValueError("its checksum differs")
-        if path.name != f"step-{facts['step']:06d}" or any("/" in file for file in facts["files"]):
+        kind = "best" if math.isfinite(facts.get("value", math.nan)) else "step"
+        name_of = f"{kind}-{facts['step']:06d}"
+        if path.name != name_of or any("/" in file for file in facts["files"]):
             raise ValueError("it belongs to another directory")
         if not facts["files"]:
             raise ValueError("it names no file")
@@ -206,11 +232,18 @@ def checked_facts(path: Path) -> dict:
 def load_checkpoint(
     path: Path, facts: dict, model: nn.Module, optimizer: torch.optim.AdamW
 ) -> None:
-    """Fills weights and moments from a checkpoint that any number of processes wrote; each process
-    reads its own rows. Raises InputError if a tensor is missing or has another shape."""
+    """Fills weights and moments from a checkpoint, as `fill`."""
+    fill(trained_tensors(model, optimizer), path, facts)
+    for state in optimizer.state.values():
+        state["step"].fill_(facts["step"])
+
+
+def fill(tensors: Tensors, path: Path, facts: dict) -> None:
+    """Fills tensors from a checkpoint that any number of processes wrote; each process reads its
+    own rows. Raises InputError if a tensor is missing or has another shape."""
     paths = [path / name for name in sorted(facts["files"])]
     files = [open_safetensors(path) for path in paths]
-    for key, tensor in trained_tensors(model, optimizer):
+    for key, tensor in tensors:
         local, rows = local_rows(tensor.detach())
         for i, file in enumerate(files):
             stored = rows_of_rank(len(tensor), len(files), i)
@@ -225,5 +258,3 @@ def load_checkpoint(
                 )
             part = part[first - stored.start : last - stored.start]
             local[first - rows.start : last - rows.start] = part
-    for state in optimizer.state.values():
-        state["step"].fill_(facts["step"])

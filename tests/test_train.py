@@ -123,6 +123,9 @@ MISTAKES = """
 --eval-data PAIRS --samples 2 | --samples needs text
 --eval-every 5 | --eval-every, --eval-by and --samples need --eval-data
 --eval-by source | --eval-every, --eval-by and --samples need --eval-data
+--keep-best loss | --keep-best needs --eval-data and --eval-every
+--eval-data PAIRS --keep-best loss | --keep-best needs --eval-data and --eval-every
+--eval-data PAIRS --eval-every 2 --keep-best bleu | invalid choice: 'bleu'
 --eval-data PAIRS --eval-by sauce | --eval-by sauce: no row of
 --max-tokens 300 | --max-tokens 300 is above the model's max_position_embeddings 256
 --max-tokens 1 | no pair left to use
