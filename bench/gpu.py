@@ -89,8 +89,10 @@ SIGMAS = (0.8, 0.6, 0.6)  # of the lengths' logarithms
 PAIRS_PER_STEP = {"uf": 64, "hh": 256}  # about 50,000 tokens either way
 MAX_TOKENS, WARMUP, STEPS_OF_PAIRS = 2048, 2, 10  # of a sequence; steps; steps that a file is for
 UNSHARED, DPO = ("--no-share-prompt",), ("--loss", "dpo", "--reference")
-KEPT = ("--checkpoint-blocks", "off")
-STEPS = {  # part: shape, pairs, tokens of a micro-batch, more flags, steps, part to compare with
+KEPT, RECOMPUTED = ("--checkpoint-blocks", "off"), ("--checkpoint-blocks", "on")
+# Part: shape, pairs, tokens of a micro-batch (None: train.py's choice), more flags, steps, part to
+# compare with. How many blocks are recomputed is train.py's choice unless a flag says it.
+STEPS = {
     "step-uf-8192": ("8B", "uf", 8192, (), 6, None),
     "step-uf-8192-unshared": ("8B", "uf", 8192, UNSHARED, 4, "step-uf-8192"),
     "step-uf-8192-padded": ("8B", "uf-padded", 8192, UNSHARED, 2, "step-uf-8192"),
@@ -101,23 +103,24 @@ STEPS = {  # part: shape, pairs, tokens of a micro-batch, more flags, steps, par
     "step-3b-dpo-live": ("3B", "uf", 8192, (*DPO, "live"), 6, "step-3b-asft"),
     "step-3b-dpo-precomputed": ("3B", "uf", 8192, (*DPO, "precompute"), 6, "step-3b-asft"),
     "step-3b-orpo": ("3B", "uf", 8192, ("--loss", "orpo"), 6, "step-3b-asft"),
-    "step-3b-16384": ("3B", "uf", 16384, (), 6, "step-3b-asft"),
-    "step-3b-kept": ("3B", "uf", 8192, KEPT, 6, "step-3b-asft"),
-    "step-3b-kept-16384": ("3B", "uf", 16384, KEPT, 6, "step-3b-asft"),
-    "step-3b-hh": ("3B", "hh", 8192, (), 6, None),
-    "step-3b-hh-kept-16384": ("3B", "hh", 16384, KEPT, 6, "step-3b-hh"),
-    "step-3b-hh-kept-16384-unshared": (
-        *("3B", "hh", 16384, KEPT + UNSHARED, 4),
-        "step-3b-hh-kept-16384",
-    ),
-    "step-uf-16384": ("8B", "uf", 16384, (), 4, "step-uf-8192"),
+    "step-3b-defaults": ("3B", "uf", None, (), 6, "step-3b-asft"),
+    "step-3b-recomputed": ("3B", "uf", 8192, RECOMPUTED, 6, "step-3b-defaults"),
+    "step-3b-recomputed-16384": ("3B", "uf", 16384, RECOMPUTED, 6, "step-3b-defaults"),
+    "step-3b-kept": ("3B", "uf", 8192, KEPT, 6, "step-3b-defaults"),
+    "step-3b-kept-16384": ("3B", "uf", 16384, KEPT, 6, "step-3b-defaults"),
+    "step-3b-hh": ("3B", "hh", None, (), 6, None),
+    "step-3b-hh-unshared": ("3B", "hh", None, UNSHARED, 4, "step-3b-hh"),
+    "step-uf-defaults": ("8B", "uf", None, (), 6, "step-uf-8192"),
+    "step-uf-recomputed": ("8B", "uf", 8192, RECOMPUTED, 4, "step-uf-defaults"),
+    "step-uf-recomputed-16384": ("8B", "uf", 16384, RECOMPUTED, 4, "step-uf-defaults"),
     "step-uf-4096": ("8B", "uf", 4096, (), 4, "step-uf-8192"),
     "step-hh-4096": ("8B", "hh", 4096, (), 4, "step-hh-8192"),
 }
+ORPO = "step-3b-orpo"
 PEERS = {  # part: the trainer's name in benchmark.py, pairs, our parts to compare with
-    "peers-trl-orpo": ("trl-orpo", "uf", ("step-3b-orpo", "step-3b-asft", "step-3b-kept-16384")),
-    "peers-liger-orpo": ("liger-orpo", "uf", ("step-3b-orpo", "step-3b-asft")),
-    "peers-trl-dpo": ("trl-dpo", "uf", ("step-3b-dpo-live", "step-3b-asft")),
+    "peers-trl-orpo": ("trl-orpo", "uf", (ORPO, "step-3b-defaults", "step-3b-recomputed")),
+    "peers-liger-orpo": ("liger-orpo", "uf", (ORPO, "step-3b-defaults")),
+    "peers-trl-dpo": ("trl-dpo", "uf", ("step-3b-dpo-live", "step-3b-defaults")),
     "peers-hh-trl-orpo": ("trl-orpo", "hh", ("step-3b-hh",)),
 }
 MICRO_BATCHES = (32, 16, 8, 4, 2, 1)  # of pairs; a peer gets the first that fits in memory
@@ -362,11 +365,13 @@ def made_model(a: argparse.Namespace, shape: str) -> Path:
     return a.scratch / shape
 
 
-def flags_for(a: argparse.Namespace, shape: str, pairs: str, limit: int = 8192) -> list:
+def flags_for(a: argparse.Namespace, shape: str, pairs: str, limit: int | None = None) -> list:
     """Flags of train.py."""
     model = made_model(a, shape)
     per_step = sized(a, PAIRS_PER_STEP[pairs.removesuffix("-padded")])
-    sizes = ["--max-tokens", sized(a, MAX_TOKENS), "--max-tokens-per-gpu", sized(a, limit)]
+    sizes = ["--max-tokens", sized(a, MAX_TOKENS)]
+    if limit:
+        sizes += ["--max-tokens-per-gpu", sized(a, limit)]
     paths = ["--model", model, "--data", make_pairs(a, pairs)[0]]
     return [*paths, *sizes, "--pairs-per-step", per_step, "--no-shuffle", "--save-every", 0]
 
@@ -380,7 +385,7 @@ def step(a: argparse.Namespace) -> None:
     last = steps + (20 if a.small else 1)
     flags = [*flags_for(a, shape, kind, limit), *more, "--max-steps", last]
     rows = train(a, *flags, until=steps)[:steps]
-    config, share, flops = shape_of(a, shape), not set(UNSHARED) & set(more), []
+    config, share, flops = shape_of(a, shape), more != UNSHARED, []
     for row in rows[WARMUP:]:
         drawn = pairs[(row["step"] - 1) * row["pairs"] : row["step"] * row["pairs"]]
         assert sum(pair.packed_tokens(share) for pair in drawn) == row["tokens"]
