@@ -169,10 +169,8 @@ def make_pairs(vocab_size: int, profile: str) -> list[dict[str, list[int]]]:
 
 
 def prepare(a: argparse.Namespace) -> None:
-    """Hugging Face directories DIR/SIZE, whose tokenizer reads "t5" as token 5, and the pairs,
-    DIR/SIZE/PROFILE.jsonl."""
+    """Hugging Face directories DIR/SIZE, and the pairs, DIR/SIZE/PROFILE.jsonl."""
     import torch
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
     for size, sizes in SIZES.items():
         home, ids = a.dir / size, specials(sizes["vocab_size"])
@@ -187,21 +185,7 @@ def prepare(a: argparse.Namespace) -> None:
             tie_word_embeddings=False,
             initializer_range=0.02,
         ).float().save_pretrained(home)
-        # The unknown word is not in the vocabulary: any other text raises.
-        vocabulary = {f"t{i}": i for i in range(sizes["vocab_size"])}
-        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<none>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        tokenizer.add_special_tokens(
-            [AddedToken(f"t{i}", special=True, normalized=False) for i in ids.values()]
-        )
-        tokenizer.save(str(home / "tokenizer.json"))
-        settings = {
-            **{f"{name}_token": f"t{i}" for name, i in ids.items()},
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": 1 << 30,
-            "clean_up_tokenization_spaces": False,
-        }
-        (home / "tokenizer_config.json").write_text(json.dumps(settings))
+        save_tokenizer(home, sizes["vocab_size"], ids)
         for profile in PROFILES:
             rows = make_pairs(sizes["vocab_size"], profile)
             text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -211,6 +195,27 @@ def prepare(a: argparse.Namespace) -> None:
             (home / f"{profile}.jsonl").write_text(text)
             means = (f"{k} {statistics.mean(len(row[k]) for row in rows):.1f}" for k in rows[0])
             print(f"{home / profile}.jsonl: {PAIRS} pairs, means: {', '.join(means)}")
+
+
+def save_tokenizer(home: Path, vocab_size: int, ids: dict[str, int]) -> None:
+    """A tokenizer that reads "t5" as token 5, with these special ids (bos, pad, eos)."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    # The unknown word is not in the vocabulary: any other text raises.
+    vocabulary = {f"t{i}": i for i in range(vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<none>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(
+        [AddedToken(f"t{i}", special=True, normalized=False) for i in ids.values()]
+    )
+    tokenizer.save(str(home / "tokenizer.json"))
+    settings = {
+        **{f"{name}_token": f"t{i}" for name, i in ids.items()},
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 1 << 30,
+        "clean_up_tokenization_spaces": False,
+    }
+    (home / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def random_llama(**settings):
@@ -225,7 +230,12 @@ def random_llama(**settings):
 
 def end_of_step(out: Path, loss: float) -> None:
     """Does what train.py does: a row of OUT/metrics.jsonl and a line on stdout."""
+    import torch
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() / 2**30
     row = {"loss": loss, "peak_memory_gib": peak}
     append_row(out / "metrics.jsonl", row)
     print("step", json.dumps(row), file=sys.__stdout__, flush=True)
@@ -256,7 +266,8 @@ def watch_trainer(trainer, pairs: list[dict], out: Path) -> None:
 
     class EndOfStep(TrainerCallback):
         def on_step_end(self, *_, **__):
-            end_of_step(out, float(losses[-1]))
+            end_of_step(out, float(sum(losses)))  # each is its micro-batch's share of the mean
+            losses.clear()
 
     trainer.training_step = training_step
     trainer.add_callback(EndOfStep())
@@ -269,7 +280,7 @@ def trl(a: argparse.Namespace, pairs: list[dict], texts: list[dict], settings: d
     from trl import DPOConfig, DPOTrainer
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-    settings |= {"beta": BETA, "max_length": MAX_TOKENS, "gradient_checkpointing": False}
+    settings |= {"beta": BETA, "max_length": a.max_tokens, "gradient_checkpointing": a.recompute}
     settings |= {"train_sampling_strategy": "sequential"}
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     data = {"train_dataset": Dataset.from_list(texts), "processing_class": tokenizer}
@@ -329,28 +340,36 @@ def liger(a: argparse.Namespace, pairs: list[dict], texts: list[dict], settings:
     from torch.nn.utils.rnn import pad_sequence
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32).train()
+    device = "cuda" if a.cuda else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32).to(device).train()
+    if a.recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
-    loss_function = LigerFusedLinearORPOLoss(beta=BETA, compiled=False)
-    for start in range(0, len(pairs), PAIRS_PER_STEP):
-        rows = pairs[start : start + PAIRS_PER_STEP]
+    loss_function, losses = LigerFusedLinearORPOLoss(beta=BETA, compiled=a.cuda), []
+    for start in range(0, len(pairs), a.micro_batch):
+        rows = pairs[start : start + a.micro_batch]
         sides = [
             (row["prompt_ids"], row[k]) for k in ("chosen_ids", "rejected_ids") for row in rows
         ]
         whole = [torch.tensor(prompt + response) for prompt, response in sides]
         masked = [torch.tensor([-100] * len(prompt) + response) for prompt, response in sides]
-        tokens = pad_sequence(whole, True)
-        mask = pad_sequence([torch.ones_like(row) for row in whole], True)
-        labels = pad_sequence(masked, True, -100)
-        with torch.autocast("cpu", torch.bfloat16, enabled=a.dtype == "bf16"):
+        tokens = pad_sequence(whole, True).to(device)
+        mask = pad_sequence([torch.ones_like(row) for row in whole], True).to(device)
+        labels = pad_sequence(masked, True, -100).to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=a.dtype == "bf16"):
             output = model.model(input_ids=tokens, attention_mask=mask, use_cache=False)
             hidden = output.last_hidden_state[:, :-1]
             loss, _ = loss_function(model.lm_head.weight, hidden, labels[:, 1:])
+        loss = loss * a.micro_batch / a.pairs_per_step
         loss.backward()
+        losses.append(loss.item())
+        if len(losses) < a.pairs_per_step // a.micro_batch:
+            continue
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        end_of_step(a.out, loss.item())
+        end_of_step(a.out, sum(losses))
+        losses.clear()
 
 
 def one(a: argparse.Namespace) -> None:
@@ -363,8 +382,8 @@ def one(a: argparse.Namespace) -> None:
     known = sorted({"torch", "transformers", PEERS[a.job], package})
     versions = {name: importlib.metadata.version(name) for name in known}
     (a.out / "config.json").write_text(json.dumps({"versions": versions}))
-    rows = read_rows(a.model / f"{a.profile}.jsonl")
-    pairs = [rows[i % PAIRS] for i in range(a.steps * PAIRS_PER_STEP)]
+    rows = read_rows(a.data)
+    pairs = [rows[i % len(rows)] for i in range(a.steps * a.pairs_per_step)]
 
     def text(row: dict, side: str) -> str:
         return " " * (side != "prompt") + " ".join(f"t{i}" for i in row[f"{side}_ids"])
@@ -372,13 +391,14 @@ def one(a: argparse.Namespace) -> None:
     texts = [{side: text(row, side) for side in SIDES} for row in pairs]
     settings = dict(  # of transformers' trainer
         output_dir=str(a.out / "trainer"),
-        per_device_train_batch_size=PAIRS_PER_STEP,
+        per_device_train_batch_size=a.micro_batch,
+        gradient_accumulation_steps=a.pairs_per_step // a.micro_batch,
         max_steps=a.steps,
         learning_rate=LR,
         lr_scheduler_type="constant",
         weight_decay=0.0,
         bf16=a.dtype == "bf16",
-        use_cpu=True,
+        use_cpu=not a.cuda,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -397,7 +417,7 @@ def command(
     model = home / size
     if job in PEERS:
         python = home / PEERS[job] / "bin/python"
-        words = [python, __file__, "one", job, model, profile, dtype, steps, out]
+        words = [python, __file__, "one", job, model, model / f"{profile}.jsonl", dtype, steps, out]
         return [str(word) for word in words]
     words = f"""--no-shuffle --pairs-per-step {PAIRS_PER_STEP} --max-tokens {MAX_TOKENS}
         --beta {BETA} --lr {LR} --warmup-ratio 0 --min-lr-ratio 1 --epochs {steps}
@@ -406,7 +426,7 @@ def command(
     return train_command(*OURS[job], *paths, *words)
 
 
-def watch(words: list[str], out: Path, warmup: int) -> dict:
+def watch(words: list[str], out: Path, warmup: int, pairs_per_step: int = PAIRS_PER_STEP) -> dict:
     """Runs a trainer that prints a line "step ..." at the end of each step. Measures the steps
     after `warmup`."""
 
@@ -432,7 +452,7 @@ def watch(words: list[str], out: Path, warmup: int) -> dict:
     wall, own, busy = (last - first for first, last in zip(ticks[0], ticks[-1], strict=True))
     seconds = [after[0] - before[0] for before, after in zip(ticks, ticks[1:], strict=False)]
     return {
-        "pairs_per_s": PAIRS_PER_STEP * len(seconds) / wall,
+        "pairs_per_s": pairs_per_step * len(seconds) / wall,
         "s_per_step": statistics.median(seconds),
         "peak_memory_gib": rows[-1]["peak_memory_gib"],
         "other_load": max(0.0, busy - own) / wall,
@@ -717,11 +737,16 @@ def main() -> int:
 
     for function in (install, prepare, run, generate):
         positional(function, dir=Path)
-    positional(one, job=str, model=Path, profile=str, dtype=str, steps=int, out=Path)
+    positional(one, job=str, model=Path, data=Path, dtype=str, steps=int, out=Path)
     positional(generate_one, program=str, model=Path, batch=int, answers=str)
     positional(startup, tokenizer=Path, file=Path)
     positional(table, results=Path)
     of[install].add_argument("--llamafactory", action="store_true")
+    of[one].add_argument("--pairs-per-step", type=int, default=PAIRS_PER_STEP)
+    of[one].add_argument("--micro-batch", type=int, default=PAIRS_PER_STEP, help="pairs at once")
+    of[one].add_argument("--max-tokens", type=int, default=MAX_TOKENS)
+    of[one].add_argument("--recompute", action="store_true", help="each block, in backward")
+    of[one].add_argument("--cuda", action="store_true")
     of[run].add_argument("--out", type=Path, required=True, help="one JSON line a run, appended")
     of[run].add_argument("--rounds", type=int, default=3)
     of[run].add_argument(

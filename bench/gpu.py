@@ -4,6 +4,7 @@
     python bench/gpu.py all --small         the same in tiny sizes (always so without a GPU)
     python bench/gpu.py compile             compilations over five lengths; compiled and eager
     python bench/gpu.py step                steps of a random 8B, kernels of a step; DPO on a 3B
+    python bench/gpu.py peers               TRL's ORPO and DPO, Liger's ORPO, on the 3B
     python bench/gpu.py end-to-end          the example; a resumed run; 8B trained and exported
     python bench/gpu.py step-uf-8192        one part, by its name or the beginning of several names
 
@@ -12,10 +13,11 @@ the next one runs. --scratch holds models, pairs and the figures of finished par
 call continues there. It needs 25 GB of disk, and at times 20 GB more.
 
 In reading order
-    SHAPES, LENGTHS, STEPS              what is measured
+    SHAPES, LENGTHS, STEPS, PEERS       what is measured
     make_model, make_pairs              random weights and pairs
     prepare, compile_blocks, profile    in this process, by train.py's own functions
     train, step                         train.py as a process
+    peer                                another trainer as a process (benchmark.py has its code)
     example, resume, whole              end to end
     PARTS, main                         the parts and their order
 
@@ -24,11 +26,15 @@ pair_flops over the peak of the card: recomputed work counts once. "padded" is w
 that pads computes: the same pairs in groups of four, each sequence as long as the longest of its
 group, no prompt shared. (Responses are made longer, so that the padding passes the head as well.)
 
-Left out: other trainers, several GPUs. tests/test_cuda.py tests that CUDA computes the right thing.
+A peer gets the largest micro-batch of MICRO_BATCHES that fits, fp32 weights, bf16 autocast,
+recomputed blocks, and our pairs in our order, compared token for token before it trains.
+
+Left out: several GPUs. tests/test_cuda.py tests that CUDA computes the right thing.
 """
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -42,6 +48,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+import benchmark
 from common import ROOT, read_rows, train_command
 
 sys.path.insert(0, str(ROOT))
@@ -82,7 +89,10 @@ SIGMAS = (0.8, 0.6, 0.6)  # of the lengths' logarithms
 PAIRS_PER_STEP = {"uf": 64, "hh": 256}  # about 50,000 tokens either way
 MAX_TOKENS, WARMUP, STEPS_OF_PAIRS = 2048, 2, 10  # of a sequence; steps; steps that a file is for
 UNSHARED, DPO = ("--no-share-prompt",), ("--loss", "dpo", "--reference")
-STEPS = {  # part: shape, pairs, tokens of a micro-batch, more flags, steps, part to compare with
+KEPT, RECOMPUTED = ("--checkpoint-blocks", "off"), ("--checkpoint-blocks", "on")
+# Part: shape, pairs, tokens of a micro-batch (None: train.py's choice), more flags, steps, part to
+# compare with. How many blocks are recomputed is train.py's choice unless a flag says it.
+STEPS = {
     "step-uf-8192": ("8B", "uf", 8192, (), 6, None),
     "step-uf-8192-unshared": ("8B", "uf", 8192, UNSHARED, 4, "step-uf-8192"),
     "step-uf-8192-padded": ("8B", "uf-padded", 8192, UNSHARED, 2, "step-uf-8192"),
@@ -92,9 +102,28 @@ STEPS = {  # part: shape, pairs, tokens of a micro-batch, more flags, steps, par
     "step-3b-asft": ("3B", "uf", 8192, (), 6, None),
     "step-3b-dpo-live": ("3B", "uf", 8192, (*DPO, "live"), 6, "step-3b-asft"),
     "step-3b-dpo-precomputed": ("3B", "uf", 8192, (*DPO, "precompute"), 6, "step-3b-asft"),
+    "step-3b-orpo": ("3B", "uf", 8192, ("--loss", "orpo"), 6, "step-3b-asft"),
+    "step-3b-defaults": ("3B", "uf", None, (), 6, "step-3b-asft"),
+    "step-3b-recomputed": ("3B", "uf", 8192, RECOMPUTED, 6, "step-3b-defaults"),
+    "step-3b-recomputed-16384": ("3B", "uf", 16384, RECOMPUTED, 6, "step-3b-defaults"),
+    "step-3b-kept": ("3B", "uf", 8192, KEPT, 6, "step-3b-defaults"),
+    "step-3b-kept-16384": ("3B", "uf", 16384, KEPT, 6, "step-3b-defaults"),
+    "step-3b-hh": ("3B", "hh", None, (), 6, None),
+    "step-3b-hh-unshared": ("3B", "hh", None, UNSHARED, 4, "step-3b-hh"),
+    "step-uf-defaults": ("8B", "uf", None, (), 6, "step-uf-8192"),
+    "step-uf-recomputed": ("8B", "uf", 8192, RECOMPUTED, 4, "step-uf-defaults"),
+    "step-uf-recomputed-16384": ("8B", "uf", 16384, RECOMPUTED, 4, "step-uf-defaults"),
     "step-uf-4096": ("8B", "uf", 4096, (), 4, "step-uf-8192"),
     "step-hh-4096": ("8B", "hh", 4096, (), 4, "step-hh-8192"),
 }
+ORPO = "step-3b-orpo"
+PEERS = {  # part: the trainer's name in benchmark.py, pairs, our parts to compare with
+    "peers-trl-orpo": ("trl-orpo", "uf", (ORPO, "step-3b-defaults", "step-3b-recomputed")),
+    "peers-liger-orpo": ("liger-orpo", "uf", (ORPO, "step-3b-defaults")),
+    "peers-trl-dpo": ("trl-dpo", "uf", ("step-3b-dpo-live", "step-3b-defaults")),
+    "peers-hh-trl-orpo": ("trl-orpo", "hh", ("step-3b-hh",)),
+}
+MICRO_BATCHES = (32, 16, 8, 4, 2, 1)  # of pairs; a peer gets the first that fits in memory
 KINDS = {  # of kernels, by their names
     "attention": "flash|fmha|attention",
     "matrix products": "gemm|nvjet|cutlass|xmma|splitk|::mm|addmm",
@@ -150,8 +179,9 @@ def make_model(a: argparse.Namespace, name: str) -> Path:
 
 
 def make_pairs(a: argparse.Namespace, name: str) -> tuple[Path, list[Pair]]:
-    """SCRATCH/NAME.jsonl: random ids below the control tokens. Lengths are log-normal, with the
-    means of LENGTHS (a little less where MAX_TOKENS cuts them)."""
+    """SCRATCH/NAME.jsonl: random ids below the control tokens; a prompt begins with BOS, an answer
+    ends with EOS. Lengths are log-normal, with the means of LENGTHS (a little less where MAX_TOKENS
+    cuts them)."""
     kind, longest = name.removesuffix("-padded"), sized(a, MAX_TOKENS)
     rng = np.random.default_rng(0)
     pairs = STEPS_OF_PAIRS * sized(a, PAIRS_PER_STEP[kind])
@@ -163,8 +193,10 @@ def make_pairs(a: argparse.Namespace, name: str) -> tuple[Path, list[Pair]]:
     if name != kind:
         for group in np.split(lengths, len(lengths) // 4):
             group[:, 1:] = (group[:, :1] + group[:, 1:]).max() - group[:, :1]
-    words = shape_of(a, "8B").bos_token_id
-    pairs = [Pair(*(rng.integers(0, words, n) for n in of_pair), "") for of_pair in lengths]
+    bos, eos = shape_of(a, "8B").bos_token_id, shape_of(a, "8B").eos_token_id[-1]
+    pairs = [Pair(*(rng.integers(0, bos, n) for n in of_pair), "") for of_pair in lengths]
+    for pair in pairs:
+        pair.prompt[0], pair.chosen[-1], pair.rejected[-1] = bos, eos, eos
     path, sides = a.scratch / f"{name}.jsonl", ("prompt", "chosen", "rejected")
     rows = ({f"{side}_ids": getattr(pair, side).tolist() for side in sides} for pair in pairs)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -326,14 +358,21 @@ def train(a: argparse.Namespace, *flags, until: float = math.inf) -> list[dict]:
     return rows
 
 
-def flags_for(a: argparse.Namespace, shape: str, pairs: str, limit: int = 8192) -> list:
-    """Flags of train.py. Makes the weights in another process: this one must leave CUDA's memory to
-    train.py."""
+def made_model(a: argparse.Namespace, shape: str) -> Path:
+    """make_model in another process: this one must leave CUDA's memory to the trainer."""
     if not (a.scratch / shape / "config.json").exists():
         subprocess.run([sys.executable, __file__, f"make:{shape}", *a.options], check=True)
+    return a.scratch / shape
+
+
+def flags_for(a: argparse.Namespace, shape: str, pairs: str, limit: int | None = None) -> list:
+    """Flags of train.py."""
+    model = made_model(a, shape)
     per_step = sized(a, PAIRS_PER_STEP[pairs.removesuffix("-padded")])
-    sizes = ["--max-tokens", sized(a, MAX_TOKENS), "--max-tokens-per-gpu", sized(a, limit)]
-    paths = ["--model", a.scratch / shape, "--data", make_pairs(a, pairs)[0]]
+    sizes = ["--max-tokens", sized(a, MAX_TOKENS)]
+    if limit:
+        sizes += ["--max-tokens-per-gpu", sized(a, limit)]
+    paths = ["--model", model, "--data", make_pairs(a, pairs)[0]]
     return [*paths, *sizes, "--pairs-per-step", per_step, "--no-shuffle", "--save-every", 0]
 
 
@@ -354,6 +393,7 @@ def step(a: argparse.Namespace) -> None:
     names = ("seconds", "tokens_per_s", "pairs_per_s", "peak_memory_gib", "pairs")
     found = {name: statistics.median(row[name] for row in rows[WARMUP:]) for name in names}
     found["mfu"] = statistics.median(flops) / (a.peak_tflops * 1e12)
+    found["first_loss"] = rows[0]["loss"]
     every = [round(row["seconds"], 3) for row in rows]
     say(
         a,
@@ -370,11 +410,73 @@ def step(a: argparse.Namespace) -> None:
             f"  - log-probs of the reference: {seconds:.1f} s, once, for {len(pairs)} pairs, "
             "compilation included",
         )
-    if base and (a.scratch / f"{base}.json").exists():
-        of_base = json.loads((a.scratch / f"{base}.json").read_text())
-        speed, memory = (of_base[name] / found[name] for name in ("pairs_per_s", "peak_memory_gib"))
-        say(a, f"  - {base} has {speed:.3f} x its pairs/s and {memory:.3f} x its peak memory")
+    compare(a, found, base)
     (a.scratch / f"{a.part}.json").write_text(json.dumps(found))
+
+
+def compare(a: argparse.Namespace, found: dict, base: str | None) -> None:
+    """Says how a part that has been measured before compares with these figures."""
+    if not base or not (a.scratch / f"{base}.json").exists():
+        return
+    of_base = json.loads((a.scratch / f"{base}.json").read_text())
+    speed, memory = (of_base[name] / found[name] for name in ("pairs_per_s", "peak_memory_gib"))
+    say(
+        a,
+        f"  - {base} has {speed:.3f} x its pairs/s and {memory:.3f} x its peak memory; "
+        f"first loss {of_base['first_loss']:.4f}",
+    )
+
+
+# ------------------------------------------------------------------- another trainer as a process
+
+
+def missing_packages(part: str) -> list[str]:
+    """The packages of a peer that are not installed."""
+    if part not in PEERS:
+        return []
+    needed = ["liger_kernel"] if PEERS[part][0] == "liger-orpo" else ["trl", "datasets"]
+    return [name for name in needed if importlib.util.find_spec(name) is None]
+
+
+def peer(a: argparse.Namespace) -> None:
+    """A row of PEERS, on the 3B."""
+    job, kind, bases = PEERS[a.part]
+    config, per_step = shape_of(a, "3B"), sized(a, PAIRS_PER_STEP[kind])
+    home = a.scratch / "3B-words"  # the same weights, beside a tokenizer for texts of ids
+    home.mkdir(exist_ok=True)
+    for path in made_model(a, "3B").iterdir():
+        if path.name != "tokenizer.json" and not (home / path.name).exists():
+            (home / path.name).symlink_to(path)
+    special = {"bos": config.bos_token_id, "pad": config.bos_token_id + 4}
+    benchmark.save_tokenizer(home, config.vocab_size, special | {"eos": config.eos_token_id[-1]})
+    data, out, steps = make_pairs(a, kind)[0], a.scratch / "out", WARMUP + (1 if a.small else 3)
+    words = ["--pairs-per-step", per_step, "--max-tokens", sized(a, MAX_TOKENS), "--recompute"]
+    dtype = "fp32"
+    if a.device == "cuda":
+        dtype = "bf16"
+        words.append("--cuda")
+    words = [job, home, data, dtype, steps, out, *words]
+    fitting = [n for n in MICRO_BATCHES if per_step % n == 0]
+    for n in fitting:
+        command = [sys.executable, ROOT / "bench/benchmark.py", "one", *words, "--micro-batch", n]
+        try:
+            found = benchmark.watch([str(word) for word in command], out, WARMUP, per_step)
+            break
+        except ChildProcessError as error:
+            if "out of memory" not in str(error) or n == fitting[-1]:
+                raise
+            say(a, f"- {a.part}: out of memory with {n} pairs a micro-batch")
+            shutil.rmtree(out, ignore_errors=True)
+    every = [round(seconds, 3) for seconds in found["seconds"]]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    say(
+        a,
+        f"- {a.part}: {found['pairs_per_s']:.2f} pairs/s, peak {found['peak_memory_gib']:.2f} GiB, "
+        f"{n} pairs a micro-batch; each step of {per_step} pairs {every} s; first loss "
+        f"{found['losses'][0]:.4f}; {versions}",
+    )
+    for base in bases:
+        compare(a, found, base)
 
 
 # -------------------------------------------------------------------------------------- end to end
@@ -473,6 +575,7 @@ def generate(a: argparse.Namespace) -> None:
 PARTS = {"compile": compile_blocks, "step-uf-8192": step, "step-profile": profile}  # in this order
 PARTS |= dict.fromkeys(STEPS, step)
 PARTS |= {"end-to-end-example": example, "end-to-end-resume": resume, "end-to-end-8b": whole}
+PARTS |= dict.fromkeys(PEERS, peer)
 
 
 def run_part(a: argparse.Namespace, name: str, seconds: float) -> str | None:
@@ -534,6 +637,9 @@ def main() -> int:
         done, left = a.scratch / f"{name}.done", deadline - time.monotonic()
         if done.exists():
             say(a, f"- {name}: measured by an earlier call")
+        elif missing := missing_packages(name):
+            pip = f"pip install {benchmark.PINNED['trl']}"
+            say(a, f"- {name}: left out, {', '.join(missing)} not installed: {pip}")
         elif left < 1:
             say(a, f"- {name}: no time left")
         elif (error := run_part(a, name, left)) is not None:

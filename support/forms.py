@@ -281,8 +281,12 @@ def repeats_prompt(prompt, *answers) -> bool:
     if not isinstance(answers[0], str):
         n = len(prompt)
         return n > 0 and all(np.array_equal(ids[:n], prompt) for ids in answers)
-    asked = re.compile(re.escape(prompt[-1][1]) + r"(?!\w)")
-    return bool(prompt[-1][1]) and all(asked.match(answer) for answer in answers)
+    asked = prompt[-1][1]
+
+    def repeats(answer: str) -> bool:  # its last word as a whole: "High" does not repeat "Hi"
+        return answer.startswith(asked) and not re.match(r"\w", answer[len(asked) :])
+
+    return bool(asked) and all(map(repeats, answers))
 
 
 # ----------------------------------------------------------------------------------- checked values

@@ -196,6 +196,15 @@ def test_ctrl_c_while_torch_is_imported_is_no_traceback(tmp_path):
     assert process.returncode == -signal.SIGINT and "Traceback" not in said
 
 
+@pytest.mark.parametrize("program", ["train", "eval"])
+def test_on_windows_one_line_says_where_the_programs_run(program):
+    code = f"import os, pathlib; os.name = 'nt'; import {program}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "ASFT runs on Linux and macOS; on Windows, use WSL\n"
+    assert "on Windows: WSL" in (ROOT / "README.md").read_text()
+
+
 @pytest.mark.parametrize("flag", ["--eps", "--adam-eps"])
 def test_an_eps_that_fp32_flushes_to_zero_is_refused(start, tmp_path, capsys, flag):
     out = tmp_path / "out"

@@ -180,6 +180,11 @@ def test_the_filtered_distribution_is_that_of_transformers_warpers(temperature, 
     torch.testing.assert_close(found, expected.softmax(-1), rtol=1e-5, atol=1e-7)
 
 
+def test_top_p_keeps_no_token_beyond_those_that_have_exactly_its_share():
+    (found,) = probabilities(torch.zeros(1, 4), torch.ones(1), top_p=0.5)
+    assert sorted(found.tolist()) == [0, 0, 0.5, 0.5]
+
+
 def test_evenly_spread_uniform_numbers_draw_each_token_as_often_as_its_probability():
     values = [0.0, 1.0, -math.inf, 2.0, 0.5]
     logits, n = torch.tensor([values]), 10_000
@@ -367,7 +372,8 @@ def test_a_bad_prompt_stops_the_command_before_the_first_answer(tmp_path, capsys
 
 # -------------------------------------------------------------------------------------- the command
 
-WORDS = "--max-new-tokens 40 --temperature 0.9 --top-p 0.95 --seed 3 --cache-tokens 600".split()
+WORDS = "--max-new-tokens 40 --temperature 0.9 --top-p 0.95 --top-k 3 --seed 3 --cache-tokens 600"
+WORDS = WORDS.split()
 
 
 def command(prompts, out, *words):
@@ -417,7 +423,7 @@ def test_answers_are_in_the_prompts_order_with_all_that_belongs_to_them(whole, p
     for i in (0, 7, 20, 21):  # the row holds what the function gives; number 20 is too long
         (ids,) = encode_prompts([read_prompts(prompt_file)[i]], chat, 512)
         request = Request(i, ids, 0.9, 40)
-        ((_, new, finish),) = generate(model, [request], stop_ids, top_p=0.95, seed=3)
+        ((_, new, finish),) = generate(model, [request], stop_ids, top_p=0.95, top_k=3, seed=3)
         found = (rows[i]["prediction"], rows[i]["tokens"], rows[i]["finish"])
         assert found == (chat.decode(new), len(new), finish)
         assert (finish == "overlong") == (i == 20)
@@ -508,6 +514,7 @@ def test_if_a_process_is_killed_the_others_say_so_and_the_next_call_keeps_the_ro
 OTHER_SETTINGS = """
 --temperature 0.8 -> made with temperature 0.9, not 0.8
 --seed 4 -> made with seed 3, not 4
+--top-k 4 -> made with top_k 3, not 4
 --max-new-tokens 41 -> made with max_new_tokens 40, not 41
 --raw -> made with raw False, not True
 --precision bf16 -> made with dtype torch.float32, not torch.bfloat16

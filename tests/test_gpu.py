@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -81,7 +83,7 @@ def test_pairs_have_the_mean_lengths_of_their_profile_and_padded_ones_the_groups
 
 def test_a_measured_step_is_the_median_of_what_train_py_logged_and_nothing_is_exported(options):
     gpu.make_model(options, "8B")
-    base = {"pairs_per_s": 1e9, "peak_memory_gib": 1.0}
+    base = {"pairs_per_s": 1e9, "peak_memory_gib": 1.0, "first_loss": 2.5}
     (options.scratch / "step-uf-8192.json").write_text(json.dumps(base))
     gpu.step(options)
     logged = (options.scratch / "out/metrics.jsonl").read_text().splitlines()
@@ -98,6 +100,7 @@ def test_a_measured_step_is_the_median_of_what_train_py_logged_and_nothing_is_ex
     by_hand = statistics.median(rates) / 1e6
     assert by_hand < found["mfu"] < 1.2 * by_hand
     assert f"has {1e9 / found['pairs_per_s']:.3f} x its pairs/s" in options.out.read_text()
+    assert "first loss 2.5000" in options.out.read_text()
     assert not (options.scratch / "out/model").exists()
 
 
@@ -122,3 +125,47 @@ def test_a_part_that_fails_is_reported_and_passed_over_and_one_that_is_done_is_n
     assert "- step-profile FAILED" in said and "model_type is None, wanted 'llama'" in said
     assert all(f"- {part}: measured by an earlier call" in said for part in gpu.STEPS)
     assert not (tmp_path / "step-profile.done").exists()
+
+
+def test_trl_trains_on_the_same_pairs_and_its_loss_stands_beside_ours(options):
+    pytest.importorskip("trl")
+    gpu.make_model(options, "3B")
+    options.part = "step-3b-orpo"
+    gpu.step(options)
+    done, said = run_gpu("peers-trl-orpo", options.scratch)
+    assert done.returncode == 0 and "4 pairs a micro-batch" in said, said
+    theirs, ours = map(float, re.findall(r"first loss ([\d.]+)", said))
+    # 640 words that are about equally likely. TRL's mean is over all tokens, of prompts as well.
+    by_hand = math.log(640) + 0.1 * math.log(2)
+    assert theirs == pytest.approx(by_hand, rel=0.01) and ours == pytest.approx(theirs, rel=0.01)
+    assert "step-3b-orpo has" in said
+
+
+def test_a_peer_gets_the_largest_micro_batch_that_fits(options, monkeypatch):
+    gpu.make_model(options, "3B")
+    tried = []
+
+    def watch(words, out, warmup, pairs_per_step):
+        tried.append(int(words[words.index("--micro-batch") + 1]))
+        if tried[-1] > 1:
+            raise ChildProcessError("torch.OutOfMemoryError: CUDA out of memory.")
+        figures = {"pairs_per_s": 2.0, "peak_memory_gib": 3.0, "seconds": [2.0], "losses": [6.5]}
+        return figures | {"versions": {"trl": "1"}}
+
+    monkeypatch.setattr(gpu.benchmark, "watch", watch)
+    options.part = "peers-trl-orpo"
+    gpu.peer(options)
+    said = options.out.read_text()
+    assert tried == [4, 2, 1] and said.count("out of memory with") == 2
+    assert "2.00 pairs/s, peak 3.00 GiB, 1 pairs a micro-batch" in said
+
+
+def test_a_peer_that_is_not_installed_is_left_out_with_the_pip_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    results = tmp_path / "results.md"
+    words = f"gpu.py peers-liger --small --scratch {tmp_path} --out {results}".split()
+    monkeypatch.setattr(sys, "argv", words)
+    assert gpu.main() == 0
+    said = results.read_text()
+    assert "peers-liger-orpo: left out, liger_kernel not installed: pip install trl==" in said
+    assert not list(tmp_path.glob("*.done"))

@@ -20,7 +20,7 @@ import eval as program
 import evaluation.likelihood
 import train
 from data import ChatFormat
-from evaluation.likelihood import pair_logps, summarise
+from evaluation.likelihood import pair_logps, pair_rows, summarise
 from model import load_model, save_model
 
 EXAMPLE = ROOT / "examples" / "model"
@@ -90,6 +90,8 @@ def test_the_numbers_are_those_of_transformers_in_float64_on_unpacked_sequences(
             tokens[letter] += len(each)
         assert row["margin"] == row["logp_w"] - row["logp_l"]
         assert row["accuracy"] == (row["margin"] > 0)
+    (tie,) = pair_rows(random_pairs([(2, 3, 3)]), np.full((1, 2, 2), -1.0))
+    assert (tie["margin"], tie["accuracy"]) == (0, 0)
     perplexity = pytest.approx(math.exp(-nats["w"] / tokens["w"]), rel=1e-5)
     assert summary["measures"]["perplexity_w"]["value"] == perplexity
     found = (summary["tokens_w"], summary["tokens_l"], summary["pairs"])

@@ -806,6 +806,17 @@ def test_a_model_is_never_saved_over_a_directory_that_exists(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_other_processes_do_not_look_for_the_directory_that_process_0_may_have_made(
+    tmp_path, monkeypatch
+):
+    process_1 = dict(is_initialized=lambda: True, get_rank=lambda: 1, barrier=lambda: None)
+    for name, says in process_1.items():
+        monkeypatch.setattr(model.dist, name, says)
+    monkeypatch.setattr(model, "on_first_process", lambda action: False)  # it was not there
+    save_model(tiny_model(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_tokenizer_and_generation_files_are_copied_byte_for_byte_and_nothing_else_is(tmp_path):
     source, saved = tmp_path / "source", tmp_path / "saved"
     source.mkdir()

@@ -494,6 +494,12 @@ def test_an_answer_ends_before_a_stop_id_at_its_limit_and_at_the_models_context(
         ([20] * 9, 64, [21, 22, 23]),
     ]:
         assert train.answer(Counting(), chat, np.array(prompt), "cpu", limit) == expected
+    # Every process continues with process 0's token, even if rounding gave it another one.
+    of_process_0 = {0: iter([30, 31, 7])}
+    monkeypatch.setattr(
+        train.dist, "broadcast", lambda tensor, rank: tensor.fill_(next(of_process_0[rank]))
+    )
+    assert train.answer(Counting(), chat, np.array([9, 3]), "cpu") == [30, 31]
 
 
 # ---------------------------------------------------------------------------------- simulation
