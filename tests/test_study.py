@@ -1,0 +1,156 @@
+"""bench/study.py: its parts, its choice of rates, its claims, and a study of one step."""
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+from conftest import ROOT
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from bench import study
+
+LM = "smollm-instructions"
+
+
+def record(method, rate, accuracy, margin=0.0, part="validation", seed=0, name=LM, change=(0, 0)):
+    """A training's row of results.jsonl. change: of the chosen and the rejected log-prob."""
+    start = {"logp_w": -2.0, "logp_l": -3.0, "margin": 1.0, "accuracy": 0.5}
+    after = {"logp_w": -2.0 + change[0], "logp_l": -3.0 + change[1]}
+    after |= {"margin": margin, "accuracy": accuracy}
+    row = dict(zip(study.KEY, (name, method, rate, seed, part), strict=True))
+    return row | {"before": start, "after": after, "steps": 20, "pairs": 100, "seconds": 60.0}
+
+
+def test_each_pair_is_in_one_part_and_each_training_pair_gives_one_unpaired_answer(tmp_path):
+    pairs = [{"prompt_ids": [i], "chosen_ids": [1], "rejected_ids": [2]} for i in range(500)]
+    (tmp_path / study.SHORT).write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    files = study.parts(tmp_path, LM, tmp_path)
+    rows = {part: study.read_rows(path) for part, path in files.items()}
+    kept = [row["prompt_ids"][0] for part in list(rows)[:3] for row in rows[part]]
+    assert sorted(kept) == list(range(500))
+    sizes = {part: len(of_part) for part, of_part in rows.items()}
+    assert 60 < sizes["validation"] < 140 and 60 < sizes["held-out"] < 140
+    assert [row["prompt_ids"] for row in rows["unpaired"]] == [
+        row["prompt_ids"] for row in rows["train"]
+    ]
+    assert all(row["response_ids"] == [1 if row["label"] else 2] for row in rows["unpaired"])
+    assert 0.4 < sum(row["label"] for row in rows["unpaired"]) / sizes["train"] < 0.6
+
+
+def test_texts_have_no_unpaired_part(tmp_path):
+    files = study.parts(tmp_path, "example", tmp_path)
+    assert set(files) == {"train", "validation", "held-out"}
+    assert files["held-out"].read_bytes() == (ROOT / "examples/heldout.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "grid, chosen, edge, wider",  # rate -> (accuracy, margin)
+    [
+        ({1e-5: (0.6, 1), 3e-5: (0.7, 1), 1e-4: (0.6, 9)}, 3e-5, False, []),
+        ({1e-5: (0.7, 1), 3e-5: (0.7, 2), 1e-4: (0.6, 9)}, 3e-5, False, []),
+        ({1e-5: (0.6, 1), 3e-5: (0.7, 1)}, 3e-5, True, [1e-4]),
+        ({1e-5: (0.8, 1), 3e-5: (0.7, 1)}, 1e-5, True, [3e-6]),
+        ({1e-5: (0.8, 1)}, 1e-5, True, [3e-5, 3e-6]),
+        ({3e-2: (0.8, 1), 1e-2: (0.7, 1)}, 3e-2, True, []),
+        ({}, None, None, []),
+    ],
+)
+def test_the_most_accurate_rate_is_chosen_and_one_at_an_edge_gets_a_neighbour(
+    grid, chosen, edge, wider
+):
+    records = [record("dpo", rate, *figures) for rate, figures in grid.items()]
+    others = [record("dpo", 7.0, 1.0, part="held-out"), record("ipo", 7.0, 1.0)]
+    others.append({**record("dpo", 7.0, 1.0), "failed": "step 2"})
+    del others[-1]["after"]
+    records += others
+    assert study.choose(records, LM, "dpo") == chosen
+    assert study.wider(records, LM, "dpo") == wider
+    if grid:
+        assert study.at_edge(records, LM, "dpo") is edge
+
+
+def test_each_claim_is_true_or_false_for_each_seed():
+    both = {  # method -> for each of two seeds: accuracy, margin, changes
+        "asft": [(0.60, 1.1, (1, -1)), (0.60, 1.1, (1, 1))],
+        "orpo": [(0.60, 1.0, (1, -1)), (0.60, 1.2, (1, 1))],
+        "dpo": [(0.70, 2.0, (-1, -2)), (0.70, 2.0, (1, -0.5))],
+        "asft-beta-1": [(0.61, 1.1, (1, -1)), (0.60, 1.1, (1, -1))],
+        "asft-unpaired": [(0.59, 1.1, (1, -1)), (0.57, 1.1, (1, -1))],
+        "asft-unpaired-beta-1": [(0.60, 1.1, (1, -1)), (0.50, 1.1, (1, -1))],
+    }
+    records = []
+    for method, seeds in both.items():
+        records.append(record(method, 1e-4, 0.6))
+        for seed, (accuracy, margin, change) in enumerate(seeds):
+            at = {"part": "held-out", "seed": seed, "change": change}
+            records.append(record(method, 1e-4, accuracy, margin, **at))
+    found = {name: {} for name in study.DATASETS}
+    found[LM] = {m: study.held_out(records, LM, m, 2) for m in both}
+    verdicts = [(claim[:3], true) for claim, _, true, _ in study.claims(found, records)]
+    assert verdicts == [(f"({letter})", [True, False]) for letter in "abceff"]
+
+
+@pytest.mark.parametrize(
+    "texts, share",
+    [(["a b a b"], 2 / 3), (["A b", "a B"], 1 / 2), (["a b", "b c"], 1.0), (["a", ""], 0.0)],
+)
+def test_distinct_bigrams_are_counted_over_all_answers(texts, share):
+    assert study.distinct_bigrams(texts) == share
+
+
+def test_answers_before_and_after_are_scored_and_shown_side_by_side(tmp_path, monkeypatch, capsys):
+    words = "system user assistant \n Why ? Because so . No".split(" ")
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    (tmp_path / "model").mkdir()
+    tokenizer.save(str(tmp_path / "model/tokenizer.json"))
+    (tmp_path / "data" / LM).mkdir(parents=True)
+    pair = {"prompt_ids": [4, 5], "chosen_ids": [6, 7], "rejected_ids": [9]}
+    (tmp_path / "data" / LM / "held-out.jsonl").write_text(f"{json.dumps(pair)}\n" * 2)
+    (tmp_path / "results.jsonl").write_text(json.dumps(record("sft", 3e-5, 0.6)) + "\n")
+    asked = []
+
+    def call(words, settings):
+        command, flags = words[2], dict(zip(words[3::2], words[4::2], strict=True))
+        if command == "generate":
+            asked.append((flags["--model"], flags["--prompts"].read_text()))
+            rows = [("so so so", 3, "length"), ("No", 1, "stop")]
+            rows = [{"prediction": p, "tokens": t, "finish": f} for p, t, f in rows]
+            flags["--out"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            scores = {"bleu4": 12.34, "rouge1": 5.0, "rougeL": 4.0}
+            flags["--json"].write_text(json.dumps(scores))
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(study, "call", call)
+    study.answers(Namespace(work=tmp_path, smollm=tmp_path, prompts=40, answer_tokens=9, show=1))
+    after = tmp_path / f"runs/{LM}-sft-3e-05-0/model"
+    assert [model for model, _ in asked] == [tmp_path / "model", after]
+    assert asked[0][1] == '{"prompt_ids": [4, 5], "chosen_ids": [6, 7]}\n' * 2
+    printed = capsys.readouterr().out
+    for m in ("before", "sft"):
+        assert f"| {m} | 2.0 | 50% | 12.3 | 5.0 | 4.0 | 0.50 |" in printed
+        assert f"- *{m}*: so so so\n" in printed
+    assert "**1. Why ?**" in printed and "- *chosen*: Because so" in printed
+
+
+def test_a_study_goes_on_where_it_stopped_and_keeps_the_chosen_weights(tmp_path):
+    command = [sys.executable, ROOT / "bench/study.py"]
+    flags = ["--work", tmp_path, "--datasets", "example", "--methods", "sft", "--max-steps", "1"]
+    flags += ["--seeds", "2", "--rates", "1e-3", "1e-5"]
+    again = []
+    for _ in range(2):
+        subprocess.run([*command, "run", *flags], check=True, capture_output=True)
+        again.append((tmp_path / "results.jsonl").read_text())
+    assert again[0] == again[1]
+    rows = [json.loads(line) for line in again[0].splitlines()]
+    assert [row["part"] for row in rows] == ["validation"] * 2 + ["held-out"] * 2
+    before, after = rows[-1]["before"], rows[-1]["after"]
+    assert before["accuracy"] == 0.475 and before != after  # as docs/study.md says
+    best = max(rows[:2], key=lambda row: (row["after"]["accuracy"], row["after"]["margin"]))
+    weights = [path.parts[-3] for path in (tmp_path / "runs").rglob("*.safetensors")]
+    assert weights == [f"example-sft-{best['rate']:g}-0"]
+    table = subprocess.run([*command, "table", *flags], check=True, capture_output=True, text=True)
+    assert f"| sft | {best['rate']:g} | " in table.stdout
