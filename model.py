@@ -327,7 +327,9 @@ class Block(nn.Module):
         if torch.is_grad_enabled() and self.recompute:
             # Inside the block, so that the compiler sees both passes: around the compiled block,
             # down_proj would be recomputed too, although backward does not need its output.
-            return checkpoint(self.layer, x_TD, rope, segments, attend, use_reentrant=False)
+            # Nothing is drawn at random here, and saving a GPU's random state would wait for it.
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            return checkpoint(self.layer, x_TD, rope, segments, attend, **options)
         return self.layer(x_TD, rope, segments, attend)
 
     def layer(
