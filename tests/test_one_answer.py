@@ -78,6 +78,7 @@ READ = {
         TALK,
     ),
     "messages and their prompt": ({"prompt": FRUIT, "messages": messages(*WHOLE)}, ASK),
+    "conversations and their prompt": ({"prompt": FRUIT, "conversations": SHAREGPT}, ASK),
     "messages that repeat the completion": (
         {"prompt": FRUIT, "completion": APPLE, "messages": messages(*WHOLE)},
         ASK,
