@@ -49,9 +49,9 @@ def gradient(surface: Callable, *points: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(surface(*leaves).sum(), leaves)
 
 
-MEANS = ("loss", "logp_w", "logp_l", "margin", "accuracy")  # over pairs
-COLUMNS = ("step", *MEANS, "grad_norm", "seconds", "peak_memory_gib")  # of metrics.jsonl
-HELD_OUT = ("step", *(f"eval_{name}" for name in MEANS))  # of eval.jsonl
+COLUMNS = ("step", "loss", "grad_norm", "seconds", "peak_memory_gib")  # of metrics.jsonl
+# Means over the pairs of a step: rows with one answer have some of them, and ASFT has the last.
+MEANS = ("logp_w", "logp_l", "margin", "accuracy", "rejected_weight")
 
 
 class Run(NamedTuple):
@@ -59,18 +59,23 @@ class Run(NamedTuple):
 
     label: str
     device: str
-    steps: dict[str, list[float]]  # COLUMNS; for ASFT also rejected_weight
-    held_out: dict[str, list[float]]  # HELD_OUT, or nothing without held-out pairs
+    steps: dict[str, list[float]]  # COLUMNS, and those of MEANS that it has
+    held_out: dict[str, list[float]]  # the same of eval_..., or nothing without held-out pairs
 
 
-def read_columns(path: Path, names: tuple[str, ...]) -> dict[str, list[float]]:
-    """Columns of a JSONL file. Raises InputError, with the line, unless all are finite numbers."""
+def read_columns(
+    path: Path, names: tuple[str, ...], perhaps: tuple[str, ...]
+) -> dict[str, list[float]]:
+    """Columns of a JSONL file: `names`, and those of `perhaps` that a row has, NaN in the others.
+    Raises InputError, with the line, for a row without one of `names`, and unless all values are
+    finite numbers."""
     rows = json_rows(path, *names)
     for place, row in rows:
-        for name in names:
+        for name in row.keys() & {*names, *perhaps}:
             if type(row[name]) not in (int, float) or not math.isfinite(row[name]):
                 raise InputError(f"{place}: {name} is {shown(row[name])}, wanted a number")
-    return {name: [float(row[name]) for _, row in rows] for name in names}
+    found = [*names, *(name for name in perhaps if any(name in row for _, row in rows))]
+    return {name: [float(row.get(name, math.nan)) for _, row in rows] for name in found}
 
 
 def read_run(text: str) -> Run:
@@ -83,10 +88,13 @@ def read_run(text: str) -> Run:
         reference = f", {facts['flags']['reference']}" if asft.LOSSES[loss].reference else ""
     except (KeyError, TypeError):
         raise InputError(f"{config}: no flags of train.py; wanted its config.json") from None
-    steps = read_columns(metrics, COLUMNS + ("rejected_weight",) * (loss == "asft"))
+    steps = read_columns(metrics, COLUMNS, MEANS)
     if not steps["step"]:
         raise InputError(f"{metrics}: no step in it")
-    evaluations = read_columns(held_out, HELD_OUT) if held_out.is_file() else {}
+    evaluations = {}
+    if held_out.is_file():
+        perhaps = tuple(f"eval_{name}" for name in MEANS)
+        evaluations = read_columns(held_out, ("step", "eval_loss"), perhaps)
     return Run(name or loss + reference, device, steps, evaluations)
 
 
@@ -101,8 +109,10 @@ def running_means(values: list[float], window: int) -> list[float]:
 
 
 def draw_steps(ax, run: Run, name: str, window: int, **style) -> None:
-    """A column of a run: thin, each step's value; thick, the mean of the last `window` steps."""
-    step, values = run.steps["step"], run.steps[name]
+    """A column of a run: thin, each step's value; thick, the mean of the last `window` steps. Steps
+    without a value are left out."""
+    points = zip(run.steps["step"], run.steps[name], strict=True)
+    step, values = zip(*((at, y) for at, y in points if not math.isnan(y)), strict=True)
     ax.plot(step, values, color=style["color"], alpha=0.3, linewidth=0.8)
     marker = "o" if len(step) == 1 else None
     ax.plot(step, running_means(values, window), marker=marker, **style)
@@ -215,12 +225,11 @@ def draw_costs(figure, runs: list[Run]) -> str:
 
 
 def draw_curves(figure, run: Run) -> str:
-    """One run: six panels over its steps, the last one only for ASFT."""
+    """One run: six panels over its steps, or those that it has: the last one is ASFT's."""
     window = max(1, len(run.steps["step"]) // 20)
     figure.set_size_inches(11, 6)
     figure.suptitle(f"{run.label}: training pairs (lines) and held-out pairs (dots)")
-    axes = figure.subplots(2, 3).ravel()
-    axes[5].set_visible(has_weight := "rejected_weight" in run.steps)
+    axes = figure.subplots(2, 3, sharex=True).ravel()
     blue, red, log_prob = COLOURS[0], COLOURS[3], "log-probability (nats per token)"
     for ax, name, title, colour, label in (
         (axes[0], "loss", "loss", blue, None),
@@ -236,7 +245,11 @@ def draw_curves(figure, run: Run) -> str:
         if held_out := run.held_out.get(f"eval_{name}"):
             ax.plot(run.held_out["step"], held_out, "o", color=colour, markeredgecolor="black")
         ax.set(title=title, xlabel="step")
-    axes[1].legend()
+    for ax in axes:
+        ax.set_visible(ax.has_data())
+        ax.tick_params(labelbottom=True)
+    axes[1].legend(loc="best")
+    has_weight = "rejected_weight" in run.steps
     return (
         f"The run {run.label}, on {run.device}: thin lines are the pairs of single steps, thick "
         f"lines the mean of the last {window} step{'s' * (window > 1)}, dots the held-out pairs. "
@@ -255,7 +268,9 @@ def run(flags: argparse.Namespace) -> None:
         raise InputError(f"figures need matplotlib ({error}): {install}") from None
     drawings = {"figure1": (draw_surfaces, flags.beta)}
     if runs := [read_run(text) for text in flags.runs]:
-        drawings |= {"figure2a": (draw_margins, runs), "figure2b": (draw_costs, runs)}
+        if with_pairs := [of_run for of_run in runs if "margin" in of_run.steps]:
+            drawings["figure2a"] = (draw_margins, with_pairs)
+        drawings["figure2b"] = (draw_costs, runs)
     for of_run in runs:
         name = "run-" + re.sub(r"[^\w.]+", "-", of_run.label.lower())  # on every file system
         if name in drawings:

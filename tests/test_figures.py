@@ -186,6 +186,34 @@ def test_a_runs_curves_are_its_columns_and_their_running_means():
     assert texts == ["chosen", "rejected"]
 
 
+def test_a_run_on_rows_with_one_answer_is_drawn_with_what_each_step_has(tmp_path, capsys):
+    """One step had no good answer, none had both; another run had pairs."""
+    import matplotlib.figure
+
+    run, pairs = fake_run(tmp_path / "run"), fake_run(tmp_path / "pairs", "dpo")
+    for name, prefix in (("metrics.jsonl", ""), ("eval.jsonl", "eval_")):
+        rows = [json.loads(line) for line in (run / name).read_text().splitlines()]
+        rows[1].pop(f"{prefix}logp_w")
+        for row in rows:
+            del row[f"{prefix}margin"], row[f"{prefix}accuracy"]
+        jsonl(run / name, rows)
+    found = figures.read_run(str(run))
+    assert "margin" not in found.steps and "eval_accuracy" not in found.held_out
+    for column in (found.steps["logp_w"], found.held_out["eval_logp_w"]):
+        assert [math.isnan(value) for value in column] == [i == 1 for i in range(len(column))]
+    figure = matplotlib.figure.Figure()
+    figures.draw_curves(figure, found)
+    assert [ax.get_visible() for ax in figure.axes] == [True, True, False, False, True, True]
+    chosen, rejected = (figure.axes[1].lines[i].get_xdata() for i in (0, 3))
+    assert list(chosen) == [1, *range(3, 13)] and list(rejected) == list(range(1, 13))
+    draw(capsys, tmp_path / "alone", "--runs", run)
+    names = sorted(path.name for path in (tmp_path / "alone").iterdir())
+    assert names == ["captions.md", "figure1.png", "figure2b.png", "run-asft.png"]
+    draw(capsys, tmp_path / "both", "--runs", run, f"pairs={pairs}")
+    captions = (tmp_path / "both/captions.md").read_text()
+    assert re.search(r"trained on: pairs\. Thin", captions)
+
+
 def test_without_runs_only_figure_1_is_drawn_and_it_says_so(tmp_path, capsys):
     printed = draw(capsys, tmp_path / "out", "--beta", "0.5").out
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
