@@ -20,7 +20,6 @@ Left out: tools, images, and attention across pairs (each pair sees only itself)
 import functools
 import heapq
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from support.records import read_records
 # ------------------------------------------------------------------------------------------ reading
 
 BAD_LINES_SHOWN = 20
+CHUNK = 1000  # preferences encoded at once: an Encoding takes many times the memory of its ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,10 @@ class Preference:
 
 
 def read_preferences(
-    path: str | Path, counts: Counter | None = None, skip_bad_lines: bool = False
+    path: str | Path,
+    counts: Counter | None = None,
+    skip_bad_lines: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> list[Preference]:
     """Reads a whole file before anything is trained on; each record may have a form of its own.
 
@@ -78,6 +81,8 @@ def read_preferences(
     preferences, bad = [], []
     for place, record in read_records(path):
         counts["read"] += 1
+        if progress is not None and counts["read"] % CHUNK == 0:
+            progress(f"read {counts['read']:,} records of {path}")
         try:
             if isinstance(record, ValueError):
                 raise record
@@ -233,9 +238,6 @@ class Pair:
         return [ids for ids in (self.chosen, self.rejected) if len(ids)]
 
 
-CHUNK = 1000  # preferences encoded at once: an Encoding takes many times the memory of its ids
-
-
 def encode_preferences(
     preferences: list[Preference],
     chat: ChatFormat | None,
@@ -258,7 +260,7 @@ def encode_preferences(
     preference holds ids. Raises InputError for ids that are not below vocab_size.
     """
     counts = Counter() if counts is None else counts
-    pairs, last = [], time.monotonic()
+    pairs = []
     for start in range(0, len(preferences), CHUNK):
         chunk = preferences[start : start + CHUNK]
         for p, (prompt, chosen, rejected) in zip(chunk, encode_chunk(chunk, chat), strict=True):
@@ -282,8 +284,7 @@ def encode_preferences(
                     counts["bad answers" if p.chosen is None else "good answers"] += 1
                 # Copies: a slice would keep the whole response in memory.
                 pairs.append(Pair(prompt, chosen[:room].copy(), rejected[:room].copy(), p.place))
-        if progress is not None and time.monotonic() - last > 2:
-            last = time.monotonic()
+        if progress is not None:
             progress(f"encoded {start + len(chunk):,} of {len(preferences):,} pairs")
     counts["kept"] += len(pairs)
     return pairs

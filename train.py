@@ -813,20 +813,24 @@ def read_pairs(
 ) -> tuple[list[Pairs], list[Counter], ChatFormat | None]:
     """The training pairs and, if asked for, the held-out ones, checked; their counts; and the chat
     format, unless all pairs are token ids."""
+    printed = time.monotonic()
+
+    def progress(line: str) -> None:
+        nonlocal printed
+        if dist.get_rank() == 0 and time.monotonic() - printed > 2:
+            printed = time.monotonic()
+            print(line, flush=True)
+
     files = [config.data, config.eval_data] if config.eval_data else [config.data]
     counts = [Counter() for _ in files]
     preferences = [
-        read_preferences(path, count, config.skip_bad_lines)
+        read_preferences(path, count, config.skip_bad_lines, progress)
         for path, count in zip(files, counts, strict=True)
     ]
     text = any(p.is_text for part in preferences for p in part)
     chat = ChatFormat(config.model) if text else None
     if config.samples and chat is None:
         raise InputError("--samples needs text: these pairs are token ids")
-
-    def progress(line: str) -> None:
-        if dist.get_rank() == 0:
-            print(line, flush=True)
 
     parts = []
     for path, part, count in zip(files, preferences, counts, strict=True):

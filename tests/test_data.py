@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -151,7 +150,8 @@ def write(tmp_path):
 def pairs_of(path: Path, chat: ChatFormat | None, max_tokens: int = 2048, **options):
     """The pairs of a file, and the counts."""
     counts = Counter()
-    preferences = read_preferences(path, counts, options.pop("skip_bad_lines", False))
+    skip, progress = options.pop("skip_bad_lines", False), options.get("progress")
+    preferences = read_preferences(path, counts, skip, progress)
     return encode_preferences(preferences, chat, max_tokens, counts=counts, **options), counts
 
 
@@ -954,18 +954,13 @@ def test_max_tokens_above_what_the_model_takes_is_refused_with_both_numbers():
         resolve_max_tokens(257, tiny_config(max_position_embeddings=256))
 
 
-def test_thousands_keep_file_order_and_progress_is_told(write, chat, raw, monkeypatch):
+def test_thousands_keep_file_order_and_progress_is_told(write, chat, raw):
     records = [{"prompt": f"q{i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(2105)]
     records[1500] = ids_record([1], [2], [3])
     path, told = write(*records), []
-    ticks = iter(0.9 * i for i in range(1, 100))  # 0.9 s at the start; 1.8, 2.7, 3.6 after chunks
-    monkeypatch.setattr(data, "time", SimpleNamespace(monotonic=ticks.__next__))
-    pairs_of(path, chat, progress=told.append)
-    assert told == ["encoded 2,105 of 2,105 pairs"]
-    told.clear()
-    monkeypatch.setattr(data, "time", SimpleNamespace(monotonic=iter(range(0, 100, 3)).__next__))
     pairs, _ = pairs_of(path, chat, progress=told.append)
-    assert told == [f"encoded {n} of 2,105 pairs" for n in ("1,000", "2,000", "2,105")]
+    read = [f"read {n} records of {path}" for n in ("1,000", "2,000")]
+    assert told == read + [f"encoded {n} of 2,105 pairs" for n in ("1,000", "2,000", "2,105")]
     assert lines_of(pairs) == list(range(1, 2106))
     expected = [
         [said(("user", f"q{i}")), f"yes {i}<|eot_id|>", "no<|eot_id|>"] for i in range(2105)

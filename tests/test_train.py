@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import asft
+import data
 import train
 from data import ChatFormat, plan_step
 from model import LlamaConfig, load_model, load_weights
@@ -160,6 +162,19 @@ def test_bad_lines_stop_the_run_before_training_and_name_file_and_line(start, tm
     assert f"{bad}:11: not JSON" in said and f"{bad}:12: rejected_ids is missing" in said
     trained(start, tmp_path / "out", "--data", bad, "--skip-bad-lines --max-steps 1")
     assert read_json(tmp_path / "out/config.json")["data"]["bad lines"] == 2
+
+
+def test_reading_and_encoding_say_every_two_seconds_how_far_they_are(
+    start, tmp_path, capsys, monkeypatch
+):
+    """Here chunks have 4 of the 10 pairs, and each look at the clock takes 1.5 seconds."""
+    ticks, clock = iter(range(1000)), time.perf_counter
+    fake = SimpleNamespace(monotonic=lambda: 1.5 * next(ticks), perf_counter=clock)
+    monkeypatch.setattr(train, "time", fake)
+    monkeypatch.setattr(data, "CHUNK", 4)
+    trained(start, tmp_path / "out", "--max-steps 1")
+    said = [line for line in capsys.readouterr().out.splitlines() if line[:4] in ("read", "enco")]
+    assert said == [f"read 8 records of {start / 'pairs.jsonl'}", "encoded 8 of 10 pairs"]
 
 
 def test_an_out_that_holds_anything_or_cannot_be_made_is_refused(start, tmp_path, complaint):
