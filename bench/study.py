@@ -403,8 +403,9 @@ def table(settings: argparse.Namespace) -> None:
         if "failed" in r:
             place = f"{r['dataset']}, {r['method']}, rate {r['rate']:g}, seed {r['seed']}"
             print(f"\nNot finite: {place}, {r['part']}.")
-    minutes = sum(r["seconds"] for r in records) / 60
-    print(f"\n{len(records)} trainings, {minutes:.0f} minutes, added up.")
+    seconds = {tuple(r[field] for field in KEY[:-1]): r["seconds"] for r in records}
+    minutes = sum(seconds.values()) / 60
+    print(f"\n{len(seconds)} trainings, {minutes:.0f} minutes of training steps, added up.")
 
 
 def print_dataset(name: str, found: dict[str, Seeds], records: list[dict], seeds: int) -> None:
