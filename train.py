@@ -116,7 +116,7 @@ class Config:
     this is the choice made here. A loss's own defaults (asft.py) override these."""
 
     model: str = flag("", "Hugging Face directory of a Llama: config, safetensors, tokenizer")
-    data: str = flag("", "preference pairs, JSONL or JSONL.gz (docs/data-formats.md)")
+    data: str = flag("", "pairs or labelled answers, JSONL or JSONL.gz (docs/data-formats.md)")
     eval_data: str | None = flag(None, "held-out pairs, in the same formats")
     out: str | None = flag(None, "directory of the run, new or empty (default: under runs/)")
 
@@ -142,7 +142,9 @@ class Config:
     epochs: int = flag(2, "passes over the pairs. PAPER: 2")
     max_steps: int | None = flag(None, "stop after so many steps; the schedule ends there too")
     pairs_per_step: int = flag(
-        32, "pairs of one update, over all GPUs. OPEN: PAPER says batch size 4; here 4 on 8 GPUs"
+        32,
+        "pairs (or labelled answers) of one update, over all GPUs. OPEN: PAPER says batch size 4; "
+        "here 4 on 8 GPUs",
     )
     weight_decay: float = flag(0.0, "AdamW's. OPEN: 0, as usual in preference tuning")
     adam_beta1: float = flag(0.9, "AdamW's. OPEN: torch's default")
@@ -841,6 +843,8 @@ def read_pairs(
                 f"--loss {config.loss} compares two answers, but {ones:,} of {len(part):,} rows of "
                 f"{path} have one; --loss {others} takes them"
             )
+        if ones and config.loss == "sft" and all(p.chosen is None for p in part):
+            raise InputError(f"{path}: no good answer, and --loss sft learns from nothing else")
         pairs = encode_preferences(
             part, chat, config.max_tokens, config.overlong, count, llama.vocab_size, progress
         )

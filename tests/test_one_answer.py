@@ -493,6 +493,13 @@ def test_a_loss_that_compares_answers_refuses_rows_with_one_and_counts_them(
     assert not out.exists()
 
 
+def test_sft_refuses_a_file_without_a_good_answer(start, tmp_path, complaint):
+    data, out = write(tmp_path / "bad.jsonl", id_rows(BAD)), tmp_path / "out"
+    said = complaint(*flags(start, out, "--loss sft --data", data)).strip()
+    assert said == f"train.py: {data}: no good answer, and --loss sft learns from nothing else"
+    assert not out.exists()
+
+
 def test_the_plan_counts_rows_and_their_tokens(tmp_path, capsys):
     good = {"label": True, "messages": messages(*WHOLE)}
     data = write(tmp_path / "some.jsonl", [good, good | {"label": False}, PAIR])
