@@ -33,7 +33,6 @@ import support  # noqa: F401  before torch, which reads what it sets
 
 # isort: split
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -81,7 +80,7 @@ from model import (
 )
 from support import checkpoints, groups, memory, run_directory
 from support.best import Best
-from support.files import InputError, checksum, flush, write_whole
+from support.files import InputError, checksum, flush
 from support.flags import MAY_CHANGE, flag, parse, require
 from support.log import Log, describe, header, run_facts, speed
 from support.processes import (
@@ -92,6 +91,7 @@ from support.processes import (
     join_group,
     leave,
     on_first_process,
+    refuse_restart,
     together,
 )
 from support.tensors import finite
@@ -701,14 +701,10 @@ class Run:
 def run(config: Config) -> None:
     """A whole run: check everything, then train, then save. The order of its lines matters:
     whatever can be wrong is found before time is spent or files are made."""
-    if config.resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        raise InputError(
-            "torchrun has started this run again, which needs --out DIR --resume; the "
-            "reason is printed above"
-        )
+    refuse_restart(config.resume is not None)
     llama = LlamaConfig.load(config.model)
     config = dataclasses.replace(config, max_tokens=resolve_max_tokens(config.max_tokens, llama))
-    memory.recomputed_blocks(config.checkpoint_blocks, llama.num_hidden_layers, False)  # may raise
+    memory.recomputed_blocks(config.checkpoint_blocks, llama.num_hidden_layers)  # may raise
     if config.plan:
         if "RANK" in os.environ:
             raise InputError("--plan runs in one process: python train.py, without torchrun")
@@ -738,18 +734,10 @@ def run(config: Config) -> None:
         log.say(f"{out} is finished: its model is {out / 'model'}")
         return
     model = build_model(config, mesh)
-    seen = together((out / ".lock").exists)
-    if not all(seen):
-        raise InputError(
-            f"--out {out}: process {seen.index(False)} does not see it; all processes need one "
-            "directory on a shared disk"
-        )
+    run_directory.check_shared(out)
     log.say(header(config, out, model, parts, counts, steps, chat is not None))
     facts = run_facts(config, model, counts, steps, marks)
-
-    def record() -> None:
-        write_whole(out / "config.json", json.dumps(facts, indent=2) + "\n")
-
+    record = partial(run_directory.record, out, facts)
     on_first_process(lambda: (out / "config.json").exists() or record())
     if config.loss_row.reference:
         cache = Path(config.reference_cache or out / "reference.safetensors")
@@ -762,7 +750,8 @@ def run(config: Config) -> None:
 
     gpu = memory.Gpu() if mesh.device_type == "cuda" else None
     facts |= {"memory": memory.rehearse(model, parts[0], steps, losses_of, log.say, gpu)}
-    on_first_process(lambda: config.resume is not None or record())
+    if config.resume is None:
+        on_first_process(record)
 
     fixed = {name: value for name, value in vars(config).items() if name not in MAY_CHANGE}
     identity = checksum(marks | fixed)
@@ -772,7 +761,6 @@ def run(config: Config) -> None:
         on_first_process(record)
         log.say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint: from step 1")
     prompts = [pair.prompt for pair in parts[-1].pairs[: config.samples]]
-
     best = Best(config.keep_best, out, identity, model, mesh, log.say)
 
     def evaluated(step: int) -> dict[str, float]:

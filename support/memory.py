@@ -35,7 +35,7 @@ LARGER = 2  # how many times the default micro-batch a GPU with room gets: more 
 MicroBatch = list[int]  # indexes of pairs
 
 
-def recomputed_blocks(choice: str, layers: int, on_gpu: bool) -> int | None:
+def recomputed_blocks(choice: str, layers: int, on_gpu: bool = False) -> int | None:
     """How many blocks --checkpoint-blocks recomputes; None: as few as a measurement allows. Raises
     InputError for more blocks than there are."""
     if choice == "auto":

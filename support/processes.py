@@ -73,6 +73,15 @@ def join_group(backend: str, **options) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, **options)
 
 
+def refuse_restart(resume: bool) -> None:
+    """Raises InputError if torchrun has restarted this program, which was not told to resume."""
+    if not resume and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        raise InputError(
+            "torchrun has started this run again, which needs --out DIR --resume; the reason is "
+            "printed above"
+        )
+
+
 def together(action: typing.Callable[[], typing.Any]) -> list:
     """Runs action() on every process and gathers the results.
 

@@ -2,12 +2,14 @@
 
 fingerprint              hashes of all that a run's numbers depend on, besides its flags
 claim_out                creates OUT, or checks that it holds the run to resume; locks it
+check_shared, record     whether every process sees OUT; OUT/config.json
 read_cache, write_cache  the reference's log-probs, computed once and kept
 """
 
 import errno
 import fcntl
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -18,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from support.files import InputError, checksum, files_checksum, read_json, shown, write_whole
+from support.processes import together
 from support.tensors import open_safetensors
 
 
@@ -61,6 +64,21 @@ def claim_out(out: str | None, resume: bool, marks: dict[str, str]) -> Path:
             raise InputError(f"--out {path}: {error.strerror}") from None
         print(f"--out {path}: its disk has no locks, so a second run there would go unnoticed")
     return path
+
+
+def check_shared(out: Path) -> None:
+    """Raises InputError on all processes if one of them does not see OUT."""
+    seen = together((out / ".lock").exists)
+    if not all(seen):
+        raise InputError(
+            f"--out {out}: process {seen.index(False)} does not see it; all processes need one "
+            "directory on a shared disk"
+        )
+
+
+def record(out: Path, facts: dict) -> None:
+    """Writes OUT/config.json."""
+    write_whole(out / "config.json", json.dumps(facts, indent=2) + "\n")
 
 
 def read_cache(cache: Path, key: str, pairs: int) -> Tensor | None:
