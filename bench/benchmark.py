@@ -6,7 +6,7 @@
     python bench/benchmark.py run DIR --out results.jsonl   every run; continues if interrupted
     python bench/benchmark.py table results.jsonl           the table, in Markdown
     python bench/benchmark.py generate DIR                  answers: eval.py beside transformers
-    python bench/benchmark.py startup TOKENIZER_DIR FILE    reading and encoding of 60,000 pairs
+    python bench/benchmark.py startup MODEL_DIR [FILE]      train.py up to its first step
 
 It needs both requirements.txt files installed. Trainers that are not installed are left out.
 
@@ -40,13 +40,14 @@ import importlib.util
 import json
 import math
 import os
+import random
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Iterator
 from datetime import date
 from importlib.machinery import ModuleSpec
 from itertools import product
@@ -683,37 +684,52 @@ def their_answers(directory: Path, prompts: list[list[int]]):
 
 
 def startup(a: argparse.Namespace) -> None:
-    """Everything that train.py does with a file of preferences before the first step. Repeats the
-    rows of the file until there are --pairs of them."""
-    sys.path.insert(0, str(ROOT))
-    from data import ChatFormat, encode_preferences, read_preferences
-
-    def peak_gib() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-    def numbered(preference, i: int):
-        """With text that no other pair has: text that occurs twice is encoded only once."""
-        prompt = [(role, f"{text} {i}") for role, text in preference.prompt]
-        chosen, rejected = f"{preference.chosen} {i}", f"{preference.rejected} {i}"
-        return replace(preference, prompt=prompt, chosen=chosen, rejected=rejected)
-
-    lines = a.file.read_bytes().splitlines(keepends=True)
-    with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
-        for i in range(a.pairs):
-            file.write(lines[i % len(lines)])
-        file.flush()
-        before, started = peak_gib(), time.perf_counter()
-        preferences = read_preferences(file.name)
-        read_at = time.perf_counter()
-        preferences = [numbered(preference, i) for i, preference in enumerate(preferences)]
-        pairs = encode_preferences(preferences, ChatFormat(a.tokenizer), 2048)
-        encoded_at, size = time.perf_counter(), file.tell() / 2**20
-    tokens = sum(pair.packed_tokens() for pair in pairs)
+    """train.py as a process, from the command to the end of the first step of a whole run, on pairs
+    of texts (the rows of FILE, each with a number, since a text that occurs twice is encoded once)
+    or on short pairs of ids."""
+    with tempfile.TemporaryDirectory() as scratch:
+        data, out = Path(scratch) / "pairs.jsonl", Path(scratch) / "out"
+        with open(data, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in startup_rows(a.file, a.pairs))
+        words = train_command("--model", a.model, "--data", data, "--out", out, "--device", "cpu")
+        children, busy = resource.RUSAGE_CHILDREN, cpu_seconds_of_machine()
+        started = time.perf_counter()
+        with open(Path(scratch) / "log.txt", "w") as log:
+            process = subprocess.Popen(words, stdout=log, stderr=log)
+        while process.poll() is None and not read_rows(out / "metrics.jsonl"):
+            time.sleep(0.05)
+        seconds = time.perf_counter() - started
+        process.kill()
+        process.wait()
+        rows, said = read_rows(out / "metrics.jsonl"), (Path(scratch) / "log.txt").read_text()
+        if not rows:
+            raise SystemExit(said[-2000:])
+        used = resource.getrusage(children)
+        own, busy = used.ru_utime + used.ru_stime, cpu_seconds_of_machine() - busy
+        size = data.stat().st_size / 2**20
     print(
-        f"{a.pairs:,} rows, {size:.0f} MiB: read and checked in {read_at - started:.1f} s, encoded "
-        f"in {encoded_at - read_at:.1f} s ({len(pairs):,} pairs, {tokens:,} tokens); peak memory "
-        f"{peak_gib():.2f} GiB, of which {before:.2f} before. {machine()}"
+        f"{a.pairs:,} pairs, {size:.0f} MiB: {seconds:.1f} s to the end of the first step, "
+        f"{own:.1f} CPU s; peak memory {rows[0]['peak_memory_gib']:.2f} GiB; other load "
+        f"{max(0.0, busy - own) / seconds:.2f}. {machine()}"
     )
+
+
+def startup_rows(path: Path | None, pairs: int) -> Iterator[dict]:
+    """Pairs of 10 to 20 ids a part, or the rows of a file with a prompt as text, as UltraFeedback
+    has them."""
+    if path is None:
+        rng = random.Random(0)
+        keys = [f"{side}_ids" for side in SIDES]
+        for _ in range(pairs):
+            yield {key: rng.choices(range(500), k=rng.randint(10, 20)) for key in keys}
+        return
+
+    def text(value: str | list[dict]) -> str:  # of messages, the last one's
+        return value if isinstance(value, str) else value[-1]["content"]
+
+    rows = read_rows(path)
+    for i in range(pairs):
+        yield {side: f"{text(rows[i % len(rows)][side])} {i}" for side in SIDES}
 
 
 def main() -> int:
@@ -739,7 +755,8 @@ def main() -> int:
         positional(function, dir=Path)
     positional(one, job=str, model=Path, data=Path, dtype=str, steps=int, out=Path)
     positional(generate_one, program=str, model=Path, batch=int, answers=str)
-    positional(startup, tokenizer=Path, file=Path)
+    positional(startup, model=Path)
+    of[startup].add_argument("file", type=Path, nargs="?", help="pairs of texts [short ids]")
     positional(table, results=Path)
     of[install].add_argument("--llamafactory", action="store_true")
     of[one].add_argument("--pairs-per-step", type=int, default=PAIRS_PER_STEP)
@@ -756,7 +773,7 @@ def main() -> int:
         choices(function, sizes=SIZES, profiles=PROFILES, dtypes=DTYPES, only=JOBS)
     of[generate].add_argument("--rounds", type=int, default=3)
     choices(generate, sizes=GENERATE_SIZES, batches=["32", "1"], answers=["equal", "unequal"])
-    of[startup].add_argument("--pairs", type=int, default=60_000)
+    of[startup].add_argument("--pairs", type=int, required=True)
     a = parser.parse_args()
     return a.function(a) or 0
 

@@ -382,6 +382,7 @@ def test_a_prompt_that_only_looks_like_a_transcript_stays_one_turn(prompt, tmp_p
         ({"prompt_ids": [1, 2], "chosen_ids": [1, 2, 3], "rejected_ids": [1, 2, 4]}, 1),
         ({"prompt": FRUIT, "chosen": f"{FRUIT} An apple.", "rejected": "No."}, 0),
         ({"prompt": "Hi", "chosen": "High noon.", "rejected": "Hide."}, 0),
+        ({"prompt": "", "chosen": "(An apple.)", "rejected": "- No."}, 0),
         ({"prompt_ids": [1, 2], "chosen_ids": [1, 2, 3], "rejected_ids": [1, 3]}, 0),
         ({"prompt_ids": [], "chosen_ids": [1, 2, 3], "rejected_ids": [1, 3]}, 0),
     ],
