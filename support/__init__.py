@@ -8,6 +8,8 @@
     processes.py       devices, agreement between processes, signals, exit codes
     flags.py           the command line <-> Config <-> config.json
     checkpoints.py     OUT/checkpoints: written whole, checked, resumed
+    best.py            the weights of the best evaluation (--keep-best)
+    groups.py          held-out pairs by the value of a key of their rows (--eval-by)
     run_directory.py   OUT itself: its lock, what a run is made of, the cache of a reference
     log.py             the header, the line per step, metrics.jsonl and eval.jsonl
     memory.py          trying the costliest micro-batches; what is recomputed; simulation (--plan)
