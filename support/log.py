@@ -178,9 +178,10 @@ class Log:
         text = (
             f"step {row['step']}/{steps} epoch {row['epoch']:.2f} | {formatted(row, STEP)} | "
             f"lr {row['lr']:.2e} norm {row['grad_norm']:.3f} | {row['tokens_per_s']:,.0f} tokens/s "
-            f"{row['pairs_per_s']:.1f} pairs/s {formatted(row, 'mfu:.1% peak_memory_gib:.2f')} GiB "
-            f"{minutes}:{seconds:02d} left"
+            f"{row['pairs_per_s']:.1f} pairs/s {minutes}:{seconds:02d} left "
+            f"{row['peak_memory_gib']:.2f} GiB {formatted(row, 'mfu:.1%')}"
         )
+        text = text.rstrip()  # the utilisation is not always known
         if self.moving:
             text = "\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1]
         print(text, end="" if self.moving and row["step"] < steps else "\n", flush=True)

@@ -488,4 +488,4 @@ def test_a_run_logs_its_utilisation_if_the_peak_is_known(start, tmp_path, capsys
     more = "--max-steps 2 --peak-tflops 0.01 --checkpoint-blocks 1"
     for row in trained(start, tmp_path / "b", more):
         assert 0 < row["mfu"] < row["hfu"] < 4 / 3 * row["mfu"]
-    assert re.search(r"pairs/s mfu [\d.]+% ", capsys.readouterr().out)
+    assert re.search(r"GiB mfu [\d.]+%\n", capsys.readouterr().out)
