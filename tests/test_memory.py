@@ -385,6 +385,25 @@ def test_running_out_of_memory_names_what_to_change():
         raise ValueError
 
 
+def test_running_out_of_memory_in_a_later_step_names_it_too(
+    start, tmp_path, monkeypatch, complaint
+):
+    def fails(*_, calls=[]):  # noqa: B006  the rehearsal is the first call
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step_loss(*_)
+
+    step_loss = train.step_loss
+    monkeypatch.setattr(train, "step_loss", fails)
+    files = ["--model", start / "model", "--data", start / "train.jsonl", "--out", tmp_path / "o"]
+    said = complaint(*files, "--device cpu --pairs-per-step 4", code=1)
+    lower = (
+        "train.py: out of memory in a step; lower --max-tokens-per-gpu from 8192 to 4096, or pass"
+    )
+    assert said.startswith(lower + " --checkpoint-blocks 1: 0 of 2 blocks were recomputed")
+
+
 # ---------------------------------------------------------------------------------- simulation
 
 
