@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import main, random_pairs, read_json, tiny_model, trained, write_pairs
+from conftest import flags, main, random_pairs, read_json, tiny_model, trained, write_pairs
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -334,10 +334,16 @@ def test_micro_batches_are_larger_than_by_default_if_nothing_is_recomputed_and_t
     assert small.gpu.highest == pytest.approx(peak, rel=0.01)  # the larger ones were tried
 
 
+def test_larger_micro_batches_take_more_of_all_but_weights_and_moments():
+    config = SimpleNamespace(max_tokens_per_gpu=None)
+    assert memory.may_enlarge(config, recomputed=0, peak=10, resting=6, limit=14)
+    assert not memory.may_enlarge(config, recomputed=0, peak=10, resting=6, limit=13.9)
+
+
 def test_on_a_cpu_nothing_is_recomputed_unless_asked_for(start, tmp_path, capsys):
-    for flags, blocks in [("", 0), ("--checkpoint-blocks on", 2), ("--checkpoint-blocks 1", 1)]:
+    for more, blocks in [("", 0), ("--checkpoint-blocks on", 2), ("--checkpoint-blocks 1", 1)]:
         out = tmp_path / f"out{blocks}"
-        trained(start, out, "--max-steps 2", flags)
+        trained(start, out, "--max-steps 2", more)
         found = {"recomputed_blocks": blocks, "max_tokens_per_gpu": 8192}
         assert read_json(out / "config.json")["memory"] == found
         said = capsys.readouterr().out
@@ -346,7 +352,7 @@ def test_on_a_cpu_nothing_is_recomputed_unless_asked_for(start, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    "flags, expected",
+    "more, expected",
     [
         ("--checkpoint-blocks 3", "--checkpoint-blocks is 3, but the model has 2 blocks"),
         ("--checkpoint-blocks -1", "wanted auto, on, off or a number of blocks"),
@@ -356,9 +362,8 @@ def test_on_a_cpu_nothing_is_recomputed_unless_asked_for(start, tmp_path, capsys
         ("--peak-tflops nan", "--peak-tflops is nan, wanted a number above 0"),
     ],
 )
-def test_wrong_flags_of_memory_are_refused(start, tmp_path, complaint, flags, expected):
-    files = ["--model", start / "model", "--data", start / "train.jsonl"]
-    assert expected in complaint(*files, "--out", tmp_path / "out", flags)
+def test_wrong_flags_of_memory_are_refused(start, tmp_path, complaint, more, expected):
+    assert expected in complaint(*flags(start, tmp_path / "out"), more)
     assert not (tmp_path / "out").exists()
 
 
@@ -396,8 +401,7 @@ def test_running_out_of_memory_in_a_later_step_names_it_too(
 
     step_loss = train.step_loss
     monkeypatch.setattr(train, "step_loss", fails)
-    files = ["--model", start / "model", "--data", start / "train.jsonl", "--out", tmp_path / "o"]
-    said = complaint(*files, "--device cpu --pairs-per-step 4", code=1)
+    said = complaint(*flags(start, tmp_path / "out"), code=1)
     lower = (
         "train.py: out of memory in a step; lower --max-tokens-per-gpu from 8192 to 4096, or pass"
     )
