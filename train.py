@@ -745,7 +745,7 @@ def run(config: Config) -> None:
     optimizer = make_optimizer(config, model)
 
     def losses_of(indexes: list[int], last: bool) -> Tensor:
-        reduce_gradients(model, mesh, last)
+        reduce_gradients(model, mesh, last=last)
         return step_loss(model, parts[0], indexes)[0]
 
     gpu = memory.Gpu() if mesh.device_type == "cuda" else None

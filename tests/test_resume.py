@@ -743,7 +743,7 @@ def test_too_little_memory_shows_before_the_first_step_and_the_flag_to_lower_is_
 )
 def test_memory_is_tried_as_steps_need_it(start, tmp_path, monkeypatch, tokens, rehearsed, in_step):
     """Beside the gradients of earlier micro-batches, if a step has several."""
-    calls, sizes = [], [28, 26]
+    calls, sizes, reduced = [], [28, 26], []
 
     def step_loss(model, pairs, indexes, inner=train.step_loss):
         beside = any(parameter.grad is not None for parameter in model.parameters())
@@ -751,11 +751,14 @@ def test_memory_is_tried_as_steps_need_it(start, tmp_path, monkeypatch, tokens, 
         return inner(model, pairs, indexes)
 
     monkeypatch.setattr(train, "step_loss", step_loss)
+    monkeypatch.setattr(train, "reduce_gradients", lambda *_, last: reduced.append(last))
     data = write_pairs(tmp_path / "pairs.jsonl", random_pairs([(9, 9, 10), (8, 9, 9)]))
     more = "--pairs-per-step 2 --max-steps 1 --max-tokens-per-gpu"
     trained(start, tmp_path / "out", "--data", data, more, tokens)
     assert calls[: len(rehearsed)] == rehearsed
     assert [beside for _, beside in calls[len(rehearsed) :]] == in_step
+    of_a_step = [i + 1 == len(in_step) for i in range(len(in_step))]  # the last one reduces
+    assert reduced == 2 * of_a_step
 
 
 OUT_OF_MEMORY = [
