@@ -122,9 +122,10 @@ class Segments:
     # constant over a run; larger than needed costs nothing.
     longest: int
 
-    def to(self, device: torch.device | str) -> "Segments":
-        keys = None if self.key_index_N is None else self.key_index_N.to(device)
-        starts = (self.query_starts.to(device), self.key_starts.to(device))
+    def to(self, device: torch.device | str, **options) -> "Segments":
+        """Moved, with options of Tensor.to."""
+        starts = (x.to(device, **options) for x in (self.query_starts, self.key_starts))
+        keys = None if self.key_index_N is None else self.key_index_N.to(device, **options)
         return Segments(*starts, keys, self.longest)
 
 
@@ -143,7 +144,8 @@ class Batch:
     length_R: Tensor  # int64: scored tokens of each response
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(*(value.to(device) for value in vars(self).values()))
+        """Moved, without waiting for what a GPU has still to do."""
+        return Batch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
 
 
 # torch 2.11 groups query heads unasked; 2.13 refuses unequal head counts without this argument.

@@ -86,6 +86,7 @@ from support.log import Log, describe, header, run_facts, speed
 from support.processes import (
     StoppedError,
     StopRequest,
+    announced,
     choose_device,
     exit_code,
     join_group,
@@ -342,7 +343,7 @@ def train(run: "Run", done: int) -> None:
 
         # Metrics are those of the weights before this update.
         row = {"step": step + 1, "epoch": pairs.epochs_done(step + 1), **means, "lr": rate}
-        row |= {"grad_norm": norm} | speed(run, drawn, time.perf_counter() - started)
+        row |= {"grad_norm": norm} | speed(run, drawn, started)
         run.log.step(row, run.steps)
         last = step + 1 == run.steps
         if config.eval_data and (last or due(config.eval_every, step + 1)):
@@ -436,6 +437,7 @@ class Pairs:
         """mean_R and sum_R of the batch's responses under the reference."""
         if isinstance(self.reference, Llama):
             return self.reference(batch)
+        indexes = torch.tensor(indexes).to(self.device, non_blocking=True)
         return self.reference[indexes].flatten(0, 1).unbind(-1)
 
 
@@ -624,9 +626,9 @@ def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
 def reduce_gradients(model: Llama, mesh: DeviceMesh, last: bool) -> None:
     """Says what FSDP does with the gradients of the next micro-batch; `last` of its step.
 
-    Sharded over several processes, they are reduced in every micro-batch: until then, each process
-    holds those of the whole model. What needs no memory waits for the last one: the copies of a
-    mesh of one, and the sum over replicas.
+    Sharded over several processes, they are reduced in every micro-batch: otherwise each process
+    would hold those of the whole model. The copies of a mesh of one and the sum over replicas cost
+    no memory to delay, so they wait for the last micro-batch.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or mesh.size() > 1)
@@ -718,9 +720,10 @@ def run(config: Config) -> None:
         parts[1].groups |= groups.read_groups(config.eval_data, config.eval_by, places)
     files = [Path(config.model) / "config.json", *sorted(set(weights.values()))]
     dtype = choose_device(config.device, config.precision)[1]
-    marks = on_first_process(
-        lambda: run_directory.fingerprint(files, [part.pairs for part in parts], dtype)
-    )
+    with announced("computing checksums of weights and pairs"):
+        marks = on_first_process(
+            lambda: run_directory.fingerprint(files, [part.pairs for part in parts], dtype)
+        )
     key = " ".join(marks.values())
     precompute = config.loss_row.reference and config.reference == "precompute"
     if precompute and config.reference_cache:  # it may be the wrong file: before OUT is made
@@ -733,7 +736,8 @@ def run(config: Config) -> None:
     if on_first_process((out / "model").exists):
         log.say(f"{out} is finished: its model is {out / 'model'}")
         return
-    model = build_model(config, mesh)
+    with announced("reading the weights"):
+        model = build_model(config, mesh)
     run_directory.check_shared(out)
     log.say(header(config, out, model, parts, counts, steps, chat is not None))
     facts = run_facts(config, model, counts, steps, marks)
@@ -741,7 +745,8 @@ def run(config: Config) -> None:
     on_first_process(lambda: (out / "config.json").exists() or record())
     if config.loss_row.reference:
         cache = Path(config.reference_cache or out / "reference.safetensors")
-        attach_reference(config, mesh, model, parts, key, cache)
+        with announced("computing the log-probs of the starting model"):
+            attach_reference(config, mesh, model, parts, key, cache)
     optimizer = make_optimizer(config, model)
 
     def losses_of(indexes: list[int], last: bool) -> Tensor:
@@ -749,7 +754,9 @@ def run(config: Config) -> None:
         return step_loss(model, parts[0], indexes)[0]
 
     gpu = memory.Gpu() if mesh.device_type == "cuda" else None
-    facts |= {"memory": memory.rehearse(model, parts[0], steps, losses_of, log.say, gpu)}
+    with announced("trying the run's costliest micro-batches"):
+        # `record` writes it too.
+        facts["memory"] = memory.rehearse(model, parts[0], steps, losses_of, log.say, gpu)
     if config.resume is None:
         on_first_process(record)
 

@@ -9,6 +9,7 @@ import platform
 import shutil
 import sys
 import textwrap
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -114,11 +115,14 @@ def device_name(config) -> str:
     return f"CPU ({torch.get_num_threads()} threads)"
 
 
-def speed(run, drawn: list[int], seconds: float) -> dict[str, float]:
+def speed(run, drawn: list[int], started: float) -> dict[str, float]:
     """Size, speed, utilisation and peak memory (the largest of all processes) of a step. To be
-    called on every process. run: train.Run; drawn: indexes of the step's pairs."""
+    called on every process. run: train.Run; drawn: indexes of the step's pairs; started: when it
+    began, by time.perf_counter."""
     peak = torch.tensor(peak_memory_gib(), device=run.pairs.device)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
+    peak = float(peak)  # waits for all that a GPU has to do, the update included
+    seconds = time.perf_counter() - started
     tokens, peak_of_one = int(run.pairs.sizes[drawn].sum()), run.config.peak_tflops or peak_tflops()
     used = {}
     if peak_of_one:
@@ -134,7 +138,7 @@ def speed(run, drawn: list[int], seconds: float) -> dict[str, float]:
         "tokens_per_s": tokens / seconds,
         "pairs_per_s": len(drawn) / seconds,
         **used,
-        "peak_memory_gib": float(peak),
+        "peak_memory_gib": peak,
     }
 
 
@@ -179,7 +183,7 @@ class Log:
             f"step {row['step']}/{steps} epoch {row['epoch']:.2f} | {formatted(row, STEP)} | "
             f"lr {row['lr']:.2e} norm {row['grad_norm']:.3f} | {row['tokens_per_s']:,.0f} tokens/s "
             f"{row['pairs_per_s']:.1f} pairs/s {minutes}:{seconds:02d} left "
-            f"{row['peak_memory_gib']:.2f} GiB {formatted(row, 'mfu:.1%')}"
+            f"{row['peak_memory_gib']:.2f} GiB {formatted(row, 'mfu:.1% hfu:.1%')}"
         )
         text = text.rstrip()  # the utilisation is not always known
         if self.moving:

@@ -1,7 +1,7 @@
 """Memory before it is needed: the costliest micro-batches, tried first or simulated.
 
 In reading order
-    pair_bytes, costliest       the micro-batches that take most memory over the whole run
+    pair_bytes ... enlarge      the micro-batches that take most memory over the whole run
     measure, rehearse           runs them before the first step, so that too little memory shows
                                 there; chooses how many blocks are recomputed
     fewest_recomputed           the same choice by simulation
@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from support.files import InputError
 from support.flops import pair_flops
-from support.processes import StoppedError, out_of_memory
+from support.processes import StoppedError, announced, choose_device, out_of_memory
 
 MARGIN = 0.04  # of a GPU's memory is left free: for gaps between tensors and what grows later
 LARGER = 2  # how many times the default micro-batch a GPU with room gets: more was not measured
@@ -49,7 +49,7 @@ def recomputed_blocks(choice: str, layers: int, on_gpu: bool = False) -> int | N
 
 def pair_bytes(llama, pairs, recomputed: int) -> np.ndarray:
     """About how many bytes each pair takes between forward and backward: enough to tell which
-    micro-batch is the costliest, not what it takes.
+    micro-batch is the costliest.
 
     The head keeps the logits of the scored tokens; a block keeps what its products need, or only
     its input. llama: model.LlamaConfig; pairs: train.Pairs.
@@ -60,13 +60,15 @@ def pair_bytes(llama, pairs, recomputed: int) -> np.ndarray:
     if recomputed:
         numbers += kept  # of the block that backward has just computed again
     scored = np.array([len(pair.chosen) + len(pair.rejected) for pair in pairs.pairs])
-    return 2 * (pairs.sizes * numbers + scored * llama.vocab_size)  # 2 bytes each, as bf16
+    dtype = choose_device(pairs.config.device, pairs.config.precision)[1]
+    return dtype.itemsize * (pairs.sizes * numbers + scored * llama.vocab_size)
 
 
 class Costliest(NamedTuple):
-    """What `costliest` finds in a run."""
+    """The micro-batches of a run that take most memory, and what its micro-batches look like."""
 
     steps: list[list[MicroBatch]]  # each with one or two micro-batches, to be run like a step's
+    bytes: float  # of the costliest one by the last of the costs
     count: float  # micro-batches of a step, on each process
     mean: float  # tokens of a micro-batch
     most: int  # tokens of the largest one
@@ -93,7 +95,49 @@ def costliest(
                         best_of[later] = (found, indexes)
     found = [[indexes for cost, indexes in best_of if cost >= 0] for best_of in best]
     distinct = [step for i, step in enumerate(found) if step not in found[:i]]
-    return Costliest(distinct, count / steps / len(plan), tokens / count, most)
+    return Costliest(distinct, max(best[-1])[0], count / steps / len(plan), tokens / count, most)
+
+
+def costliest_of(
+    llama, pairs, steps: int, processes: int, recomputed: list[int], say: Callable[[str], None]
+) -> Costliest:
+    """The costliest micro-batches of a run of so many steps, for each of these numbers of
+    recomputed blocks. llama: model.LlamaConfig; pairs: train.Pairs."""
+
+    def plans() -> Iterator[list[list[MicroBatch]]]:
+        last = time.monotonic()
+        for step in range(steps):
+            if time.monotonic() - last > 2:
+                last = time.monotonic()
+                say(f"planned {step:,} of {steps:,} steps")
+            yield pairs.plan(step, processes)
+
+    costs = [pair_bytes(llama, pairs, number) for number in recomputed]
+    return costliest(plans(), pairs.sizes, costs)
+
+
+def enlarge(
+    pairs,
+    found: Costliest,
+    find: Callable[[list[int]], Costliest],
+    peak: float,
+    resting: float,
+    limit: float,
+) -> Costliest:
+    """Makes micro-batches LARGER times as large as by default if they will fit on every process.
+    Returns the run's costliest ones then, else `found`.
+
+    peak: bytes with the ones `found`, no block recomputed; resting: what weights and moments take
+    of it. The rest grows as `pair_bytes` says.
+    """
+    before = pairs.max_tokens
+    pairs.max_tokens = LARGER * before
+    larger = find([0])
+    needed = resting + larger.bytes / found.bytes * (peak - resting)
+    if smallest(needed <= limit, pairs.device):
+        return larger
+    pairs.max_tokens = before
+    return found
 
 
 # ----------------------------------------------------------------------------------- rehearsal
@@ -162,48 +206,51 @@ def rehearse(
     """Runs the run's costliest micro-batches beside weights and moments, and with --checkpoint-
     blocks auto chooses how many blocks are recomputed, the same on all processes.
 
-    Running out of memory then shows in the first minute, not in the hour in which such a batch is
-    drawn. A kept block adds to the memory at any moment at most what it keeps, so all others follow
-    from two measurements: with every block recomputed, and with one kept. What that leaves free is
-    measured again. No process may run out of memory while it tries, because the others would wait
-    for it: all that is tried is known to fit, but for the one block, which has the margin.
+    Too little memory then shows in the first minute, not hours later, when such a batch is drawn.
+    A kept block adds at any moment at most what it keeps. So two measurements are enough to know
+    which numbers fit: with every block recomputed, and with one kept (if `pair_bytes` says that it
+    fits). What a choice leaves free is measured again. No process may run out of memory while it
+    tries, because the others would wait for it.
 
     model: model.Llama; pairs: train.Pairs, whose max_tokens may be raised. losses_of(indexes, last)
     gives each pair's loss; `last` of its step. gpu: None on a CPU, where nothing can be measured.
     Returns and says what was chosen.
     """
-    layers, choice = len(model.model["layers"]), pairs.config.checkpoint_blocks
-    fixed = recomputed_blocks(choice, layers, gpu is not None)
+    layers, llama = len(model.model["layers"]), model.config
+    fixed = recomputed_blocks(pairs.config.checkpoint_blocks, layers, gpu is not None)
 
-    def costliest_of(numbers: Iterable[int]) -> Costliest:
-        costs = [pair_bytes(model.config, pairs, recomputed) for recomputed in numbers]
-        return costliest(planned(pairs, steps, dist.get_world_size(), say), pairs.sizes, costs)
+    def find(numbers: list[int]) -> Costliest:
+        return costliest_of(llama, pairs, steps, dist.get_world_size(), numbers, say)
 
     def try_with(recomputed: int) -> Measured:
         return measure(model, pairs, found.steps, recomputed, losses_of, gpu)
 
-    found = costliest_of([layers, 0] if fixed is None else [fixed])
+    def blocks_that_fit() -> int:
+        return smallest((limit - tried.peak) // one, pairs.device)
+
+    found = find([layers, layers // 2, 0] if fixed is None else [fixed])
     resting = gpu.allocated() if gpu else 0
     recomputed = layers if fixed is None else fixed
     tried = try_with(recomputed)
     if fixed is None:
+        tried = try_with(layers)  # again: the first time, compiling took memory too
         limit = gpu.available() * (1 - MARGIN)
-        with_one_kept = try_with(layers - 1)
-        both = zip(tried.held, with_one_kept.held, strict=True)
-        one = max(1, *(kept - none for none, kept in both))  # bytes that a kept block takes
-        while more := min(recomputed, smallest((limit - tried.peak) // one, pairs.device)):
-            recomputed -= more
-            tried = try_with(recomputed)
-        model.recompute(recomputed)  # if none more is kept, the last try had one
-        larger = may_enlarge(pairs.config, recomputed, tried.peak, resting, limit)
-        if smallest(larger, pairs.device):
-            pairs.max_tokens *= LARGER
-            found = costliest_of([0])
+        kept = pair_bytes(llama, pairs, layers - 1) - pair_bytes(llama, pairs, layers)
+        one = max(kept[indexes].sum() for step in found.steps for indexes in step)
+        if blocks_that_fit():
+            held = try_with(layers - 1).held
+            one = max(1, *(b - a for a, b in zip(tried.held, held, strict=True)))
+            while more := min(recomputed, blocks_that_fit()):
+                recomputed -= more
+                tried = try_with(recomputed)
+            model.recompute(recomputed)  # the last try may have been the one with one block kept
+        if recomputed == 0 and pairs.config.max_tokens_per_gpu is None:
+            found = enlarge(pairs, found, find, tried.peak, resting, limit)
             tried = try_with(0)
     text = f"recomputes {recomputed} of {layers} blocks"
     if gpu:
-        peak, available = tried.peak / 2**30, gpu.available() / 2**30
-        text += f"; {peak:.1f} of {available:.1f} GiB at the peak"
+        text += f"; {tried.peak / 2**30:.1f} of {gpu.available() / 2**30:.1f} GiB at the peak"
+        gpu.reset_peak()  # from here on it is that of the steps
     say(f"  memory     {text}\n  batches    {describe(found, pairs)}")
     return {"recomputed_blocks": recomputed, "max_tokens_per_gpu": pairs.max_tokens}
 
@@ -213,23 +260,6 @@ def smallest(number: float, device: str) -> int:
     found = torch.tensor(max(0, int(number)), device=device)
     dist.all_reduce(found, dist.ReduceOp.MIN)
     return int(found)
-
-
-def may_enlarge(config, recomputed: int, peak: float, resting: float, limit: float) -> bool:
-    """True if micro-batches may be larger than by default: nothing is recomputed and so much memory
-    is free that they surely fit. `resting`: what weights and moments take of the peak."""
-    fits = resting + LARGER * (peak - resting) <= limit
-    return config.max_tokens_per_gpu is None and recomputed == 0 and fits
-
-
-def planned(pairs, steps: int, processes: int, say: Callable[[str], None]) -> Iterator:
-    """The plan of every step of the run."""
-    last = time.monotonic()
-    for step in range(steps):
-        if time.monotonic() - last > 2:
-            last = time.monotonic()
-            say(f"planned {step:,} of {steps:,} steps")
-        yield pairs.plan(step, processes)
 
 
 def describe(found: Costliest, pairs) -> str:
@@ -302,15 +332,19 @@ def simulated_peak(build: Build, steps: list[list], gpus: int, recomputed: int) 
 
 def fewest_recomputed(peak_of: Callable[[int], float], layers: int, limit: float) -> int:
     """The smallest number of recomputed blocks whose peak, peak_of(number), is within the limit;
-    all of them if none is. More recomputed blocks never take more memory."""
-    low, high = 0, layers  # high is enough, or all there are
-    while low < high:
-        # The first try is 0, since that is the most frequent answer.
-        middle = (low + high) // 2 if high < layers or low else 0
+    all of them if none is. Assumes that each block more lowers the peak, by about as much."""
+    if peak_of(0) <= limit:
+        return 0
+    if peak_of(layers) > limit:
+        return layers
+    low, high = 0, layers  # low is too few, high is enough
+    while high - low > 1:
+        share = (peak_of(low) - limit) / (peak_of(low) - peak_of(high))
+        middle = min(max(low + math.ceil(share * (high - low)), low + 1), high - 1)
         if peak_of(middle) <= limit:
             high = middle
         else:
-            low = middle + 1
+            low = middle
     return high
 
 
@@ -324,27 +358,26 @@ def print_plan(pairs, steps: int, gpus: int, llama, parameters: int, build: Buil
     limit = (config.gpu_memory or math.inf) * (1 - MARGIN)
     fixed = recomputed_blocks(config.checkpoint_blocks, layers, on_gpu=True)
 
-    def costliest_of(numbers: Iterable[int]) -> Costliest:
-        costs = [pair_bytes(llama, pairs, recomputed) for recomputed in numbers]
-        return costliest(planned(pairs, steps, gpus, print), sizes, costs)
+    def find(numbers: list[int]) -> Costliest:
+        return costliest_of(llama, pairs, steps, gpus, numbers, print)
 
     @functools.cache
     def peak_of(recomputed: int) -> dict[str, float]:
         batches = [[pairs.batch(indexes)[1] for indexes in step] for step in found.steps]
-        return simulated_peak(build, batches, gpus, recomputed)
+        with announced(f"simulating a step that recomputes {recomputed} of {layers} blocks"):
+            return simulated_peak(build, batches, gpus, recomputed)
 
-    found = costliest_of([layers, 0] if fixed is None else [fixed])
+    found = find([layers, layers // 2, 0] if fixed is None else [fixed])
     if fixed is not None:
         numbers = [fixed]
     elif config.gpu_memory is None:
         numbers = [layers, 0]
     else:
         numbers = [fewest_recomputed(lambda number: peak_of(number)["total"], layers, limit)]
-        resting = 12 * parameters / gpus / 2**30  # weights and moments
-        if may_enlarge(config, numbers[0], peak_of(numbers[0])["total"], resting, limit):
-            pairs.max_tokens *= LARGER
+        if numbers == [0] and config.max_tokens_per_gpu is None:
+            resting = 12 * parameters / gpus / 2**30  # weights and moments
+            found = enlarge(pairs, found, find, peak_of(0)["total"], resting, limit)
             peak_of.cache_clear()
-            found = costliest_of([0])
     share = config.pairs_per_step / len(pairs.pairs)  # of an epoch, in one step
     flops = 3 * share * pair_flops(llama, pairs.pairs, config.share_prompt)[:, :2].sum()
     print(

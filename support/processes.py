@@ -2,6 +2,7 @@
 
 choose_device, out_of_memory, peak_memory_gib    the device and its memory
 together, on_first_process                       actions whose failure all processes learn of
+announced                                        a line for what takes longer than 2 s
 StopRequest, StoppedError                        a run that ends before its last step
 complain, exit_code, leave                       one line and an exit code for every end
 """
@@ -11,8 +12,10 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 import typing
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -108,6 +111,19 @@ def on_first_process(action: typing.Callable[[], typing.Any]) -> typing.Any:
     if not dist.is_initialized():
         return action()
     return together(lambda: action() if dist.get_rank() == 0 else None)[0]
+
+
+@contextlib.contextmanager
+def announced(text: str) -> Iterator[None]:
+    """Prints `text` on process 0 if what is done inside this `with` takes longer than 2 s."""
+    timer = threading.Timer(2, print, [text], {"flush": True})
+    timer.daemon = True
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 # --------------------------------------------------------------------------------- early endings

@@ -16,7 +16,18 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import flags, main, random_pairs, read_json, tiny_model, trained, write_pairs
+from conftest import (
+    flags,
+    main,
+    random_pairs,
+    read_json,
+    rows,
+    run_joined,
+    tiny_model,
+    trained,
+    write_pairs,
+)
+from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -193,6 +204,20 @@ def test_gradients_are_reduced_no_more_often_than_memory_needs(
     assert counter.calls["allreduce_"] == sums
 
 
+@pytest.mark.parametrize("more", ["", "--replicas 2"])
+def test_two_processes_with_several_micro_batches_train_as_one(start, tmp_path, more):
+    """In bf16: sharded, one process shares the code that delays reductions."""
+    run = "--max-steps 4 --precision bf16 --max-tokens-per-gpu 40 --checkpoint-blocks 1"
+    trained(start, tmp_path / "one", run)
+    run_joined(flags(start, tmp_path / "two", run, more))
+    one, two = (load_file(tmp_path / n / "model/model.safetensors") for n in ("one", "two"))
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-3)
+    first, second = (rows(tmp_path / name) for name in ("one", "two"))
+    for a, b in zip(first, second, strict=True):
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+
+
 # ------------------------------------------------------------------- what is tried before the run
 
 
@@ -222,6 +247,7 @@ class Bytes(TorchDispatchMode):
     def __init__(self, total=math.inf):
         super().__init__()
         self.total, self.live, self.highest, self.known = total, 0, 0, set()
+        self.ever = 0  # the highest of all, which reset_peak does not forget
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -236,6 +262,8 @@ class Bytes(TorchDispatchMode):
             self.known.add(key)
             self.live += size
             self.highest = max(self.highest, self.live)
+            if self.live > self.total:
+                raise torch.OutOfMemoryError("CUDA out of memory")
             weakref.finalize(storage, self.forget, key, size)
 
     def forget(self, key, size) -> None:
@@ -252,6 +280,7 @@ class Bytes(TorchDispatchMode):
         return self.highest
 
     def reset_peak(self):
+        self.ever = max(self.ever, self.highest)
         self.highest = self.live
 
 
@@ -282,7 +311,7 @@ def rehearsed(tmp_path):
 
 def peak_with(rehearsed, recomputed, **flags):
     """Bytes at the peak with so many blocks recomputed."""
-    return rehearsed(1e12, checkpoint_blocks=str(recomputed), **flags).gpu.highest
+    return rehearsed(1e12, checkpoint_blocks=str(recomputed), **flags).gpu.ever
 
 
 def test_as_few_blocks_are_recomputed_as_memory_demands(rehearsed):
@@ -293,14 +322,14 @@ def test_as_few_blocks_are_recomputed_as_memory_demands(rehearsed):
         found = rehearsed(1.01 * peaks[k] / 0.96)
         chosen = found.chosen["recomputed_blocks"]
         assert chosen in (k, k + 1)  # at the peak a kept block may cost less than it keeps
-        assert found.gpu.highest <= 1.01 * max(peaks[k], peaks[7])
+        assert found.gpu.ever <= 1.01 * max(peaks[k], peaks[8])
         assert f"memory     recomputes {chosen} of 8 blocks; " in found.said[0]
         assert [block.recompute for block in found.model.model["layers"]] == [
             i < chosen for i in range(8)
         ]
     assert rehearsed(1.01 * peaks[0]).chosen["recomputed_blocks"] > 0  # 4% are left free
     # Nothing more can be recomputed: the run is tried anyway.
-    assert rehearsed(peaks[8]).chosen["recomputed_blocks"] == 8
+    assert rehearsed(1.02 * peaks[8]).chosen["recomputed_blocks"] == 8
 
 
 def test_all_processes_recompute_as_many_blocks_as_the_one_with_the_least_memory(
@@ -308,10 +337,9 @@ def test_all_processes_recompute_as_many_blocks_as_the_one_with_the_least_memory
 ):
     def least(number, op):
         assert op == dist.ReduceOp.MIN
-        number.clamp_(max=2 - len(asked) if len(asked) < 2 else 0)
-        asked.append(1)
+        number.clamp_(max=others.pop(0))
 
-    asked = []
+    others = [1, 2, 1, 0]  # whether one block fits, then how many more
     with_group = memory.dist
     monkeypatch.setattr(memory, "dist", SimpleNamespace(**vars(with_group) | {"all_reduce": least}))
     assert rehearsed(1e12).chosen == {"recomputed_blocks": 5, "max_tokens_per_gpu": 8192}
@@ -322,7 +350,6 @@ def test_micro_batches_are_larger_than_by_default_if_nothing_is_recomputed_and_t
 ):
     peak = peak_with(rehearsed, 0)
     assert rehearsed(2.1 * peak).chosen["max_tokens_per_gpu"] == 16_384
-    assert rehearsed(1.9 * peak).chosen["max_tokens_per_gpu"] == 8192  # weights were not measured
     assert rehearsed(2.1 * peak, max_tokens_per_gpu=8192).chosen["max_tokens_per_gpu"] == 8192
     assert rehearsed(2.1 * peak, checkpoint_blocks="off").chosen["max_tokens_per_gpu"] == 8192
     small = rehearsed(1e12, most=170)
@@ -331,13 +358,29 @@ def test_micro_batches_are_larger_than_by_default_if_nothing_is_recomputed_and_t
         in (small.said[0])
     )
     assert "(--max-tokens-per-gpu 340)" in small.said[0]
-    assert small.gpu.highest == pytest.approx(peak, rel=0.01)  # the larger ones were tried
+    assert small.gpu.ever == pytest.approx(peak, rel=0.01)  # the larger ones were tried
+    tight = rehearsed(2.05 * peak_with(rehearsed, 0, most=170) / 0.96, most=170)
+    assert tight.pairs.max_tokens in (170, 340)  # whatever it chooses, no try runs out of memory
 
 
-def test_larger_micro_batches_take_more_of_all_but_weights_and_moments():
-    config = SimpleNamespace(max_tokens_per_gpu=None)
-    assert memory.may_enlarge(config, recomputed=0, peak=10, resting=6, limit=14)
-    assert not memory.may_enlarge(config, recomputed=0, peak=10, resting=6, limit=13.9)
+def test_larger_micro_batches_must_fit_beside_weights_and_moments_by_what_they_would_hold():
+    """Pairs of 5,400 tokens: one fits in 8,192 tokens, three in 16,384."""
+
+    def enlarged(limit, bytes_of_larger=30.0):
+        pairs = SimpleNamespace(max_tokens=8192, device="cpu")
+        found = memory.Costliest([[[0]]], 10.0, 1.0, 5400.0, 5400)
+
+        def find(numbers):
+            assert (numbers, pairs.max_tokens) == ([0], 16_384)
+            return found._replace(bytes=bytes_of_larger)
+
+        chosen = memory.enlarge(pairs, found, find, peak=10, resting=6, limit=limit)
+        assert (chosen is found) == (pairs.max_tokens == 8192)
+        return pairs.max_tokens
+
+    with group():
+        assert enlarged(18) == 16_384 and enlarged(17.9) == 8192
+        assert enlarged(14, 20.0) == 16_384 and enlarged(13.9, 20.0) == 8192
 
 
 def test_on_a_cpu_nothing_is_recomputed_unless_asked_for(start, tmp_path, capsys):
@@ -421,7 +464,7 @@ def test_the_fewest_recomputed_blocks_are_found(needed):
 
     limit = 100 - 10 * needed
     assert memory.fewest_recomputed(peak_of, 8, limit) == needed
-    assert len(asked) <= 5 and (needed or asked == [0])
+    assert len(set(asked)) <= 4 and (needed or asked == [0])
     assert memory.fewest_recomputed(peak_of, 8, 5) == 8  # not even all suffice
 
 
@@ -506,9 +549,9 @@ def test_the_peak_of_a_gpu_follows_from_its_name(monkeypatch, name, peak):
 
 
 def test_a_run_logs_its_utilisation_if_the_peak_is_known(start, tmp_path, capsys):
-    rows = trained(start, tmp_path / "a", "--max-steps 2")
-    assert not any("mfu" in row for row in rows) and "mfu" not in capsys.readouterr().out
+    logged = trained(start, tmp_path / "a", "--max-steps 2")
+    assert not any("mfu" in row for row in logged) and "mfu" not in capsys.readouterr().out
     more = "--max-steps 2 --peak-tflops 0.01 --checkpoint-blocks 1"
     for row in trained(start, tmp_path / "b", more):
         assert 0 < row["mfu"] < row["hfu"] < 4 / 3 * row["mfu"]
-    assert re.search(r"GiB mfu [\d.]+%\n", capsys.readouterr().out)
+    assert re.search(r"GiB mfu [\d.]+% hfu [\d.]+%\n", capsys.readouterr().out)
