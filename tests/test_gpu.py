@@ -143,12 +143,12 @@ def test_trl_trains_on_the_same_pairs_and_its_loss_stands_beside_ours(options):
 
 def test_a_peer_gets_the_largest_micro_batch_that_fits(options, monkeypatch):
     gpu.make_model(options, "3B")
-    tried = []
+    tried, error = [], "torch.OutOfMemoryError: CUDA out of memory."
 
     def watch(words, out, warmup, pairs_per_step):
         tried.append(int(words[words.index("--micro-batch") + 1]))
         if tried[-1] > 1:
-            raise ChildProcessError("torch.OutOfMemoryError: CUDA out of memory.")
+            raise ChildProcessError(error)
         figures = {"pairs_per_s": 2.0, "peak_memory_gib": 3.0, "seconds": [2.0], "losses": [6.5]}
         return figures | {"versions": {"trl": "1"}}
 
@@ -158,6 +158,10 @@ def test_a_peer_gets_the_largest_micro_batch_that_fits(options, monkeypatch):
     said = options.out.read_text()
     assert tried == [4, 2, 1] and said.count("out of memory with") == 2
     assert "2.00 pairs/s, peak 3.00 GiB, 1 pairs a micro-batch" in said
+    error = "a fault of another kind"
+    with pytest.raises(ChildProcessError, match=error):
+        gpu.peer(options)
+    assert tried[3:] == [4]
 
 
 def test_a_peer_that_is_not_installed_is_left_out_with_the_pip_command(tmp_path, monkeypatch):
