@@ -436,9 +436,22 @@ def split_pairs(
     bins = max(1, -(-int(lengths.sum()) // max_tokens))
     for k in range(1, 9):
         bins = max(bins, -(-int((lengths * (k + 1) > max_tokens).sum()) // k))
-    m = -(-bins // ranks)
-    while (filled := fill_bins(indexes.tolist(), lengths.tolist(), ranks * m, max_tokens)) is None:
-        m += 1
+
+    def fill(m: int) -> list[MicroBatch] | None:
+        return fill_bins(indexes.tolist(), lengths.tolist(), ranks * m, max_tokens)
+
+    # More bins never make the fullest one fuller, so the smallest m that is enough lies between one
+    # that is not and one that is: found by doubling, then by halving.
+    fewest = m = -(-bins // ranks)
+    step = 1
+    while (filled := fill(m)) is None:
+        fewest, m, step = m + 1, m + step, 2 * step
+    while fewest < m:
+        middle = (fewest + m) // 2
+        if (found := fill(middle)) is None:
+            fewest = middle + 1
+        else:
+            filled, m = found, middle
     return [filled[rank::ranks] for rank in range(ranks)]
 
 

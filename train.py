@@ -846,7 +846,8 @@ def read_pairs(
         if not pairs:
             raise InputError(f"{path}: no pair left to use ({describe(count)})")
         parts.append(Pairs(pairs, config, device))
-        parts[-1].split()  # raises if one pair exceeds --max-tokens-per-gpu
+        longest = parts[-1].sizes.argsort()[-1:]
+        split_pairs(longest, parts[-1].sizes, 1, parts[-1].max_tokens)  # raises if it is too long
     return parts, counts, chat
 
 

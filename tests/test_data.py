@@ -1119,6 +1119,17 @@ def test_20000_long_pairs_are_split_at_the_first_try(longest, bins, monkeypatch)
     assert len(micro_batches) == bins and len(tried) == 1
 
 
+def test_the_tries_of_a_split_grow_with_the_logarithm_of_the_pairs(monkeypatch):
+    """Here the lower bounds are 144 too low: one micro-batch more each time would be 145 tries."""
+    tried, fill = [], data.fill_bins
+    monkeypatch.setattr(data, "fill_bins", lambda *a: tried.append(a[2]) or fill(*a))
+    sizes = np.random.default_rng(0).lognormal(6.5, 0.6, 20_000).clip(max=4096).astype(int)
+    [micro_batches] = split(range(20_000), sizes, 1, 4096)
+    assert len(micro_batches) == tried[0] + 144 and len(tried) <= 16
+    descending, one_less = sorted(sizes.tolist())[::-1], len(micro_batches) - 1
+    assert fill(range(20_000), descending, one_less, 4096) is None  # so there are as few as can be
+
+
 def test_fewer_pairs_than_ranks_leave_empty_micro_batches():
     assert split([1, 0], [3, 4], 4, 10) == [[[1]], [[0]], [[]], [[]]]
     assert split([0, 1, 2], [6, 6, 6], 2, 6) == [[[0], [2]], [[1], []]]
