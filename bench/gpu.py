@@ -215,12 +215,15 @@ def prepare(a: argparse.Namespace, shape: str, *flags):
     mesh = train_py.start_processes(config)
     (pairs,), _, _ = train_py.read_pairs(config, shape_of(a, shape), mesh.device_type)
     model = train_py.build_model(config, mesh)
+    if a.device == "cuda":  # 8B fits on one card only so
+        model.recompute(len(model.model["layers"]))
     optimizer = train_py.make_optimizer(config, model)
 
     def step(*micro_batches: list[int]) -> float:
         """Returns its seconds."""
         started = time.perf_counter()
-        for indexes in micro_batches:
+        for i, indexes in enumerate(micro_batches):
+            train_py.reduce_gradients(model, mesh, last=i + 1 == len(micro_batches))
             train_py.step_loss(model, pairs, indexes)[0].mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
@@ -347,12 +350,6 @@ def train(a: argparse.Namespace, *flags, until: float = math.inf) -> list[dict]:
     if process.poll() is None:
         process.kill()
     code, printed, rows = process.wait(), log.read_text()[-2000:], read_rows(metrics)
-    advice = "expandable_segments:True"
-    if code and "out of memory" in printed and os.environ.get("PYTORCH_ALLOC_CONF") != advice:
-        say(a, f"- out of memory; again with PYTORCH_ALLOC_CONF={advice}")
-        os.environ["PYTORCH_ALLOC_CONF"] = advice
-        shutil.rmtree(a.scratch / "out")
-        return train(a, *flags, until=until)
     if code and len(rows) < until:
         raise ChildProcessError(f"train.py, exit code {code}, {len(rows)} steps\n{printed}")
     return rows

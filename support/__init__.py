@@ -35,7 +35,6 @@ if Path(getattr(sys.modules["__main__"], "__file__", "")).name in ("train.py", "
 # that makes a step five times slower; this setting costs a few per cent. torch reads it on loading.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-# On a GPU that is nearly full, memory in segments that grow leaves fewer gaps than in blocks of a
-# size. A user's own settings stay.
+# Memory segments that can grow leave fewer gaps on a nearly full GPU. A user's own setting stays.
 if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
