@@ -328,7 +328,7 @@ def run(settings: argparse.Namespace) -> None:
     chosen = [(*task, rate) for task in tasks if (rate := choose(records, *task))]
     for r in records:
         key = tuple(r[field] for field in KEY)
-        if key[:2] in tasks and key[:3] not in chosen:
+        if key[:2] in tasks and key[:3] not in chosen and not settings.keep_weights:
             drop_weights(work, key)
     seeds = [(*one, seed, "held-out") for one in chosen for seed in range(settings.seeds)]
     measure_all(work, seeds, files, settings)
@@ -512,7 +512,8 @@ def margins_at_equal_rates(records: list[dict], name: str) -> list[str]:
 
 def answers(settings: argparse.Namespace) -> None:
     """Prints what the language model answers to held-out prompts, before training and after it with
-    each method's chosen rate and seed 0: scores, then some answers side by side."""
+    seed 0: scores, of each method at each rate whose weights were kept; then some answers side by
+    side, of the chosen rates."""
     work = settings.work.resolve()
     records = read_rows(work / "results.jsonl")
     for name, dataset in DATASETS.items():
@@ -528,14 +529,16 @@ def answers(settings: argparse.Namespace) -> None:
                 json.dumps({k: p[k] for k in ("prompt_ids", "chosen_ids")}) + "\n" for p in pairs
             )
         )
-        models = {"before": start}
-        for m, rate in chosen:
-            models[m] = directories(work, (name, m, rate, 0, ""))[-1] / "model"
-        found = {
-            m: answer(home / f"{m}.jsonl", model, prompts, settings) for m, model in models.items()
-        }
+        found = {"before": answer(home / "before.jsonl", start, prompts, settings)}
+        for m, best in chosen:
+            for rate in sorted(rate for _, _, rate in grid_of(records, name, m)):
+                model = directories(work, (name, m, rate, 0, ""))[-1] / "model"
+                if rate == best or (model / "model.safetensors").exists():
+                    out = home / f"{m}-{rate:g}.jsonl"
+                    found[f"{m} {rate:g}"] = answer(out, model, prompts, settings)
         print_scores(name, found, home, settings)
-        print_side_by_side(pairs, found, start, settings.show)
+        best = ["before", *(f"{m} {rate:g}" for m, rate in chosen)]
+        print_side_by_side(pairs, {m: found[m] for m in best}, start, settings.show)
 
 
 def answer(out: Path, model: Path, prompts: Path, settings: argparse.Namespace) -> list[dict]:
@@ -571,7 +574,7 @@ def print_scores(
         "|---|---|---|---|---|---|---|"
     )
     for m, rows in found.items():
-        scores = json.loads((home / f"{m}.score.json").read_text())
+        scores = json.loads((home / f"{m.replace(' ', '-')}.score.json").read_text())
         ended = fmean(row["finish"] == "stop" for row in rows)
         cells = [f"{fmean(row['tokens'] for row in rows):.1f}", f"{ended:.0%}"]
         cells += [f"{scores[score]:.1f}" for score in ("bleu4", "rouge1", "rougeL")]
@@ -608,6 +611,7 @@ def main() -> None:
     add("--temperature", type=float, default=0.5, help="of asft-tempered; not tuned [0.5]")
     add("--max-steps", type=int, help="instead of each data set's own number, to try the study")
     add("--widen", type=int, default=0, help="most further rates beyond an edge of the grid [0]")
+    add("--keep-weights", action="store_true", help="also of rates not chosen, for answers")
     add("--smollm", type=Path, default=Path(), help="directory that bench/smollm.py made")
     add("--prompts", type=int, default=40, help="held-out prompts to answer [40]")
     add("--answer-tokens", type=int, default=64, help="most tokens of an answer [64]")

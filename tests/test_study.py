@@ -130,7 +130,7 @@ def test_answers_before_and_after_are_scored_and_shown_side_by_side(tmp_path, mo
     assert [model for model, _ in asked] == [tmp_path / "model", after]
     assert asked[0][1] == '{"prompt_ids": [4, 5], "chosen_ids": [6, 7]}\n' * 2
     printed = capsys.readouterr().out
-    for m in ("before", "sft"):
+    for m in ("before", "sft 3e-05"):
         assert f"| {m} | 2.0 | 50% | 12.3 | 5.0 | 4.0 | 0.50 |" in printed
         assert f"- *{m}*: so so so\n" in printed
     assert "**1. Why ?**" in printed and "- *chosen*: Because so" in printed
