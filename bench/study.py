@@ -71,6 +71,7 @@ METHODS = {  # name -> the flags of its stages; {T} is this command's --temperat
     "asft-align-only": [ALIGN],
     "asft-tempered": [ALIGN + " --temperature {T}"],
     "asft-two-stage": ["--loss sft", ALIGN],
+    "asft-two-stage-tempered": ["--loss sft", ALIGN + " --temperature {T}"],
     "asft-unpaired": ["--loss asft"],  # these two on the part "unpaired"
     "asft-unpaired-beta-1": ["--loss asft --beta 1"],
 }
@@ -94,8 +95,8 @@ STORIES, PAIRS = REAL / "stories260K", REAL / "preferences"
 # Relative paths are in --smollm.
 SMOLLM, SHORT, LONG = Path("model"), Path("instructions_short.jsonl"), Path("ultrafeedback.jsonl")
 FOUR = ("dpo", "ipo", "orpo", "asft")
-TWO_BETAS = ("asft-beta-0.5", "asft-beta-1")
-NINE = tuple(m for m in METHODS if m not in (*TWO_BETAS, "dpo-norm") and "unpaired" not in m)
+NINE = ("sft", "dpo", "ipo", "orpo", "simpo", "asft")
+NINE += ("asft-align-only", "asft-tempered", "asft-two-stage")
 DATASETS = {
     "example": Dataset(MODEL, *EXAMPLE, 40, 32, "", NINE),
     "untrained": Dataset(None, *EXAMPLE, 40, 32, "", FOUR),
