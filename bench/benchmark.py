@@ -708,8 +708,8 @@ def startup(a: argparse.Namespace) -> None:
         own, busy = used.ru_utime + used.ru_stime, cpu_seconds_of_machine() - busy
         size = data.stat().st_size / 2**20
     print(
-        f"{a.pairs:,} pairs, {size:.0f} MiB: {seconds:.1f} s to the end of the first step, "
-        f"{own:.1f} CPU s; peak memory {rows[0]['peak_memory_gib']:.2f} GiB; other load "
+        f"{a.pairs:,} pairs, {size:.0f} MiB: {seconds:.1f} s to the end of the first step, which "
+        f"took {rows[0]['seconds']:.1f} s; {own:.1f} CPU s; peak memory {rows[0]['peak_memory_gib']:.2f} GiB; other load "
         f"{max(0.0, busy - own) / seconds:.2f}. {machine()}"
     )
 
