@@ -709,7 +709,8 @@ def startup(a: argparse.Namespace) -> None:
         size = data.stat().st_size / 2**20
     print(
         f"{a.pairs:,} pairs, {size:.0f} MiB: {seconds:.1f} s to the end of the first step, which "
-        f"took {rows[0]['seconds']:.1f} s; {own:.1f} CPU s; peak memory {rows[0]['peak_memory_gib']:.2f} GiB; other load "
+        f"took {rows[0]['seconds']:.1f} s; {own:.1f} CPU s; peak memory "
+        f"{rows[0]['peak_memory_gib']:.2f} GiB; other load "
         f"{max(0.0, busy - own) / seconds:.2f}. {machine()}"
     )
 
