@@ -228,7 +228,8 @@ def draw_curves(figure, run: Run) -> str:
     """One run: six panels over its steps, or those that it has: the last one is ASFT's."""
     window = max(1, len(run.steps["step"]) // 20)
     figure.set_size_inches(11, 6)
-    figure.suptitle(f"{run.label}: training pairs (lines) and held-out pairs (dots)")
+    dots = " and held-out pairs (dots)" if run.held_out else ""
+    figure.suptitle(f"{run.label}: training pairs (lines){dots}")
     axes = figure.subplots(2, 3, sharex=True).ravel()
     blue, red, log_prob = COLOURS[0], COLOURS[3], "log-probability (nats per token)"
     for ax, name, title, colour, label in (
@@ -252,7 +253,8 @@ def draw_curves(figure, run: Run) -> str:
     has_weight = "rejected_weight" in run.steps
     return (
         f"The run {run.label}, on {run.device}: thin lines are the pairs of single steps, thick "
-        f"lines the mean of the last {window} step{'s' * (window > 1)}, dots the held-out pairs. "
+        f"lines the mean of the last {window} step{'s' * (window > 1)}"
+        f"{', dots the held-out pairs' if run.held_out else ''}. "
         "Look for a margin that grows without a fall of the chosen answers' log-probability"
         + ("; near a rejected weight of 0, ASFT is plain SFT." if has_weight else ".")
     )
