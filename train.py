@@ -11,7 +11,7 @@ In reading order
     step_loss, train                       the step and the loop
     learning_rate, Pairs, Sums             warm-up and cosine; what a step draws; its metrics
     evaluate, answer                       held-out figures; answers to a few held-out prompts
-    attach_reference                       log-probs of the starting model, for dpo, ipo
+    attach_reference                       log-probs of the starting model, for dpo and ipo
     start_processes ... make_optimizer     one process and many, on CPU and on GPUs (FSDP2)
     Run, run, plan, main                   a whole run; what it would take; the exit code
 
@@ -88,6 +88,7 @@ from support.processes import (
     StopRequest,
     announced,
     choose_device,
+    every_two_seconds,
     exit_code,
     join_group,
     leave,
@@ -217,11 +218,6 @@ class Config:
             )
         if self.ipo_sum and self.loss != "ipo":
             raise InputError(f"--ipo-sum goes with --loss ipo, found --loss {self.loss}")
-        blocks = self.checkpoint_blocks
-        if blocks not in ("auto", "on", "off") and not (blocks.isascii() and blocks.isdigit()):
-            raise InputError(
-                f"--checkpoint-blocks is {blocks}, wanted auto, on, off or a number of blocks"
-            )
         if self.gpu_memory and not self.plan:
             raise InputError("--gpu-memory goes with --plan")
         if not self.model or not self.data:
@@ -376,8 +372,7 @@ def learning_rate(
 
     The first update has a rate above 0 (peak / warmup), the last one of the warm-up has the peak,
     and the last of all, after any warm-up, has min_lr_ratio * peak: with 0, it changes nothing. The
-    paper says linear
-    warm-up and cosine, not how long and how far.
+    paper says linear warm-up and cosine, not how long and how far.
     """
     warmup = max(1, math.ceil(round(warmup_ratio * steps, 6)))  # 0.07 * 100 is above 7 in floats
     if step < warmup:
@@ -810,14 +805,7 @@ def read_pairs(
 ) -> tuple[list[Pairs], list[Counter], ChatFormat | None]:
     """The training pairs and, if asked for, the held-out ones, checked; their counts; and the chat
     format, unless all pairs are token ids."""
-    printed = time.monotonic()
-
-    def progress(line: str) -> None:
-        nonlocal printed
-        if dist.get_rank() == 0 and time.monotonic() - printed > 2:
-            printed = time.monotonic()
-            print(line, flush=True)
-
+    progress = every_two_seconds()
     files = [config.data, config.eval_data] if config.eval_data else [config.data]
     counts = [Counter() for _ in files]
     preferences = [

@@ -33,7 +33,7 @@ from evaluation.intervals import RESAMPLES, bootstrap
 from evaluation.rows import add_model_flags, between, is_first, share, torchrun_group
 from model import Llama, LlamaConfig, load_model
 from support.files import InputError, naming, write_json
-from support.processes import choose_device
+from support.processes import choose_device, every_two_seconds
 
 # Each line of the table, in the order of the rows' columns.
 MEASURES = {
@@ -52,10 +52,13 @@ def encode_pairs(flags, directory: str, max_tokens: int) -> tuple[list[Pair], Co
     """The pairs of --data under a model's tokenizer, as train.py reads them, and counts of what was
     read and dropped."""
     counts = Counter()
-    preferences = read_preferences(flags.data, counts, flags.skip_bad_lines)
+    progress = every_two_seconds()
+    preferences = read_preferences(flags.data, counts, flags.skip_bad_lines, progress)
     chat = ChatFormat(directory) if any(p.is_text for p in preferences) else None
     vocab_size = LlamaConfig.load(directory).vocab_size
-    pairs = encode_preferences(preferences, chat, max_tokens, flags.overlong, counts, vocab_size)
+    pairs = encode_preferences(
+        preferences, chat, max_tokens, flags.overlong, counts, vocab_size, progress
+    )
     if not pairs:
         raise InputError(f"{flags.data}: no pair left to use ({dict(counts)})")
     return pairs, counts

@@ -15,7 +15,6 @@ and 6% by micro-batches twice as large.
 import contextlib
 import functools
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -28,7 +27,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from support.files import InputError
 from support.flops import pair_flops
-from support.processes import StoppedError, announced, choose_device, out_of_memory
+from support.processes import (
+    StoppedError,
+    announced,
+    choose_device,
+    every_two_seconds,
+    out_of_memory,
+)
 
 MARGIN = 0.04  # of a GPU's memory is left free: for gaps between tensors and what grows later
 LARGER = 2  # how many times the default micro-batch a GPU with room gets: more was not measured
@@ -37,11 +42,15 @@ MicroBatch = list[int]  # indexes of pairs
 
 def recomputed_blocks(choice: str, layers: int, on_gpu: bool = False) -> int | None:
     """How many blocks --checkpoint-blocks recomputes; None: as few as a measurement allows. Raises
-    InputError for more blocks than there are."""
+    InputError for anything but auto, on, off and a number of blocks that the model has."""
     if choice == "auto":
         return None if on_gpu else 0
     if choice in ("on", "off"):
         return layers if choice == "on" else 0
+    if not (choice.isascii() and choice.isdigit()):
+        raise InputError(
+            f"--checkpoint-blocks is {choice}, wanted auto, on, off or a number of blocks"
+        )
     if int(choice) > layers:
         raise InputError(f"--checkpoint-blocks is {choice}, but the model has {layers} blocks")
     return int(choice)
@@ -98,18 +107,15 @@ def costliest(
     return Costliest(distinct, max(best[-1])[0], count / steps / len(plan), tokens / count, most)
 
 
-def costliest_of(
-    llama, pairs, steps: int, processes: int, recomputed: list[int], say: Callable[[str], None]
-) -> Costliest:
+def costliest_of(llama, pairs, steps: int, processes: int, recomputed: list[int]) -> Costliest:
     """The costliest micro-batches of a run of so many steps, for each of these numbers of
     recomputed blocks. llama: model.LlamaConfig; pairs: train.Pairs."""
 
+    progress = every_two_seconds()
+
     def plans() -> Iterator[list[list[MicroBatch]]]:
-        last = time.monotonic()
         for step in range(steps):
-            if time.monotonic() - last > 2:
-                last = time.monotonic()
-                say(f"planned {step:,} of {steps:,} steps")
+            progress(f"planned {step:,} of {steps:,} steps")
             yield pairs.plan(step, processes)
 
     costs = [pair_bytes(llama, pairs, number) for number in recomputed]
@@ -220,7 +226,7 @@ def rehearse(
     fixed = recomputed_blocks(pairs.config.checkpoint_blocks, layers, gpu is not None)
 
     def find(numbers: list[int]) -> Costliest:
-        return costliest_of(llama, pairs, steps, dist.get_world_size(), numbers, say)
+        return costliest_of(llama, pairs, steps, dist.get_world_size(), numbers)
 
     def try_with(recomputed: int) -> Measured:
         return measure(model, pairs, found.steps, recomputed, losses_of, gpu)
@@ -359,7 +365,7 @@ def print_plan(pairs, steps: int, gpus: int, llama, parameters: int, build: Buil
     fixed = recomputed_blocks(config.checkpoint_blocks, layers, on_gpu=True)
 
     def find(numbers: list[int]) -> Costliest:
-        return costliest_of(llama, pairs, steps, gpus, numbers, print)
+        return costliest_of(llama, pairs, steps, gpus, numbers)
 
     @functools.cache
     def peak_of(recomputed: int) -> dict[str, float]:

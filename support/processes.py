@@ -2,7 +2,7 @@
 
 choose_device, out_of_memory, peak_memory_gib    the device and its memory
 together, on_first_process                       actions whose failure all processes learn of
-announced                                        a line for what takes longer than 2 s
+announced, every_two_seconds                     lines for what takes longer than 2 s
 StopRequest, StoppedError                        a run that ends before its last step
 complain, exit_code, leave                       one line and an exit code for every end
 """
@@ -124,6 +124,21 @@ def announced(text: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def every_two_seconds() -> typing.Callable[[str], None]:
+    """A print, for process 0, that leaves out what comes less than 2 s after its last line, or
+    after now: how far long work is."""
+    printed = time.monotonic()
+
+    def progress(line: str) -> None:
+        nonlocal printed
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        if first and time.monotonic() - printed > 2:
+            printed = time.monotonic()
+            print(line, flush=True)
+
+    return progress
 
 
 # --------------------------------------------------------------------------------- early endings

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -120,6 +121,13 @@ def trained(start: Path, out: Path, *more) -> list[dict]:
     """Trains in this process; returns the rows of metrics.jsonl."""
     assert main(*flags(start, out, *more)) == 0
     return rows(out)
+
+
+def before_export(whole: Path, copy: Path) -> Path:
+    """A copy of a finished run as if it had been killed before the export; returns its path."""
+    shutil.copytree(whole, copy)
+    shutil.rmtree(copy / "model")
+    return copy
 
 
 @pytest.fixture

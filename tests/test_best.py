@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
+    before_export,
     edit_json,
     flags,
     flip_a_bit,
@@ -69,10 +70,7 @@ def whole(start, tmp_path_factory):
 
 @pytest.fixture
 def out(whole, tmp_path):
-    """A copy of that run as if it had been killed before the export."""
-    copy = shutil.copytree(whole, tmp_path / "out")
-    shutil.rmtree(copy / "model")
-    return copy
+    return before_export(whole, tmp_path / "out")
 
 
 def assert_same(out, whole):

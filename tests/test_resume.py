@@ -21,6 +21,7 @@ from conftest import (
     LENGTHS,
     ON_CPU,
     Planted,
+    before_export,
     complaint_of_two,
     edit_json,
     entry,
@@ -104,10 +105,7 @@ def whole(start, tmp_path_factory):
 
 @pytest.fixture
 def out(whole, tmp_path):
-    """A copy of that run as if it had been killed before the export."""
-    copy = shutil.copytree(whole, tmp_path / "out")
-    shutil.rmtree(copy / "model")
-    return copy
+    return before_export(whole, tmp_path / "out")
 
 
 @pytest.fixture

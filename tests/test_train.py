@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +35,7 @@ import data
 import train
 from data import ChatFormat, plan_step
 from model import LlamaConfig, load_model, load_weights
+from support import processes
 from support.flags import parse, spell
 from support.tensors import local_rows
 
@@ -164,17 +164,18 @@ def test_bad_lines_stop_the_run_before_training_and_name_file_and_line(start, tm
     assert read_json(tmp_path / "out/config.json")["data"]["bad lines"] == 2
 
 
-def test_reading_and_encoding_say_every_two_seconds_how_far_they_are(
+def test_reading_encoding_and_planning_say_every_two_seconds_how_far_they_are(
     start, tmp_path, capsys, monkeypatch
 ):
     """Here chunks have 4 of the 10 pairs, and each look at the clock takes 1.5 seconds."""
-    ticks, clock = iter(range(1000)), time.perf_counter
-    fake = SimpleNamespace(monotonic=lambda: 1.5 * next(ticks), perf_counter=clock)
-    monkeypatch.setattr(train, "time", fake)
+    ticks = iter(range(1000))
+    fake = SimpleNamespace(monotonic=lambda: 1.5 * next(ticks))
+    monkeypatch.setattr(processes, "time", fake)
     monkeypatch.setattr(data, "CHUNK", 4)
-    trained(start, tmp_path / "out", "--max-steps 1")
-    said = [line for line in capsys.readouterr().out.splitlines() if line[:4] in ("read", "enco")]
-    assert said == [f"read 8 records of {start / 'pairs.jsonl'}", "encoded 8 of 10 pairs"]
+    trained(start, tmp_path / "out", "--max-steps 3")
+    said = re.findall("^(?:read|encoded|planned) .*", capsys.readouterr().out, re.M)
+    read = f"read 8 records of {start / 'pairs.jsonl'}"
+    assert said == [read, "encoded 8 of 10 pairs", "planned 1 of 3 steps"]
 
 
 def test_an_out_that_holds_anything_or_cannot_be_made_is_refused(start, tmp_path, complaint):
