@@ -3,8 +3,13 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -176,6 +181,32 @@ def test_reading_encoding_and_planning_say_every_two_seconds_how_far_they_are(
     said = re.findall("^(?:read|encoded|planned) .*", capsys.readouterr().out, re.M)
     read = f"read 8 records of {start / 'pairs.jsonl'}"
     assert said == [read, "encoded 8 of 10 pairs", "planned 1 of 3 steps"]
+
+
+@pytest.mark.parametrize("after, expected", [(0.01, "reading\n"), (60, "")])
+def test_only_work_that_takes_longer_than_the_delay_is_announced(
+    capsys, monkeypatch, after, expected
+):
+    asked, timer = [], threading.Timer
+
+    def shorter(seconds, *call):
+        asked.append(seconds)
+        return timer(after, *call)
+
+    monkeypatch.setattr(processes.threading, "Timer", shorter)
+    with processes.announced("reading"):
+        time.sleep(0.3)
+    assert asked == [2] and capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", ""])
+def test_gpu_memory_grows_in_segments_unless_the_user_sets_otherwise(name):
+    ask = f"import os, support; print(os.environ.get({name or 'PYTORCH_ALLOC_CONF'!r}))"
+    known = {key: value for key, value in os.environ.items() if "ALLOC_CONF" not in key}
+    known |= {name: "garbage_collection_threshold:0.8"} if name else {}
+    words = [sys.executable, "-c", ask]
+    done = subprocess.run(words, cwd=ROOT, env=known, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == (known[name] if name else "expandable_segments:True")
 
 
 def test_an_out_that_holds_anything_or_cannot_be_made_is_refused(start, tmp_path, complaint):
