@@ -40,7 +40,7 @@ from asft import at_least_fp32
 from support.export import write_companions
 from support.files import InputError, flush, naming, read_json, shown, write_json
 from support.llama_config import checked_config, config_json
-from support.processes import on_first_process
+from support.processes import announced, on_first_process
 from support.tensors import finite, local_rows, open_safetensors, tensor_headers
 
 # ------------------------------------------------------------------------------- configuration
@@ -584,6 +584,7 @@ def _alike(key: str, found: Iterable[str]) -> str:
     return ""
 
 
+@announced("reading the weights")
 @torch.no_grad()
 def load_weights(model: Llama, directory: str | Path) -> None:
     """Fills `model` from a Hugging Face directory: model.safetensors, or
@@ -617,6 +618,7 @@ def load_weights(model: Llama, directory: str | Path) -> None:
                 )
 
 
+@announced("writing the model")
 def save_model(
     model: Llama,
     directory: str | Path,

@@ -731,8 +731,7 @@ def run(config: Config) -> None:
     if on_first_process((out / "model").exists):
         log.say(f"{out} is finished: its model is {out / 'model'}")
         return
-    with announced("reading the weights"):
-        model = build_model(config, mesh)
+    model = build_model(config, mesh)
     run_directory.check_shared(out)
     log.say(header(config, out, model, parts, counts, steps, chat is not None))
     facts = run_facts(config, model, counts, steps, marks)

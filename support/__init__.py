@@ -21,15 +21,13 @@ Nothing here imports model.py, data.py or train.py.
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 if os.name == "nt":
     print("ASFT runs on Linux and macOS; on Windows, use WSL", file=sys.stderr)
     sys.exit(2)
 
-# Ctrl-C while torch is imported ends the program without a traceback; exit_code takes over later.
-if Path(getattr(sys.modules["__main__"], "__file__", "")).name in ("train.py", "eval.py"):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Waiting OpenMP threads keep a CPU busy for milliseconds by default. Beside another busy process
 # that makes a step five times slower; this setting costs a few per cent. torch reads it on loading.
@@ -38,3 +36,15 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # Memory segments that can grow leave fewer gaps on a nearly full GPU. A user's own setting stays.
 if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+if Path(getattr(sys.modules["__main__"], "__file__", "")).name in ("train.py", "eval.py"):
+    # Ctrl-C during the import ends the program without a traceback; exit_code takes over later.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # From a network disk it may take minutes.
+    timer = threading.Timer(2, print, ["importing torch"], {"flush": True})
+    timer.daemon = True
+    if os.environ.get("RANK", "0") == "0":
+        timer.start()
+    import torch  # noqa: F401
+
+    timer.cancel()

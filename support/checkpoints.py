@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from support.files import InputError, checksum, file_checksum, flush, naming, write_whole
-from support.processes import StoppedError, on_first_process, together
+from support.processes import StoppedError, announced, on_first_process, together
 from support.tensors import finite, local_rows, open_safetensors, rows_of_rank, write_tensors
 
 FACTS = "checkpoint.json"
@@ -85,6 +85,7 @@ def save_checkpoint(
     on_first_process(lambda: retire(checkpoints(out)[:-keep]))
 
 
+@announced("writing a checkpoint")
 def write_checkpoint(out: Path, kind: str, facts: dict, tensors: Tensors, mesh: DeviceMesh) -> None:
     """Writes OUT/checkpoints/KIND-..., with these facts in its checkpoint.json. Raises as
     `save_checkpoint`."""
@@ -199,6 +200,7 @@ def check_run(path: Path, facts: dict, identity: str) -> None:
         )
 
 
+@announced("computing a checkpoint's checksums")
 def checked_facts(path: Path) -> dict:
     """A checkpoint's checkpoint.json. Each process verifies the checksums of its share of the
     files. Raises DamagedError, naming the file."""
@@ -238,6 +240,7 @@ def load_checkpoint(
         state["step"].fill_(facts["step"])
 
 
+@announced("reading a checkpoint")
 def fill(tensors: Tensors, path: Path, facts: dict) -> None:
     """Fills tensors from a checkpoint that any number of processes wrote; each process reads its
     own rows. Raises InputError if a tensor is missing or has another shape."""

@@ -23,7 +23,7 @@ from support.export import CHAT_TEMPLATE, source_template
 from support.files import InputError, naming, read_json, write_whole
 from support.flags import command_line
 from support.flops import pair_flops, peak_tflops, utilisation
-from support.processes import choose_device, peak_memory_gib
+from support.processes import choose_device, erase_line, peak_memory_gib
 
 # Metrics of a step in the order of its line, with their formats. A loss may lack some of them.
 STEP = "loss:.4f sft:.4f align:.4f | margin:+.4f accuracy:.1% logp_w:.4f logp_l:.4f"
@@ -187,14 +187,13 @@ class Log:
         )
         text = text.rstrip()  # the utilisation is not always known
         if self.moving:
-            text = "\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1]
+            text = erase_line() + text[: shutil.get_terminal_size().columns - 1]
         print(text, end="" if self.moving and row["step"] < steps else "\n", flush=True)
 
     def evaluation(self, step: int, row: dict, by: dict[str, dict], answers: list[str]) -> None:
         """Prints the held-out figures after a step, in all and of each group in `by`, and adds
         them, with answers, to eval.jsonl."""
-        clear = "\r\x1b[K" if self.moving else ""
-        self.say(f"{clear}held-out after {step} | {formatted(row, STEP, 'eval_')}")
+        self.say(f"{erase_line()}held-out after {step} | {formatted(row, STEP, 'eval_')}")
         for name, of_group in by.items():
             figures = formatted(of_group, STEP, "eval_")
             self.say(f"  {one_line(name)}: pairs {of_group['pairs']:,} | {figures}")

@@ -113,10 +113,16 @@ def on_first_process(action: typing.Callable[[], typing.Any]) -> typing.Any:
     return together(lambda: action() if dist.get_rank() == 0 else None)[0]
 
 
+def erase_line() -> str:
+    """What to print before a text, so that a terminal erases a step line that moves in place."""
+    return "\r\x1b[K" if sys.stdout.isatty() else ""
+
+
 @contextlib.contextmanager
 def announced(text: str) -> Iterator[None]:
-    """Prints `text` on process 0 if what is done inside this `with` takes longer than 2 s."""
-    timer = threading.Timer(2, print, [text], {"flush": True})
+    """Prints `text` on process 0 if what is done inside this `with` takes longer than 2 s. Also a
+    decorator."""
+    timer = threading.Timer(2, print, [erase_line() + text], {"flush": True})
     timer.daemon = True
     if not dist.is_initialized() or dist.get_rank() == 0:
         timer.start()
@@ -136,7 +142,7 @@ def every_two_seconds() -> typing.Callable[[str], None]:
         first = not dist.is_initialized() or dist.get_rank() == 0
         if first and time.monotonic() - printed > 2:
             printed = time.monotonic()
-            print(line, flush=True)
+            print(erase_line() + line, flush=True)
 
     return progress
 

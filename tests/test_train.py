@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from conftest import (
     LENGTHS,
     ROOT,
+    before_export,
     edit_json,
     flags,
     main,
@@ -197,6 +198,44 @@ def test_only_work_that_takes_longer_than_the_delay_is_announced(
     with processes.announced("reading"):
         time.sleep(0.3)
     assert asked == [2] and capsys.readouterr().out == expected
+
+
+class EveryTime(threading.Timer):
+    """A timer that does not wait: as if all work took long."""
+
+    def start(self) -> None:
+        self.function(*self.args, **self.kwargs)
+
+
+def test_reading_and_writing_of_models_and_checkpoints_is_announced(
+    start, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(processes.threading, "Timer", EveryTime)
+    trained(start, tmp_path / "out", "--max-steps 2 --save-every 1 --device cpu")
+    said = [line for line in capsys.readouterr().out.split("\n") if re.match("[a-z]+ing ", line)]
+    assert said == [
+        "computing checksums of weights and pairs",
+        "reading the weights",
+        "trying the run's costliest micro-batches",
+        "writing a checkpoint",
+        "writing the model",
+    ]
+    killed = before_export(tmp_path / "out", tmp_path / "killed")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert main("--resume", killed) == 0
+    said = capsys.readouterr().out
+    assert "\r\x1b[Kcomputing a checkpoint's checksums\n" in said
+    assert "\r\x1b[Kreading a checkpoint\n" in said
+
+
+def test_a_slow_import_of_torch_is_announced(tmp_path):
+    """Here torch is a module that takes three seconds and then fails."""
+    (tmp_path / "torch.py").write_text("import time; time.sleep(3); raise SystemExit(9)")
+    for rank, expected in (("0", "importing torch\n"), ("1", "")):
+        known = os.environ | {"PYTHONPATH": str(tmp_path), "RANK": rank}
+        program = [sys.executable, ROOT / "train.py"]
+        done = subprocess.run(program, env=known, capture_output=True, text=True)
+        assert (done.stdout, done.returncode) == (expected, 9)
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", ""])
