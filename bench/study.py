@@ -6,7 +6,7 @@
 
 In reading order
     METHODS, DATASETS       what is compared: losses; starts, pairs and numbers of steps
-    parts, random_start     the parts of a data set; untrained models of the example's size
+    parts, random_start     the parts of a data set; a start with random weights
     train, likelihood       one training and one evaluation, by the commands that a user runs
     choose, rates           the learning rate of a method
     run, measure_all        the grid of rates with seed 0 on the validation part, then every seed
@@ -25,10 +25,12 @@ the larger margin. Accuracy is on one scale, and it is the goal of every method 
 first would always choose to push harder, and each loss's own value would choose by another
 criterion for each. The choice is coarse with so few pairs. With --widen, a method whose best rate
 lies at an edge of its grid gets the next rate beyond it. The tables name the methods that still
-lie at an edge, and claim (c) is also shown at equal rates.
+lie at an edge, and claim (c) is also shown at equal rates. Temperatures are methods of their own:
+which one is best is read from their rows, of the validation part.
 
 A claim holds if its rule is true for every seed. ± is the standard deviation over seeds. The
-held-out pairs are the same for all seeds, so it says nothing about other pairs.
+held-out pairs are the same for all seeds, so it says nothing about other pairs. Intervals in
+brackets do: 95% of resampled pairs, of each pair's mean over the seeds.
 
 The data sets of real text run if their files are beside the checkout, those of the language model
 with --smollm, the directory that bench/smollm.py makes. DIR/runs has config.json and metrics.jsonl
@@ -52,13 +54,15 @@ from common import ROOT, append_row, read_rows, train_command
 
 sys.path.insert(0, str(ROOT))
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from evaluation.intervals import bootstrap
 from model import Llama, LlamaConfig, save_model
 
 ALIGN = "--loss asft --sft-weight 0"
-METHODS = {  # name -> the flags of its stages; {T} is this command's --temperature
+METHODS = {  # name -> the flags of its stages
     "sft": ["--loss sft"],
     "dpo": ["--loss dpo"],
     "dpo-norm": ["--loss dpo-norm"],
@@ -69,9 +73,11 @@ METHODS = {  # name -> the flags of its stages; {T} is this command's --temperat
     "asft-beta-0.5": ["--loss asft --beta 0.5"],
     "asft-beta-1": ["--loss asft --beta 1"],
     "asft-align-only": [ALIGN],
-    "asft-tempered": [ALIGN + " --temperature {T}"],
+    "asft-tempered": [ALIGN + " --temperature 0.5"],
+    "asft-tempered-0.25": [ALIGN + " --temperature 0.25"],
+    "asft-tempered-0.1": [ALIGN + " --temperature 0.1"],
     "asft-two-stage": ["--loss sft", ALIGN],
-    "asft-two-stage-tempered": ["--loss sft", ALIGN + " --temperature {T}"],
+    "asft-two-stage-tempered": ["--loss sft", ALIGN + " --temperature 0.5"],
     "asft-unpaired": ["--loss asft"],  # these two on the part "unpaired"
     "asft-unpaired-beta-1": ["--loss asft --beta 1"],
 }
@@ -79,13 +85,14 @@ REFERENCE = ("dpo", "dpo-norm", "ipo")  # these need a reference's log-probs, co
 
 
 class Dataset(NamedTuple):
-    model: Path | None  # None: random_start
+    model: Path
     data: Path
     held_out: Path | None  # None: a part of the data
     steps: int
     pairs_per_step: int
     flags: str  # of train.py and of eval.py likelihood
     methods: tuple[str, ...]
+    untrained: bool = False  # the start is random_start of the model
 
 
 MODEL = ROOT / "examples/model"
@@ -99,12 +106,13 @@ NINE = ("sft", "dpo", "ipo", "orpo", "simpo", "asft")
 NINE += ("asft-align-only", "asft-tempered", "asft-two-stage")
 DATASETS = {
     "example": Dataset(MODEL, *EXAMPLE, 40, 32, "", NINE),
-    "untrained": Dataset(None, *EXAMPLE, 40, 32, "", FOUR),
+    "untrained": Dataset(MODEL, *EXAMPLE, 40, 32, "", FOUR, True),
     "instructions": Dataset(STORIES, PAIRS / SHORT, None, 50, 16, "", NINE),
     "ultrafeedback": Dataset(STORIES, PAIRS / LONG, None, 24, 16, "--max-tokens 256", NINE),
     "smollm-instructions": Dataset(SMOLLM, SHORT, None, 20, 16, "--precision bf16", tuple(METHODS)),
+    "smollm-untrained": Dataset(SMOLLM, SHORT, None, 20, 16, "--precision bf16", FOUR, True),
     "smollm-ultrafeedback": Dataset(
-        SMOLLM, LONG, None, 20, 16, "--precision bf16 --max-tokens 512", tuple(METHODS)
+        SMOLLM, LONG, None, 20, 8, "--precision bf16 --max-tokens 256", tuple(METHODS)
     ),
 }
 LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # for --widen
@@ -153,16 +161,16 @@ def half(line: bytes, good: bool) -> bytes | None:
     return json.dumps(one).encode()
 
 
-def random_start(directory: Path, seed: int) -> Path:
-    """The example's model as it is before examples/make.py trains it, but with this seed."""
+def random_start(directory: Path, source: Path, seed: int) -> None:
+    """Writes a model like `source` with random weights: as the example's is before examples/make.py
+    trains it, but with this seed."""
     if not directory.exists():
         torch.manual_seed(seed)
-        model = Llama(LlamaConfig.load(MODEL))
+        model = Llama(LlamaConfig.load(source))
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.05)
-        save_model(model, directory, dtype=torch.float32, source=MODEL)
-    return directory
+        save_model(model, directory, dtype=torch.float32, source=source)
 
 
 def directories(work: Path, key: tuple) -> list[Path]:
@@ -173,10 +181,21 @@ def directories(work: Path, key: tuple) -> list[Path]:
     return [home / str(i) for i in stages] if len(stages) > 1 else [home]
 
 
+def label_before(name: str, part: str, seed: int) -> str:
+    """Names the figures of a start."""
+    return f"before-{name}-{part}" + (f"-{seed}" if DATASETS[name].untrained else "")
+
+
+def label_after(key: tuple) -> str:
+    """Names the figures of a training."""
+    name, method, rate, seed, part = key
+    return f"{name}-{method}-{rate:g}-{seed}-{part}"
+
+
 def start_of(work: Path, name: str, seed: int, smollm: Path) -> Path:
     """The model that a training begins with."""
-    model = DATASETS[name].model
-    return smollm / model if model else work / "starts" / str(seed)
+    dataset = DATASETS[name]
+    return work / "starts" / name / str(seed) if dataset.untrained else smollm / dataset.model
 
 
 def call(words: list, settings: argparse.Namespace) -> subprocess.CompletedProcess:
@@ -198,11 +217,11 @@ def train(work: Path, key: tuple, data: Path, settings: argparse.Namespace) -> s
             shutil.rmtree(out, ignore_errors=True)  # of a study that was stopped
             # The second stage has another seed: with the first one's it would draw the same pairs.
             flags = (
-                f"{stages[i].format(T=settings.temperature)} {dataset.flags} --lr {rate} "
+                f"{stages[i]} {dataset.flags} --lr {rate} "
                 f"--pairs-per-step {dataset.pairs_per_step} --seed {seed + 1000 * i} "
                 f"--epochs 1000 --max-steps {share[i]} --save-dtype fp32 --device cpu"
             ).split()
-            if method in REFERENCE and dataset.model:
+            if method in REFERENCE and not dataset.untrained:
                 flags += ["--reference-cache", work / "references" / name]
                 flags[-1].parent.mkdir(exist_ok=True)
             paths = ["--model", start, "--data", data, "--out", out]
@@ -235,8 +254,7 @@ def likelihood(
 def before(work: Path, key: tuple, files: dict[str, Path], settings: argparse.Namespace) -> dict:
     """The figures of a training's start on its part."""
     name, _, _, seed, part = key
-    label = f"before-{name}-{part}" + ("" if DATASETS[name].model else f"-{seed}")
-    start = start_of(work, name, seed, settings.smollm)
+    label, start = label_before(name, part, seed), start_of(work, name, seed, settings.smollm)
     return likelihood(work, label, start, files[part], DATASETS[name].flags, settings)
 
 
@@ -251,9 +269,8 @@ def measure(work: Path, key: tuple, files: dict[str, Path], settings: argparse.N
     record["seconds"] = sum(row["seconds"] for row in rows)
     if failure:  # a result too
         return record | {"failed": failure}
-    label = f"{outs[0].name if len(outs) == 1 else outs[0].parent.name}-{part}"
     model, flags = outs[-1] / "model", DATASETS[name].flags
-    after = likelihood(work, label, model, files[part], flags, settings)
+    after = likelihood(work, label_after(key), model, files[part], flags, settings)
     if seed != 0:
         drop_weights(work, key)
     at_start = before(work, key, files, settings)
@@ -305,7 +322,7 @@ def run(settings: argparse.Namespace) -> None:
     work = settings.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     path, results = work / "settings.json", work / "results.jsonl"
-    wanted = {name: getattr(settings, name) for name in ("rates", "temperature", "max_steps")}
+    wanted = {name: getattr(settings, name) for name in ("rates", "max_steps")}
     if not path.exists():
         path.write_text(json.dumps(wanted))
     if (found := json.loads(path.read_text())) != wanted:
@@ -314,9 +331,10 @@ def run(settings: argparse.Namespace) -> None:
     names = [name for name in there if there[name]]
     if missing := [name for name in there if not there[name]]:
         print(f"no data for {', '.join(missing)} (beside this checkout, or in --smollm)")
-    if "untrained" in names:
-        for seed in range(settings.seeds):
-            random_start(work / "starts" / str(seed), seed)
+    for name in names:
+        for seed in range(settings.seeds if DATASETS[name].untrained else 0):
+            start = start_of(work, name, seed, settings.smollm)
+            random_start(start, settings.smollm / DATASETS[name].model, seed)
     files = {name: parts(work, name, settings.smollm) for name in names}
     tasks = [(name, m) for name in names for m in DATASETS[name].methods if m in settings.methods]
     grid = [(*task, rate, 0, "validation") for task in tasks for rate in settings.rates]
@@ -368,8 +386,22 @@ def over_seeds(values: list[float], sign: str = "+") -> str:
     return f"{fmean(values):{sign}.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def held_out(records: list[dict], name: str, method: str, seeds: int) -> Seeds | None:
-    """Held-out figures at the chosen rate; None if a seed has none."""
+def right_per_pair(work: Path, labels: list[str]) -> list[float]:
+    """For each pair, in how many of these measurements its margin is above 0, as a share."""
+    rows = [read_rows(work / "likelihood" / f"{label}.jsonl") for label in labels]
+    return [fmean(row["accuracy"] for row in of_pair) for of_pair in zip(*rows, strict=True)]
+
+
+def difference(new: list[float], old: list[float]) -> str:
+    """Of two lists of right_per_pair: the mean of new - old, and 95% of resampled pairs."""
+    change_P = np.subtract(new, old)
+    value, low, high = bootstrap(lambda times_P: times_P @ change_P / times_P.sum(), len(change_P))
+    return f"{value:+.3f} [{low:.3f}, {high:.3f}]"
+
+
+def held_out(work: Path, records: list[dict], name: str, method: str, seeds: int) -> Seeds | None:
+    """Held-out figures at the chosen rate; None if a seed has none. "right" and "right before" are
+    those of right_per_pair."""
     rate, by_seed = choose(records, name, method), {}
     for r in records:
         same = (r["dataset"], r["method"], r["rate"], r["part"]) == (name, method, rate, "held-out")
@@ -383,17 +415,21 @@ def held_out(records: list[dict], name: str, method: str, seeds: int) -> Seeds |
         after = [by_seed[seed]["after"][figure] for seed in range(seeds)]
         change = [new - old for new, old in zip(after, before, strict=True)]
         found |= {figure: after, f"{figure} before": before, f"{figure} change": change}
-    return found
+    keys = [(name, method, rate, seed, "held-out") for seed in range(seeds)]
+    found["right"] = right_per_pair(work, [label_after(key) for key in keys])
+    labels = [label_before(name, "held-out", seed) for seed in range(seeds)]
+    return found | {"right before": right_per_pair(work, labels)}
 
 
 def table(settings: argparse.Namespace) -> None:
-    records = read_rows(settings.work / "results.jsonl")
+    work, seeds = settings.work, settings.seeds
+    records = read_rows(work / "results.jsonl")
     methods: dict[str, dict[str, Seeds]] = {}
     for name, dataset in DATASETS.items():
-        rows = {m: held_out(records, name, m, settings.seeds) for m in dataset.methods}
+        rows = {m: held_out(work, records, name, m, seeds) for m in dataset.methods}
         methods[name] = {m: row for m, row in rows.items() if row}
         if methods[name]:
-            print_dataset(name, methods[name], records, settings.seeds)
+            print_dataset(name, methods[name], records, seeds)
     print("\n| claim | data | verdict | numbers |\n|---|---|---|---|")
     for claim, name, true, numbers in claims(methods, records):
         verdict = "holds"
@@ -421,11 +457,11 @@ def print_dataset(name: str, found: dict[str, Seeds], records: list[dict], seeds
         f"\n**{name}**: {one['steps']} steps, `{' '.join(flags)}`; {seeds} "
         f"seed{'s' * (seeds > 1)}; {one['pairs']} held-out pairs, before training: {start}\n\n"
         "| method | rate | chosen log-prob, change | rejected log-prob, change | margin | "
-        "accuracy |\n|---|---|---|---|---|---|"
+        "accuracy | accuracy over the start |\n|---|---|---|---|---|---|---|"
     )
     for m, row in found.items():
         figures = [over_seeds(row[f]) for f in ("logp_w change", "logp_l change", "margin")]
-        figures.append(over_seeds(row["accuracy"], ""))
+        figures += [over_seeds(row["accuracy"], ""), difference(row["right"], row["right before"])]
         print(f"| {m} | {chosen[m]:g} | {' | '.join(figures)} |")
     tried: dict[str, list[str]] = {}  # rates -> methods
     for m in found:
@@ -466,35 +502,37 @@ def claims(
             one, tenth = found["asft-beta-1"]["accuracy"], found["asft"]["accuracy"]
             true = [x > y for x, y in zip(one, tenth, strict=True)]
             claim = "(e) ASFT is more accurate with beta 1 than with 0.1"
-            numbers = f"beta 1 {over_seeds(one, '')}, 0.1 {over_seeds(tenth, '')}"
+            numbers = f"beta 1 {over_seeds(one, '')}, 0.1 {over_seeds(tenth, '')}; difference "
+            numbers += difference(found["asft-beta-1"]["right"], found["asft"]["right"])
             e.append((claim, name, true, numbers))
         for beta, suffix in (("0.1", ""), ("1", "-beta-1")):
             if f"asft{suffix}" in found and f"asft-unpaired{suffix}" in found:
-                pairs = found[f"asft{suffix}"]["accuracy"]
-                single = found[f"asft-unpaired{suffix}"]["accuracy"]
+                both, one = found[f"asft{suffix}"], found[f"asft-unpaired{suffix}"]
+                pairs, single = both["accuracy"], one["accuracy"]
                 true = [x > y - NEAR for x, y in zip(single, pairs, strict=True)]
                 claim = (
                     f"(f) ASFT with beta {beta} on unpaired rows, half as many answers, loses less "
                     f"than {NEAR:g} of accuracy"
                 )
-                numbers = f"unpaired {over_seeds(single, '')}, pairs {over_seeds(pairs, '')}"
+                numbers = f"unpaired {over_seeds(single, '')}, pairs {over_seeds(pairs, '')}; "
+                numbers += f"difference {difference(one['right'], both['right'])}"
                 f.append((claim, name, true, numbers))
-    trained, untrained = methods["example"], methods["untrained"]
-    if all(m in start for m in ("asft", "dpo") for start in (trained, untrained)):
+    for names in (("example", "untrained"), ("smollm-instructions", "smollm-untrained")):
+        trained, untrained = (methods[name] for name in names)
+        if any(m not in start for m in ("asft", "dpo") for start in (trained, untrained)):
+            continue
         for figure in ("accuracy", "logp_w"):
-
-            def gains(m: str, figure: str = figure) -> list[float]:
-                pairs = zip(trained[m][figure], untrained[m][figure], strict=True)
-                return [x - y for x, y in pairs]
-
-            asft, dpo = gains("asft"), gains("dpo")
+            asft, dpo = (
+                [x - y for x, y in zip(trained[m][figure], untrained[m][figure], strict=True)]
+                for m in ("asft", "dpo")
+            )
             true = [abs(x) < abs(y) for x, y in zip(asft, dpo, strict=True)]
             claim = (
                 f"(d) ASFT depends less on its start than DPO: {figure}, trained start minus "
                 "untrained"
             )
             numbers = f"ASFT {over_seeds(asft)}, DPO {over_seeds(dpo)}"
-            d.append((claim, "example, untrained", true, numbers))
+            d.append((claim, ", ".join(names), true, numbers))
     return a + b + c + d + e + f
 
 
@@ -519,7 +557,7 @@ def answers(settings: argparse.Namespace) -> None:
     records = read_rows(work / "results.jsonl")
     for name, dataset in DATASETS.items():
         chosen = [(m, rate) for m in dataset.methods if (rate := choose(records, name, m))]
-        if dataset.model != SMOLLM or not chosen:
+        if dataset.model != SMOLLM or dataset.untrained or not chosen:
             continue
         home, start = work / "answers" / name, settings.smollm / SMOLLM
         home.mkdir(parents=True, exist_ok=True)
@@ -609,7 +647,6 @@ def main() -> None:
     add("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     add("--seeds", type=int, default=3)
     add("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="of every method")
-    add("--temperature", type=float, default=0.5, help="of asft-tempered; not tuned [0.5]")
     add("--max-steps", type=int, help="instead of each data set's own number, to try the study")
     add("--widen", type=int, default=0, help="most further rates beyond an edge of the grid [0]")
     add("--keep-weights", action="store_true", help="also of rates not chosen, for answers")

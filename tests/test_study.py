@@ -1,6 +1,7 @@
 """bench/study.py: its parts, its choice of rates, its claims, and a study of one step."""
 
 import json
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -45,6 +46,16 @@ def test_texts_have_no_unpaired_part(tmp_path):
     assert files["held-out"].read_bytes() == (ROOT / "examples/heldout.jsonl").read_bytes()
 
 
+def test_an_untrained_start_is_random_and_is_its_seeds(tmp_path):
+    weights = []
+    for i, seed in enumerate((0, 0, 1)):
+        study.random_start(tmp_path / str(i), study.MODEL, seed)
+        weights.append((tmp_path / str(i) / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+    assert study.start_of(tmp_path, "untrained", 1, tmp_path) == tmp_path / "starts/untrained/1"
+    assert study.start_of(tmp_path, "example", 1, tmp_path) == study.MODEL
+
+
 @pytest.mark.parametrize(
     "grid, chosen, edge, wider",  # rate -> (accuracy, margin)
     [
@@ -71,7 +82,7 @@ def test_the_most_accurate_rate_is_chosen_and_one_at_an_edge_gets_a_neighbour(
         assert study.at_edge(records, LM, "dpo") is edge
 
 
-def test_each_claim_is_true_or_false_for_each_seed():
+def test_each_claim_is_true_or_false_for_each_seed(tmp_path):
     both = {  # method -> for each of two seeds: accuracy, margin, changes
         "asft": [(0.60, 1.1, (1, -1)), (0.60, 1.1, (1, 1))],
         "orpo": [(0.60, 1.0, (1, -1)), (0.60, 1.2, (1, 1))],
@@ -86,10 +97,27 @@ def test_each_claim_is_true_or_false_for_each_seed():
         for seed, (accuracy, margin, change) in enumerate(seeds):
             at = {"part": "held-out", "seed": seed, "change": change}
             records.append(record(method, 1e-4, accuracy, margin, **at))
+            key = (LM, method, 1e-4, seed, "held-out")
+            write_right(tmp_path, study.label_after(key), round(100 * accuracy))
+    write_right(tmp_path, study.label_before(LM, "held-out", 0), 50)
     found = {name: {} for name in study.DATASETS}
-    found[LM] = {m: study.held_out(records, LM, m, 2) for m in both}
-    verdicts = [(claim[:3], true) for claim, _, true, _ in study.claims(found, records)]
-    assert verdicts == [(f"({letter})", [True, False]) for letter in "abceff"]
+    found[LM] = {m: study.held_out(tmp_path, records, LM, m, 2) for m in both}
+    claims = study.claims(found, records)
+    assert [(claim[:3], true) for claim, _, true, _ in claims] == [
+        (f"({letter})", [True, False]) for letter in "abceff"
+    ]
+    # In one of two seeds, one pair of 100 more is ordered rightly.
+    assert "; difference +0.005 [0.000, 0.015]" in claims[3][-1]
+    right, before = found[LM]["dpo"]["right"], found[LM]["dpo"]["right before"]
+    value, low, high = map(float, re.findall(r"[+-]?[\d.]+", study.difference(right, before)))
+    assert value == 0.2 and 0.1 < low < value < high < 0.3
+
+
+def write_right(work, label: str, right: int) -> None:
+    """The figures of 100 pairs, of which the first `right` ones are ordered rightly."""
+    (work / "likelihood").mkdir(exist_ok=True)
+    rows = [json.dumps({"accuracy": float(i < right)}) + "\n" for i in range(100)]
+    (work / "likelihood" / f"{label}.jsonl").write_text("".join(rows))
 
 
 @pytest.mark.parametrize(
