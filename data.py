@@ -343,7 +343,8 @@ def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = Non
             n = len(response)
             new = 0  # tokens of the prompt that stand before this response
             if i == 0 or not share_prompt:
-                start_p, new = end, n_p  # where the prompt starts
+                new = n_p
+                start_p = end  # where the prompt starts
             start, end = end + new, end + new + n  # of the response
 
             tokens += [pair.prompt[:new], response]
@@ -387,7 +388,12 @@ MicroBatch = list[int]  # indexes of pairs
 
 
 def plan_step(
-    sizes: np.ndarray, pairs_per_step: int, seed: int | None, step: int, ranks: int, max_tokens: int
+    sizes: np.ndarray,
+    pairs_per_step: int,
+    seed: int | None,
+    step: int,
+    ranks: int,
+    max_tokens_per_gpu: int,
 ) -> list[list[MicroBatch]]:
     """Which pairs each rank computes in which micro-batch of step `step` (from 0).
 
@@ -395,13 +401,13 @@ def plan_step(
     not on the machine: each epoch is a fresh permutation (file order if seed is None), cut into
     steps; the last step of an epoch may be short. `split_pairs` deals them out.
 
-    sizes: packed tokens of every pair. Raises InputError if one pair exceeds max_tokens.
+    sizes: packed tokens of every pair. Raises InputError if one pair exceeds max_tokens_per_gpu.
     """
     steps_per_epoch = -(-len(sizes) // pairs_per_step)
     epoch, within = divmod(step, steps_per_epoch)
     order = epoch_order(len(sizes), seed, epoch)
     drawn = order[within * pairs_per_step : (within + 1) * pairs_per_step]
-    return split_pairs(drawn, sizes, ranks, max_tokens)
+    return split_pairs(drawn, sizes, ranks, max_tokens_per_gpu)
 
 
 @functools.lru_cache(maxsize=2)  # every step of an epoch asks for it
@@ -415,30 +421,31 @@ def epoch_order(pairs: int, seed: int | None, epoch: int) -> np.ndarray:
 
 
 def split_pairs(
-    indexes: np.ndarray, sizes: np.ndarray, ranks: int, max_tokens: int
+    indexes: np.ndarray, sizes: np.ndarray, ranks: int, max_tokens_per_gpu: int
 ) -> list[list[MicroBatch]]:
-    """[rank][micro-batch] -> indexes of pairs, at most max_tokens packed tokens in a micro-batch.
+    """[rank][micro-batch] -> indexes of pairs. A micro-batch has at most max_tokens_per_gpu packed
+    tokens; InputError if one pair has more.
 
     Pairs go, longest first, into the emptiest of ranks x m micro-batches, with the smallest m that
-    keeps each within max_tokens. Every rank gets m of them, since the collectives of a sharded
-    model need equal numbers; some are empty if pairs are few. The fullest come first, so that what
-    does not fit in memory fails at once. Raises InputError if one pair exceeds max_tokens.
+    is enough. Every rank gets m of them, since the collectives of a sharded model need equal
+    numbers; some are empty if pairs are few. The fullest come first, so that what does not fit in
+    memory fails at once.
     """
     indexes = indexes[np.lexsort((indexes, -sizes[indexes]))]
     lengths = sizes[indexes]
-    if len(lengths) and lengths[0] > max_tokens:
+    if len(lengths) and lengths[0] > max_tokens_per_gpu:
         raise InputError(
-            f"a pair of {lengths[0]} packed tokens exceeds --max-tokens-per-gpu {max_tokens}; "
-            "raise that or lower --max-tokens"
+            f"a pair of {lengths[0]} packed tokens exceeds --max-tokens-per-gpu "
+            f"{max_tokens_per_gpu}; raise that or lower --max-tokens"
         )
     # Lower bounds of the number of bins: by all tokens; and, since at most k pairs longer than
-    # max_tokens / (k + 1) fit in one bin, by the number of such pairs.
-    bins = max(1, -(-int(lengths.sum()) // max_tokens))
+    # max_tokens_per_gpu / (k + 1) fit in one bin, by the number of such pairs.
+    bins = max(1, -(-int(lengths.sum()) // max_tokens_per_gpu))
     for k in range(1, 9):
-        bins = max(bins, -(-int((lengths * (k + 1) > max_tokens).sum()) // k))
+        bins = max(bins, -(-int((lengths * (k + 1) > max_tokens_per_gpu).sum()) // k))
 
     def fill(m: int) -> list[MicroBatch] | None:
-        return fill_bins(indexes.tolist(), lengths.tolist(), ranks * m, max_tokens)
+        return fill_bins(indexes.tolist(), lengths.tolist(), ranks * m, max_tokens_per_gpu)
 
     # More bins never make the fullest one fuller, so the smallest m that is enough lies between one
     # that is not and one that is: found by doubling, then by halving.

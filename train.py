@@ -23,8 +23,8 @@ The state of a run is its step number, its weights and AdamW's moments. Nothing 
 except the order of the pairs, a function of seed and epoch. So a run that resumes from a
 checkpoint ends with the same bits (on a CPU, with the same number of processes).
 
-Files: OUT/config.json, metrics.jsonl, eval.jsonl, checkpoints/, and at the end model/, which
-transformers and vLLM load. support/ holds what a reader of the method may skip.
+Files: OUT/config.json, metrics.jsonl, eval.jsonl, checkpoints/, a reference's log-probs, and at the
+end model/, which transformers and vLLM load. support/ holds what a reader of the method may skip.
 
 Left out: LoRA, other optimisers, configuration files.
 """
@@ -157,7 +157,7 @@ class Config:
     shuffle: bool = flag(True, "a new order of the pairs each epoch; without, the file's. OPEN")
 
     max_tokens: int | None = flag(
-        None, "of a prompt with one response (default: 2048, or the model's limit). PAPER: 2048"
+        None, "most tokens of a prompt and its answer (default: 2048 or the model's). PAPER: 2048"
     )
     overlong: str = flag(
         "truncate", "too long a response: cut its end, or drop its pair. OPEN", ("truncate", "drop")
@@ -172,7 +172,7 @@ class Config:
 
     device: str = flag("auto", "cuda if each process has a GPU", ("auto", "cpu", "cuda"))
     precision: str = flag(
-        "auto", "of matrix products: bf16 on CUDA, fp32 on a CPU. OPEN", ("auto", "fp32", "bf16")
+        "auto", "matrix products: bf16 on CUDA, fp32 on a CPU. OPEN", ("auto", "fp32", "bf16")
     )
     checkpoint_blocks: str = flag(
         "auto",
@@ -194,7 +194,7 @@ class Config:
         "export the weights of the evaluation with the best held-out figure, not the last ones",
         ("loss", "accuracy"),
     )
-    save_dtype: str = flag("bf16", "of OUT/model", ("bf16", "fp32"))
+    save_dtype: str = flag("bf16", "weights of OUT/model", ("bf16", "fp32"))
     save_every: int = flag(200, "steps between checkpoints (12 bytes a parameter each); 0: none")
     keep: int = flag(2, "checkpoints to keep, the newest")
     resume: str | None = flag(
@@ -212,10 +212,10 @@ class Config:
     def __post_init__(self):
         for names, wanted, allowed in RANGES:
             require(self, names, wanted, allowed)
-        if self.beta == 0 and self.loss in ("dpo", "dpo-norm", "ipo", "simpo"):
-            raise InputError(
-                f"--beta is 0.0, wanted more for --loss {self.loss}: it would be constant"
-            )
+        only_align = self.loss == "asft" and self.sft_weight == 0
+        if self.beta == 0 and (only_align or self.loss in ("dpo", "dpo-norm", "ipo", "simpo")):
+            flags = f"--loss {self.loss}" + " --sft-weight 0" * only_align
+            raise InputError(f"--beta is 0.0, wanted more for {flags}: it would be constant")
         if self.ipo_sum and self.loss != "ipo":
             raise InputError(f"--ipo-sum goes with --loss ipo, found --loss {self.loss}")
         if self.gpu_memory and not self.plan:
@@ -269,7 +269,7 @@ def step_loss(
     Returns loss_B; per-pair metrics, detached (those in `common` for every loss); and present_B: 1
     for a pair, 0 for the stand-in that an empty micro-batch computes.
 
-    A pair may lack an answer; MEASURED says which metrics then mean nothing.
+    A row may have one answer: MEASURED keeps the metrics of the absent one out of the means.
     """
     loss, options = pairs.config.loss_row, pairs.config.loss_options
     indexes, batch, present_B = pairs.batch(indexes)
@@ -312,7 +312,7 @@ def train(run: "Run", done: int) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     for step in range(done, run.steps):
         started = time.perf_counter()
-        micro_batches = pairs.plan(step, world)  # [process][micro-batch] -> indexes of pairs
+        micro_batches = pairs.micro_batches(step, world)  # of every process
         drawn = [i for by_rank in micro_batches for indexes in by_rank for i in indexes]
 
         sums, losses = Sums(), []
@@ -388,7 +388,7 @@ class Pairs:
     def __init__(self, pairs: list[Pair], config: Config, device: str):
         self.pairs, self.config, self.device = pairs, config, device
         self.sizes = np.array([pair.packed_tokens(config.share_prompt) for pair in pairs])
-        self.max_tokens = config.max_tokens_per_gpu or 8192  # of a micro-batch
+        self.max_tokens_per_gpu = config.max_tokens_per_gpu or 8192
         # A live copy, or numbers of shape (pairs, 2, 2): [pair, chosen or rejected, mean or sum].
         self.reference: Llama | Tensor | None = None
         # Indexes of the pairs that are evaluated together: all; and those of each --eval-by value.
@@ -403,16 +403,17 @@ class Pairs:
         """Epochs done after so many updates."""
         return round(step / self.steps_per_epoch, 4)
 
-    def plan(self, step: int, processes: int) -> list[list[list[int]]]:
+    def micro_batches(self, step: int, processes: int) -> list[list[list[int]]]:
         """[process][micro-batch] -> indexes of the pairs of update `step` (from 0)."""
         c = self.config
-        seed = c.seed if c.shuffle else None
-        return plan_step(self.sizes, c.pairs_per_step, seed, step, processes, self.max_tokens)
+        seed, most = c.seed if c.shuffle else None, self.max_tokens_per_gpu
+        return plan_step(self.sizes, c.pairs_per_step, seed, step, processes, most)
 
     def split(self) -> list[list[int]]:
         """All pairs once, as this process's micro-batches."""
         everything = np.arange(len(self.pairs))
-        every = split_pairs(everything, self.sizes, dist.get_world_size(), self.max_tokens)
+        world = dist.get_world_size()
+        every = split_pairs(everything, self.sizes, world, self.max_tokens_per_gpu)
         return every[dist.get_rank()]
 
     def batch(self, indexes: list[int]) -> tuple[list[int], Batch, Tensor]:
@@ -440,8 +441,7 @@ class Pairs:
 # pairs that have what they measure; all others, such as the loss, are over all pairs.
 MEASURED = {
     **dict.fromkeys(("sft", "logp_w", "sum_logp_w", "align_w"), "rows_chosen"),
-    **dict.fromkeys(("logp_l", "sum_logp_l", "align_l"), "rows_rejected"),
-    **dict.fromkeys(("rejected_weight", "clamped"), "rows_rejected"),
+    **dict.fromkeys(("logp_l", "sum_logp_l", "align_l", "rejected_weight"), "rows_rejected"),
     **dict.fromkeys(("margin", "accuracy"), "rows_both"),
 }
 
@@ -457,8 +457,8 @@ class Sums(dict):
 
     def mean_over_processes(self, pairs: int) -> dict[str, float]:
         """Means over so many pairs, equal on all processes; those of MEASURED are left out if no
-        pair has what they measure. If pairs lack an answer, with the numbers of those that have it
-        (rows_chosen, rows_rejected, rows_both)."""
+        pair has what they measure. If any lacks an answer, also rows_chosen, rows_rejected and
+        rows_both, the numbers of pairs that have it."""
         total = torch.stack([value.double() for value in self.values()])
         dist.all_reduce(total)
         sums = dict(zip(self, total.tolist(), strict=True))
@@ -622,8 +622,8 @@ def reduce_gradients(model: Llama, mesh: DeviceMesh, last: bool) -> None:
     """Says what FSDP does with the gradients of the next micro-batch; `last` of its step.
 
     Sharded over several processes, they are reduced in every micro-batch: otherwise each process
-    would hold those of the whole model. The copies of a mesh of one and the sum over replicas cost
-    no memory to delay, so they wait for the last micro-batch.
+    would hold those of the whole model. On one process, and across replicas, waiting costs no
+    memory, so that happens once per step.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or mesh.size() > 1)
@@ -716,16 +716,17 @@ def run(config: Config) -> None:
     files = [Path(config.model) / "config.json", *sorted(set(weights.values()))]
     dtype = choose_device(config.device, config.precision)[1]
     with announced("computing checksums of weights and pairs"):
-        marks = on_first_process(
+        fingerprint = on_first_process(
             lambda: run_directory.fingerprint(files, [part.pairs for part in parts], dtype)
         )
-    key = " ".join(marks.values())
+    reference_key = " ".join(fingerprint.values())
     precompute = config.loss_row.reference and config.reference == "precompute"
     if precompute and config.reference_cache:  # it may be the wrong file: before OUT is made
         pairs = sum(len(part.pairs) for part in parts)
-        on_first_process(lambda: run_directory.read_cache(Path(config.reference_cache), key, pairs))
+        cache = Path(config.reference_cache)
+        on_first_process(lambda: run_directory.read_cache(cache, reference_key, pairs))
     out = on_first_process(
-        lambda: run_directory.claim_out(config.out, config.resume is not None, marks)
+        lambda: run_directory.claim_out(config.out, config.resume is not None, fingerprint)
     )
     log, steps = Log(out), count_steps(parts[0])
     if on_first_process((out / "model").exists):
@@ -734,13 +735,13 @@ def run(config: Config) -> None:
     model = build_model(config, mesh)
     run_directory.check_shared(out)
     log.say(header(config, out, model, parts, counts, steps, chat is not None))
-    facts = run_facts(config, model, counts, steps, marks)
+    facts = run_facts(config, model, counts, steps, fingerprint)
     record = partial(run_directory.record, out, facts)
     on_first_process(lambda: (out / "config.json").exists() or record())
     if config.loss_row.reference:
         cache = Path(config.reference_cache or out / "reference.safetensors")
         with announced("computing the log-probs of the starting model"):
-            attach_reference(config, mesh, model, parts, key, cache)
+            attach_reference(config, mesh, model, parts, reference_key, cache)
     optimizer = make_optimizer(config, model)
 
     def losses_of(indexes: list[int], last: bool) -> Tensor:
@@ -749,18 +750,15 @@ def run(config: Config) -> None:
 
     gpu = memory.Gpu() if mesh.device_type == "cuda" else None
     with announced("trying the run's costliest micro-batches"):
-        # `record` writes it too.
         facts["memory"] = memory.rehearse(model, parts[0], steps, losses_of, log.say, gpu)
-    if config.resume is None:
-        on_first_process(record)
 
     fixed = {name: value for name, value in vars(config).items() if name not in MAY_CHANGE}
-    identity = checksum(marks | fixed)
+    identity = checksum(fingerprint | fixed)
     checkpoint, state = checkpoints.newest_checkpoint(out, identity, log.say)
     if config.resume is not None:
         on_first_process(lambda: log.rewind(state["step"]))
-        on_first_process(record)
         log.say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint: from step 1")
+    on_first_process(record)  # now with the choices of `rehearse`
     prompts = [pair.prompt for pair in parts[-1].pairs[: config.samples]]
     best = Best(config.keep_best, out, identity, model, mesh, log.say)
 
@@ -825,8 +823,10 @@ def read_pairs(
                 f"--loss {config.loss} compares two answers, but {ones:,} of {len(part):,} rows of "
                 f"{path} have one; --loss {others} takes them"
             )
-        if ones and config.loss == "sft" and all(p.chosen is None for p in part):
-            raise InputError(f"{path}: no good answer, and --loss sft learns from nothing else")
+        only_good = config.loss == "sft" or config.beta == 0
+        if ones and only_good and all(p.chosen is None for p in part):
+            flags = "--loss sft" if config.loss == "sft" else "--beta 0"
+            raise InputError(f"{path}: no good answer, and {flags} learns from nothing else")
         pairs = encode_preferences(
             part, chat, config.max_tokens, config.overlong, count, llama.vocab_size, progress
         )
@@ -834,7 +834,8 @@ def read_pairs(
             raise InputError(f"{path}: no pair left to use ({describe(count)})")
         parts.append(Pairs(pairs, config, device))
         longest = parts[-1].sizes.argsort()[-1:]
-        split_pairs(longest, parts[-1].sizes, 1, parts[-1].max_tokens)  # raises if it is too long
+        # Raises if it is too long.
+        split_pairs(longest, parts[-1].sizes, 1, parts[-1].max_tokens_per_gpu)
     return parts, counts, chat
 
 

@@ -116,7 +116,7 @@ def costliest_of(llama, pairs, steps: int, processes: int, recomputed: list[int]
     def plans() -> Iterator[list[list[MicroBatch]]]:
         for step in range(steps):
             progress(f"planned {step:,} of {steps:,} steps")
-            yield pairs.plan(step, processes)
+            yield pairs.micro_batches(step, processes)
 
     costs = [pair_bytes(llama, pairs, number) for number in recomputed]
     return costliest(plans(), pairs.sizes, costs)
@@ -136,13 +136,13 @@ def enlarge(
     peak: bytes with the ones `found`, no block recomputed; resting: what weights and moments take
     of it. The rest grows as `pair_bytes` says.
     """
-    before = pairs.max_tokens
-    pairs.max_tokens = LARGER * before
+    before = pairs.max_tokens_per_gpu
+    pairs.max_tokens_per_gpu = LARGER * before
     larger = find([0])
     needed = resting + larger.bytes / found.bytes * (peak - resting)
     if smallest(needed <= limit, pairs.device):
         return larger
-    pairs.max_tokens = before
+    pairs.max_tokens_per_gpu = before
     return found
 
 
@@ -218,9 +218,9 @@ def rehearse(
     fits). What a choice leaves free is measured again. No process may run out of memory while it
     tries, because the others would wait for it.
 
-    model: model.Llama; pairs: train.Pairs, whose max_tokens may be raised. losses_of(indexes, last)
-    gives each pair's loss; `last` of its step. gpu: None on a CPU, where nothing can be measured.
-    Returns and says what was chosen.
+    model: model.Llama; pairs: train.Pairs, whose max_tokens_per_gpu may be raised.
+    losses_of(indexes, last) gives each pair's loss; `last` of its step. gpu: None on a CPU, where
+    nothing can be measured. Returns and says what was chosen.
     """
     layers, llama = len(model.model["layers"]), model.config
     fixed = recomputed_blocks(pairs.config.checkpoint_blocks, layers, gpu is not None)
@@ -258,7 +258,7 @@ def rehearse(
         text += f"; {tried.peak / 2**30:.1f} of {gpu.available() / 2**30:.1f} GiB at the peak"
         gpu.reset_peak()  # from here on it is that of the steps
     say(f"  memory     {text}\n  batches    {describe(found, pairs)}")
-    return {"recomputed_blocks": recomputed, "max_tokens_per_gpu": pairs.max_tokens}
+    return {"recomputed_blocks": recomputed, "max_tokens_per_gpu": pairs.max_tokens_per_gpu}
 
 
 def smallest(number: float, device: str) -> int:
@@ -272,7 +272,7 @@ def describe(found: Costliest, pairs) -> str:
     """What the micro-batches look like, in one line."""
     return (
         f"{found.count:.1f} micro-batches a step on each process, of {found.mean:,.0f} tokens on "
-        f"average and {found.most:,} at most (--max-tokens-per-gpu {pairs.max_tokens})"
+        f"average and {found.most:,} at most (--max-tokens-per-gpu {pairs.max_tokens_per_gpu})"
     )
 
 
@@ -285,7 +285,8 @@ def advising(where: str, model: nn.Module, pairs, tokens: float = math.inf) -> I
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        longest, now, most = int(pairs.sizes.max()), pairs.max_tokens, pairs.config.max_tokens
+        longest, most = int(pairs.sizes.max()), pairs.config.max_tokens
+        now = pairs.max_tokens_per_gpu
         less = max(int(min(now, tokens)) // 2, longest)
         advice = f"lower --max-tokens-per-gpu from {now} to {less}"
         if longest == min(now, tokens):

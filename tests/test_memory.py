@@ -297,7 +297,7 @@ def rehearsed(tmp_path):
             config = train.Config(model="m", data="d", device="cpu", pairs_per_step=4, **flags)
             config = replace(config, max_tokens=128)
             pairs = train.Pairs(random_pairs(LENGTHS), config, "cpu")
-            pairs.max_tokens = most or pairs.max_tokens
+            pairs.max_tokens_per_gpu = most or pairs.max_tokens_per_gpu
             ours, gpu, said = tiny_model(num_hidden_layers=8), Bytes(total), []
             batch = lambda i: pack([pairs.pairs[j] for j in i], longest=128)  # noqa: E731
             with gpu:
@@ -360,23 +360,24 @@ def test_micro_batches_are_larger_than_by_default_if_nothing_is_recomputed_and_t
     assert "(--max-tokens-per-gpu 340)" in small.said[0]
     assert small.gpu.ever == pytest.approx(peak, rel=0.01)  # the larger ones were tried
     tight = rehearsed(2.05 * peak_with(rehearsed, 0, most=170) / 0.96, most=170)
-    assert tight.pairs.max_tokens in (170, 340)  # whatever it chooses, no try runs out of memory
+    # Whatever it chooses, no try runs out of memory.
+    assert tight.pairs.max_tokens_per_gpu in (170, 340)
 
 
 def test_larger_micro_batches_must_fit_beside_weights_and_moments_by_what_they_would_hold():
     """Pairs of 5,400 tokens: one fits in 8,192 tokens, three in 16,384."""
 
     def enlarged(limit, bytes_of_larger=30.0):
-        pairs = SimpleNamespace(max_tokens=8192, device="cpu")
+        pairs = SimpleNamespace(max_tokens_per_gpu=8192, device="cpu")
         found = memory.Costliest([[[0]]], 10.0, 1.0, 5400.0, 5400)
 
         def find(numbers):
-            assert (numbers, pairs.max_tokens) == ([0], 16_384)
+            assert (numbers, pairs.max_tokens_per_gpu) == ([0], 16_384)
             return found._replace(bytes=bytes_of_larger)
 
         chosen = memory.enlarge(pairs, found, find, peak=10, resting=6, limit=limit)
-        assert (chosen is found) == (pairs.max_tokens == 8192)
-        return pairs.max_tokens
+        assert (chosen is found) == (pairs.max_tokens_per_gpu == 8192)
+        return pairs.max_tokens_per_gpu
 
     with group():
         assert enlarged(18) == 16_384 and enlarged(17.9) == 8192
@@ -412,7 +413,7 @@ def test_wrong_flags_of_memory_are_refused(start, tmp_path, complaint, more, exp
 
 def test_running_out_of_memory_names_what_to_change():
     pairs = SimpleNamespace(
-        sizes=np.array([100, 900]), max_tokens=8192, config=SimpleNamespace(max_tokens=2048)
+        sizes=np.array([100, 900]), max_tokens_per_gpu=8192, config=SimpleNamespace(max_tokens=2048)
     )
 
     def said(recomputed, **known) -> str:

@@ -404,7 +404,7 @@ def test_each_metric_is_a_mean_over_the_rows_that_have_what_it_measures(
         odds = np.exp(bounded) / (1 - np.exp(bounded))
         expected |= {"align_w": -np.nanmean(w), "align_l": terms_l[bad].mean()}
         expected |= {"rejected_weight": 0.1 * np.nanmean(odds)}
-        expected |= {"clamped": (l > -5)[bad].mean() if "eps" in more else 0}
+        expected |= {"clamped": (l > -5).mean() if "eps" in more else 0}
     for name, value in expected.items():
         assert row[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
     before = rows(tmp_path / "out", "eval.jsonl")[0]
@@ -493,10 +493,11 @@ def test_a_loss_that_compares_answers_refuses_rows_with_one_and_counts_them(
     assert not out.exists()
 
 
-def test_sft_refuses_a_file_without_a_good_answer(start, tmp_path, complaint):
+@pytest.mark.parametrize("blamed", ["--loss sft", "--beta 0"])
+def test_a_loss_of_good_answers_refuses_a_file_without_one(start, tmp_path, complaint, blamed):
     data, out = write(tmp_path / "bad.jsonl", id_rows(BAD)), tmp_path / "out"
-    said = complaint(*flags(start, out, "--loss sft --data", data)).strip()
-    assert said == f"train.py: {data}: no good answer, and --loss sft learns from nothing else"
+    said = complaint(*flags(start, out, blamed, "--data", data)).strip()
+    assert said == f"train.py: {data}: no good answer, and {blamed} learns from nothing else"
     assert not out.exists()
 
 

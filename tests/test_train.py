@@ -121,6 +121,7 @@ MISTAKES = """
 --loss kto | kto
 --loss ipo --beta 0 | --beta is 0.0
 --loss dpo-norm --beta 0 | --beta is 0.0
+--beta 0 --sft-weight 0 | wanted more for --loss asft --sft-weight 0: it would be constant
 --loss dpo --temperature 2 | --temperature is not an option of --loss dpo, which takes --beta
 --loss sft --beta 2 | --beta is not an option of --loss sft, which takes none
 --reference live | --reference is not an option of --loss asft
