@@ -2,7 +2,8 @@
 
     python bench/study.py run --work DIR        trains and measures; continues if interrupted
     python bench/study.py table --work DIR      the tables and claims, of what has been run so far
-    python bench/study.py answers --work DIR    answers of the language model, before and after
+    python bench/study.py answers --work DIR    answers of the language model, before and after, as
+                                                text; and their scores as a picture, DIR/NAME.png
 
 In reading order
     METHODS, DATASETS       what is compared: losses; starts, pairs and numbers of steps
@@ -12,7 +13,7 @@ In reading order
     run, measure_all        the grid of rates with seed 0 on the validation part, then every seed
                             on the held-out part
     table, claims           Markdown; the paper's claims (a) to (d) and two more, each as a rule
-    answers                 greedy answers, their scores, and some of them side by side
+    answers, draw           greedy answers, their scores, and some of them side by side
 
 Every method has the same start, pairs, number of updates, schedule and grid of rates. Everything
 else is train.py's default. asft-two-stage spends half of its updates on each stage, with one rate.
@@ -45,7 +46,9 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -470,7 +473,8 @@ def print_dataset(name: str, found: dict[str, Seeds], records: list[dict], seeds
     grids = [f"{rates} ({', '.join(methods)})" for rates, methods in tried.items()]
     rates = "; ".join(grids if len(grids) > 1 else tried)
     edge = [m for m in found if at_edge(records, name, m)]
-    print(f"\nRates tried: {rates}; chosen at an edge: {', '.join(edge) or 'none'}.")
+    line = f"Rates tried: {rates}; chosen at an edge: {', '.join(edge) or 'none'}."
+    print(f"\n{textwrap.fill(line, 105, break_on_hyphens=False)}")
     if missing := [m for m in dataset.methods if m not in found]:
         print(f"Without all seeds: {', '.join(missing)}.")
 
@@ -552,7 +556,7 @@ def margins_at_equal_rates(records: list[dict], name: str) -> list[str]:
 def answers(settings: argparse.Namespace) -> None:
     """Prints what the language model answers to held-out prompts, before training and after it with
     seed 0: scores, of each method at each rate whose weights were kept; then some answers side by
-    side, of the chosen rates."""
+    side, of the chosen rates. Draws the scores."""
     work = settings.work.resolve()
     records = read_rows(work / "results.jsonl")
     for name, dataset in DATASETS.items():
@@ -568,19 +572,24 @@ def answers(settings: argparse.Namespace) -> None:
                 json.dumps({k: p[k] for k in ("prompt_ids", "chosen_ids")}) + "\n" for p in pairs
             )
         )
-        found = {"before": answer(home / "before.jsonl", start, prompts, settings)}
+        models = {"before": start}
         for m, best in chosen:
             for rate in sorted(rate for _, _, rate in grid_of(records, name, m)):
                 model = directories(work, (name, m, rate, 0, ""))[-1] / "model"
-                if rate == best or (model / "model.safetensors").exists():
-                    out = home / f"{m}-{rate:g}.jsonl"
-                    found[f"{m} {rate:g}"] = answer(out, model, prompts, settings)
+                done = (home / f"{m}-{rate:g}.score.json").exists()
+                if rate == best or done or (model / "model.safetensors").exists():
+                    models[f"{m} {rate:g}"] = model
+        outs = [home / f"{label.replace(' ', '-')}.jsonl" for label in models]
+        with ThreadPoolExecutor(settings.jobs) as pool:
+            rows = pool.map(partial(answer, settings, prompts), models.values(), outs)
+            found = dict(zip(models, rows, strict=True))
         print_scores(name, found, home, settings)
+        draw(work / f"{name}.png", records, name, home, list(found))
         best = ["before", *(f"{m} {rate:g}" for m, rate in chosen)]
         print_side_by_side(pairs, {m: found[m] for m in best}, start, settings.show)
 
 
-def answer(out: Path, model: Path, prompts: Path, settings: argparse.Namespace) -> list[dict]:
+def answer(settings: argparse.Namespace, prompts: Path, model: Path, out: Path) -> list[dict]:
     """Greedy answers by `eval.py generate`, and beside them their scores by `eval.py score`."""
     if not out.with_suffix(".score.json").exists():
         generate = ["generate", "--model", model, "--prompts", prompts, "--out", out]
@@ -619,6 +628,38 @@ def print_scores(
         cells += [f"{scores[score]:.1f}" for score in ("bleu4", "rouge1", "rougeL")]
         cells.append(f"{distinct_bigrams([row['prediction'] for row in rows]):.2f}")
         print(f"| {m} | {' | '.join(cells)} |")
+
+
+def draw(out: Path, records: list[dict], name: str, home: Path, labels: list[str]) -> None:
+    """A picture: of each method, from its lowest rate to its highest, how well it orders pairs and
+    how near its answers come to the chosen ones. Methods that compare two answers are squares."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 5.5), dpi=90)
+    before = json.loads((home.parents[1] / f"likelihood/before-{name}-validation.json").read_text())
+    accuracy = 100 * before["measures"]["accuracy"]["value"]
+    axes.plot(accuracy, rouge(home, "before"), "*k", ms=14, label="before")
+    colors = iter(plt.get_cmap("tab20").colors)
+    for m in DATASETS[name].methods:
+        grid = sorted(grid_of(records, name, m), key=lambda of_rate: of_rate[-1])
+        points = [
+            (100 * accuracy, rouge(home, f"{m} {rate:g}"))
+            for accuracy, _, rate in grid
+            if f"{m} {rate:g}" in labels
+        ]
+        if points:
+            marker = "s" if m in (*REFERENCE, "orpo", "simpo") else "o"
+            style = {"color": next(colors), "marker": marker, "lw": 1}
+            axes.plot(*zip(*points, strict=True), label=m, **style)
+    axes.set_xlabel("validation pairs ordered rightly, %")
+    axes.set_ylabel("answers: ROUGE-L against the chosen ones")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.tight_layout()
+    figure.savefig(out)
+
+
+def rouge(home: Path, label: str) -> float:
+    return json.loads((home / f"{label.replace(' ', '-')}.score.json").read_text())["rougeL"]
 
 
 def print_side_by_side(

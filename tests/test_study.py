@@ -153,7 +153,11 @@ def test_answers_before_and_after_are_scored_and_shown_side_by_side(tmp_path, mo
         return subprocess.CompletedProcess(words, 0)
 
     monkeypatch.setattr(study, "call", call)
-    study.answers(Namespace(work=tmp_path, smollm=tmp_path, prompts=40, answer_tokens=9, show=1))
+    before = {"measures": {"accuracy": {"value": 0.5}}}
+    (tmp_path / "likelihood").mkdir()
+    (tmp_path / f"likelihood/before-{LM}-validation.json").write_text(json.dumps(before))
+    settings = {"work": tmp_path, "smollm": tmp_path, "prompts": 40, "answer_tokens": 9}
+    study.answers(Namespace(**settings, show=1, jobs=1))
     after = tmp_path / f"runs/{LM}-sft-3e-05-0/model"
     assert [model for model, _ in asked] == [tmp_path / "model", after]
     assert asked[0][1] == '{"prompt_ids": [4, 5], "chosen_ids": [6, 7]}\n' * 2
@@ -161,6 +165,7 @@ def test_answers_before_and_after_are_scored_and_shown_side_by_side(tmp_path, mo
     for m in ("before", "sft 3e-05"):
         assert f"| {m} | 2.0 | 50% | 12.3 | 5.0 | 4.0 | 0.50 |" in printed
         assert f"- *{m}*: so so so\n" in printed
+    assert (tmp_path / f"{LM}.png").read_bytes().startswith(b"\x89PNG")
     assert "**1. Why ?**" in printed and "- *chosen*: Because so" in printed
 
 
