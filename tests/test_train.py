@@ -229,14 +229,24 @@ def test_reading_and_writing_of_models_and_checkpoints_is_announced(
     assert "\r\x1b[Kreading a checkpoint\n" in said
 
 
-def test_a_slow_import_of_torch_is_announced(tmp_path):
-    """Here torch is a module that takes three seconds and then fails."""
-    (tmp_path / "torch.py").write_text("import time; time.sleep(3); raise SystemExit(9)")
-    for rank, expected in (("0", "importing torch\n"), ("1", "")):
-        known = os.environ | {"PYTHONPATH": str(tmp_path), "RANK": rank}
-        program = [sys.executable, ROOT / "train.py"]
-        done = subprocess.run(program, env=known, capture_output=True, text=True)
-        assert (done.stdout, done.returncode) == (expected, 9)
+SLOW = "import time; time.sleep(3); raise SystemExit(9)"
+
+
+@pytest.mark.parametrize(
+    "modules, rank, expected",
+    [
+        ({"torch": SLOW}, 0, "importing torch\n"),
+        ({"torch": SLOW}, 1, ""),
+        ({"torch": "", "numpy": SLOW}, 0, ""),
+    ],
+)
+def test_a_slow_import_of_torch_is_announced(tmp_path, modules, rank, expected):
+    for name, code in modules.items():
+        (tmp_path / f"{name}.py").write_text(code)
+    known = os.environ | {"PYTHONPATH": str(tmp_path), "RANK": str(rank)}
+    program = [sys.executable, ROOT / "train.py"]
+    done = subprocess.run(program, env=known, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == (expected, 9)
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", ""])
