@@ -707,6 +707,7 @@ def run(config: Config) -> None:
             raise InputError("--plan runs in one process: python train.py, without torchrun")
         plan(config, llama, config.plan)
         return
+
     weights = check_weights(config.model, llama)
     mesh = start_processes(config)
     parts, counts, chat = read_pairs(config, llama, mesh.device_type)
@@ -715,23 +716,13 @@ def run(config: Config) -> None:
         parts[1].groups |= groups.read_groups(config.eval_data, config.eval_by, places)
     files = [Path(config.model) / "config.json", *sorted(set(weights.values()))]
     dtype = choose_device(config.device, config.precision)[1]
-    with announced("computing checksums of weights and pairs"):
-        fingerprint = on_first_process(
-            lambda: run_directory.fingerprint(files, [part.pairs for part in parts], dtype)
-        )
-    reference_key = " ".join(fingerprint.values())
-    precompute = config.loss_row.reference and config.reference == "precompute"
-    if precompute and config.reference_cache:  # it may be the wrong file: before OUT is made
-        pairs = sum(len(part.pairs) for part in parts)
-        cache = Path(config.reference_cache)
-        on_first_process(lambda: run_directory.read_cache(cache, reference_key, pairs))
-    out = on_first_process(
-        lambda: run_directory.claim_out(config.out, config.resume is not None, fingerprint)
-    )
+    pairs = [part.pairs for part in parts]
+    out, fingerprint = run_directory.open_run(config, files, pairs, dtype)
     log, steps = Log(out), count_steps(parts[0])
     if on_first_process((out / "model").exists):
         log.say(f"{out} is finished: its model is {out / 'model'}")
         return
+
     model = build_model(config, mesh)
     run_directory.check_shared(out)
     log.say(header(config, out, model, parts, counts, steps, chat is not None))
@@ -741,7 +732,8 @@ def run(config: Config) -> None:
     if config.loss_row.reference:
         cache = Path(config.reference_cache or out / "reference.safetensors")
         with announced("computing the log-probs of the starting model"):
-            attach_reference(config, mesh, model, parts, reference_key, cache)
+            key = run_directory.cache_key(fingerprint)
+            attach_reference(config, mesh, model, parts, key, cache)
     optimizer = make_optimizer(config, model)
 
     def losses_of(indexes: list[int], last: bool) -> Tensor:

@@ -1,7 +1,7 @@
 """OUT, the directory of a run: its lock, its fingerprint, the cache of a reference.
 
 fingerprint              hashes of all that a run's numbers depend on, besides its flags
-claim_out                creates OUT, or checks that it holds the run to resume; locks it
+open_run, claim_out      create OUT, or check that it holds the run to resume; lock it
 check_shared, record     whether every process sees OUT; OUT/config.json
 read_cache, write_cache  the reference's log-probs, computed once and kept
 """
@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from support.files import InputError, checksum, files_checksum, read_json, shown, write_whole
-from support.processes import together
+from support.processes import announced, on_first_process, together
 from support.tensors import open_safetensors
 
 
@@ -39,14 +39,30 @@ def fingerprint(
     return found | {"precision": str(dtype).removeprefix("torch.")}
 
 
-def claim_out(out: str | None, resume: bool, marks: dict[str, str]) -> Path:
+def open_run(
+    config, files: Iterable[Path], parts: Sequence[Sequence], dtype: torch.dtype
+) -> tuple[Path, dict[str, str]]:
+    """Returns the run's directory, locked, and its fingerprint. Raises InputError as `claim_out`
+    does, and before OUT is made if --reference-cache is a cache of something else. To be called on
+    every process. config: train.Config; the rest: see `fingerprint`."""
+    with announced("computing checksums of weights and pairs"):
+        found = on_first_process(lambda: fingerprint(files, parts, dtype))
+    precompute = config.loss_row.reference and config.reference == "precompute"
+    if precompute and config.reference_cache:
+        cache, pairs = Path(config.reference_cache), sum(map(len, parts))
+        on_first_process(lambda: read_cache(cache, cache_key(found), pairs))
+    resume = config.resume is not None
+    return on_first_process(lambda: claim_out(config.out, resume, found)), found
+
+
+def claim_out(out: str | None, resume: bool, wanted: dict[str, str]) -> Path:
     """Creates the run directory, or checks that it holds the run to resume, whose fingerprint must
-    be `marks`. Locks it until this process ends. On process 0 only. Raises InputError."""
+    be the one wanted. Locks it until this process ends. On process 0 only. Raises InputError."""
     path = Path(out or f"runs/{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3])
     if resume and (path / "config.json").exists():
         there = read_json(path / "config.json", "a run").get("fingerprint")
-        for name in sorted(marks):
-            if not isinstance(there, dict) or marks[name] != there.get(name):
+        for name in sorted(wanted):
+            if not isinstance(there, dict) or wanted[name] != there.get(name):
                 raise InputError(f"--resume {path}: the {name} differ from those it began with")
     elif path.exists() and (not path.is_dir() or any(p.name[0] != "." for p in path.iterdir())):
         raise InputError(
@@ -79,6 +95,11 @@ def check_shared(out: Path) -> None:
 def record(out: Path, facts: dict) -> None:
     """Writes OUT/config.json."""
     write_whole(out / "config.json", json.dumps(facts, indent=2) + "\n")
+
+
+def cache_key(fingerprint: dict[str, str]) -> str:
+    """What a cache of reference log-probs was made from."""
+    return " ".join(fingerprint.values())
 
 
 def read_cache(cache: Path, key: str, pairs: int) -> Tensor | None:
