@@ -399,6 +399,7 @@ def difference(new: list[float], old: list[float]) -> str:
     """Of two lists of right_per_pair: the mean of new - old, and 95% of resampled pairs."""
     change_P = np.subtract(new, old)
     value, low, high = bootstrap(lambda times_P: times_P @ change_P / times_P.sum(), len(change_P))
+    value, low, high = (round(float(x), 3) + 0.0 for x in (value, low, high))  # no -0.000
     return f"{value:+.3f} [{low:.3f}, {high:.3f}]"
 
 
@@ -556,7 +557,8 @@ def margins_at_equal_rates(records: list[dict], name: str) -> list[str]:
 def answers(settings: argparse.Namespace) -> None:
     """Prints what the language model answers to held-out prompts, before training and after it with
     seed 0: scores, of each method at each rate whose weights were kept; then some answers side by
-    side, of the chosen rates. Draws the scores."""
+    side, of each method's chosen rate and of the one whose answers come nearest to the chosen ones.
+    Draws the scores."""
     work = settings.work.resolve()
     records = read_rows(work / "results.jsonl")
     for name, dataset in DATASETS.items():
@@ -585,8 +587,12 @@ def answers(settings: argparse.Namespace) -> None:
             found = dict(zip(models, rows, strict=True))
         print_scores(name, found, home, settings)
         draw(work / f"{name}.png", records, name, home, list(found))
-        best = ["before", *(f"{m} {rate:g}" for m, rate in chosen)]
-        print_side_by_side(pairs, {m: found[m] for m in best}, start, settings.show)
+        shown = ["before"]
+        for m, best in chosen:
+            of_method = [label for label in found if label.split()[0] == m]
+            nearest = max(of_method, key=lambda label: rouge(home, label))
+            shown += dict.fromkeys([f"{m} {best:g}", nearest])
+        print_side_by_side(pairs, {m: found[m] for m in shown}, start, settings.show)
 
 
 def answer(settings: argparse.Namespace, prompts: Path, model: Path, out: Path) -> list[dict]:
