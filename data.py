@@ -426,8 +426,8 @@ def split_pairs(
     """[rank][micro-batch] -> indexes of pairs. A micro-batch has at most max_tokens_per_gpu packed
     tokens; InputError if one pair has more.
 
-    Pairs go, longest first, into the emptiest of ranks x m micro-batches, with the smallest m that
-    is enough. Every rank gets m of them, since the collectives of a sharded model need equal
+    Pairs go, longest first, into the emptiest of ranks x m micro-batches, with the smallest m with
+    which all fit. Every rank gets m of them, since the collectives of a sharded model need equal
     numbers; some are empty if pairs are few. The fullest come first, so that what does not fit in
     memory fails at once.
     """

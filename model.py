@@ -12,7 +12,7 @@ In reading order
 
 There is no padding, no padding mask and no batch axis: a batch is one sequence of T packed
 tokens, and Segments says which of them attend to which. Norms, rotary tables and log-probs are
-computed in fp32 whatever the weights are (float64 stays float64, but for the tables).
+computed in fp32 whatever the weights are (float64 stays float64, except for the tables).
 
 Left out: dropout (Llama 3 has none), attention and MLP biases, rope types other than Llama 3's,
 quantised weights, Meta's own consolidated.*.pth layout (its q and k rows are in another order).
@@ -144,7 +144,7 @@ class Batch:
     length_R: Tensor  # int64: scored tokens of each response
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Moved, if it can be, without waiting for what a GPU has still to do."""
+        """Moved. A copy from pinned memory does not wait for what a GPU has still to do."""
         return Batch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
 
 

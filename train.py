@@ -312,7 +312,7 @@ def train(run: "Run", done: int) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     for step in range(done, run.steps):
         started = time.perf_counter()
-        micro_batches = pairs.micro_batches(step, world)  # of every process
+        micro_batches = pairs.micro_batches(step, world)  # [process][micro-batch] -> indexes
         drawn = [i for by_rank in micro_batches for indexes in by_rank for i in indexes]
 
         sums, losses = Sums(), []
@@ -818,7 +818,7 @@ def read_pairs(
         only_good = config.loss == "sft" or config.beta == 0
         if ones and only_good and all(p.chosen is None for p in part):
             flags = "--loss sft" if config.loss == "sft" else "--beta 0"
-            raise InputError(f"{path}: no good answer, and {flags} learns from nothing else")
+            raise InputError(f"{path}: no good answer, and {flags} has no term for bad ones")
         pairs = encode_preferences(
             part, chat, config.max_tokens, config.overlong, count, llama.vocab_size, progress
         )

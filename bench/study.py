@@ -31,11 +31,13 @@ which one is best is read from their rows, of the validation part.
 
 A claim holds if its rule is true for every seed. ± is the standard deviation over seeds. The
 held-out pairs are the same for all seeds, so it says nothing about other pairs. Intervals in
-brackets do: 95% of resampled pairs, of each pair's mean over the seeds.
+brackets do: 95% intervals from resampling the pairs, each with its mean over the seeds.
 
 The data sets of real text run if their files are beside the checkout, those of the language model
 with --smollm, the directory that bench/smollm.py makes. DIR/runs has config.json and metrics.jsonl
-of each training, for `eval.py figures`, and the weights of each method's chosen rate with seed 0.
+of each training, for `eval.py figures`, and the weights of each method's chosen rate with seed 0;
+DIR/likelihood the figures of each pair, which the tables need too. A DIR of an older version with a
+temperature in its settings.json must be begun anew.
 """
 
 import argparse
@@ -114,6 +116,7 @@ DATASETS = {
     "ultrafeedback": Dataset(STORIES, PAIRS / LONG, None, 24, 16, "--max-tokens 256", NINE),
     "smollm-instructions": Dataset(SMOLLM, SHORT, None, 20, 16, "--precision bf16", tuple(METHODS)),
     "smollm-untrained": Dataset(SMOLLM, SHORT, None, 20, 16, "--precision bf16", FOUR, True),
+    # 8 pairs of at most 256 tokens: what two cores do in minutes.
     "smollm-ultrafeedback": Dataset(
         SMOLLM, LONG, None, 20, 8, "--precision bf16 --max-tokens 256", tuple(METHODS)
     ),
@@ -390,13 +393,13 @@ def over_seeds(values: list[float], sign: str = "+") -> str:
 
 
 def right_per_pair(work: Path, labels: list[str]) -> list[float]:
-    """For each pair, in how many of these measurements its margin is above 0, as a share."""
+    """For each pair, the share of these measurements in which its margin is above 0."""
     rows = [read_rows(work / "likelihood" / f"{label}.jsonl") for label in labels]
     return [fmean(row["accuracy"] for row in of_pair) for of_pair in zip(*rows, strict=True)]
 
 
 def difference(new: list[float], old: list[float]) -> str:
-    """Of two lists of right_per_pair: the mean of new - old, and 95% of resampled pairs."""
+    """The mean of new - old, two lists of right_per_pair, with its 95% interval, as text."""
     change_P = np.subtract(new, old)
     value, low, high = bootstrap(lambda times_P: times_P @ change_P / times_P.sum(), len(change_P))
     value, low, high = (round(float(x), 3) + 0.0 for x in (value, low, high))  # no -0.000
@@ -590,7 +593,7 @@ def answers(settings: argparse.Namespace) -> None:
         shown = ["before"]
         for m, best in chosen:
             of_method = [label for label in found if label.split()[0] == m]
-            nearest = max(of_method, key=lambda label: rouge(home, label))
+            nearest = max(of_method, key=lambda label: rouge_l(home, label))
             shown += dict.fromkeys([f"{m} {best:g}", nearest])
         print_side_by_side(pairs, {m: found[m] for m in shown}, start, settings.show)
 
@@ -637,19 +640,19 @@ def print_scores(
 
 
 def draw(out: Path, records: list[dict], name: str, home: Path, labels: list[str]) -> None:
-    """A picture: of each method, from its lowest rate to its highest, how well it orders pairs and
-    how near its answers come to the chosen ones. Methods that compare two answers are squares."""
+    """Draws for each method, from its lowest rate to its highest, how well it orders pairs and how
+    near its answers come to the chosen ones. Methods that compare two answers are squares."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 5.5), dpi=90)
     before = json.loads((home.parents[1] / f"likelihood/before-{name}-validation.json").read_text())
     accuracy = 100 * before["measures"]["accuracy"]["value"]
-    axes.plot(accuracy, rouge(home, "before"), "*k", ms=14, label="before")
+    axes.plot(accuracy, rouge_l(home, "before"), "*k", ms=14, label="before")
     colors = iter(plt.get_cmap("tab20").colors)
     for m in DATASETS[name].methods:
         grid = sorted(grid_of(records, name, m), key=lambda of_rate: of_rate[-1])
         points = [
-            (100 * accuracy, rouge(home, f"{m} {rate:g}"))
+            (100 * accuracy, rouge_l(home, f"{m} {rate:g}"))
             for accuracy, _, rate in grid
             if f"{m} {rate:g}" in labels
         ]
@@ -664,7 +667,8 @@ def draw(out: Path, records: list[dict], name: str, home: Path, labels: list[str
     figure.savefig(out)
 
 
-def rouge(home: Path, label: str) -> float:
+def rouge_l(home: Path, label: str) -> float:
+    """ROUGE-L of a model's answers, in percent."""
     return json.loads((home / f"{label.replace(' ', '-')}.score.json").read_text())["rougeL"]
 
 

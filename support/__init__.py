@@ -28,7 +28,6 @@ if os.name == "nt":
     print("ASFT runs on Linux and macOS; on Windows, use WSL", file=sys.stderr)
     sys.exit(2)
 
-
 # Waiting OpenMP threads keep a CPU busy for milliseconds by default. Beside another busy process
 # that makes a step five times slower; this setting costs a few per cent. torch reads it on loading.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -3,7 +3,8 @@
 fingerprint              hashes of all that a run's numbers depend on, besides its flags
 open_run, claim_out      create OUT, or check that it holds the run to resume; lock it
 check_shared, record     whether every process sees OUT; OUT/config.json
-read_cache, write_cache  the reference's log-probs, computed once and kept
+cache_key, read_cache,   the reference's log-probs, computed once and kept
+write_cache
 """
 
 import errno
@@ -97,9 +98,9 @@ def record(out: Path, facts: dict) -> None:
     write_whole(out / "config.json", json.dumps(facts, indent=2) + "\n")
 
 
-def cache_key(fingerprint: dict[str, str]) -> str:
-    """What a cache of reference log-probs was made from."""
-    return " ".join(fingerprint.values())
+def cache_key(marks: dict[str, str]) -> str:
+    """Names what a cache of reference log-probs was made from. marks: of `fingerprint`."""
+    return " ".join(marks.values())
 
 
 def read_cache(cache: Path, key: str, pairs: int) -> Tensor | None:

@@ -497,7 +497,7 @@ def test_a_loss_that_compares_answers_refuses_rows_with_one_and_counts_them(
 def test_a_loss_of_good_answers_refuses_a_file_without_one(start, tmp_path, complaint, blamed):
     data, out = write(tmp_path / "bad.jsonl", id_rows(BAD)), tmp_path / "out"
     said = complaint(*flags(start, out, blamed, "--data", data)).strip()
-    assert said == f"train.py: {data}: no good answer, and {blamed} learns from nothing else"
+    assert said == f"train.py: {data}: no good answer, and {blamed} has no term for bad ones"
     assert not out.exists()
 
 
