@@ -144,7 +144,7 @@ class Batch:
     length_R: Tensor  # int64: scored tokens of each response
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Moved. A copy from pinned memory does not wait for what a GPU has still to do."""
+        """Moved; if the driver can, without waiting for what a GPU has still to do."""
         return Batch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
 
 

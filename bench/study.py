@@ -36,8 +36,7 @@ brackets do: 95% intervals from resampling the pairs, each with its mean over th
 The data sets of real text run if their files are beside the checkout, those of the language model
 with --smollm, the directory that bench/smollm.py makes. DIR/runs has config.json and metrics.jsonl
 of each training, for `eval.py figures`, and the weights of each method's chosen rate with seed 0;
-DIR/likelihood the figures of each pair, which the tables need too. A DIR of an older version with a
-temperature in its settings.json must be begun anew.
+DIR/likelihood the figures of each pair, which the tables need too.
 """
 
 import argparse
@@ -581,10 +580,11 @@ def answers(settings: argparse.Namespace) -> None:
         for m, best in chosen:
             for rate in sorted(rate for _, _, rate in grid_of(records, name, m)):
                 model = directories(work, (name, m, rate, 0, ""))[-1] / "model"
-                done = (home / f"{m}-{rate:g}.score.json").exists()
+                out = answers_file(home, f"{m} {rate:g}")
+                done = out.with_suffix(".score.json").exists()
                 if rate == best or done or (model / "model.safetensors").exists():
                     models[f"{m} {rate:g}"] = model
-        outs = [home / f"{label.replace(' ', '-')}.jsonl" for label in models]
+        outs = [answers_file(home, label) for label in models]
         with ThreadPoolExecutor(settings.jobs) as pool:
             rows = pool.map(partial(answer, settings, prompts), models.values(), outs)
             found = dict(zip(models, rows, strict=True))
@@ -593,9 +593,19 @@ def answers(settings: argparse.Namespace) -> None:
         shown = ["before"]
         for m, best in chosen:
             of_method = [label for label in found if label.split()[0] == m]
-            nearest = max(of_method, key=lambda label: rouge_l(home, label))
+            nearest = max(of_method, key=lambda label: scores_of(home, label)["rougeL"])
             shown += dict.fromkeys([f"{m} {best:g}", nearest])
         print_side_by_side(pairs, {m: found[m] for m in shown}, start, settings.show)
+
+
+def answers_file(home: Path, label: str) -> Path:
+    """Where the answers of "before" or of "METHOD RATE" are."""
+    return home / f"{label.replace(' ', '-')}.jsonl"
+
+
+def scores_of(home: Path, label: str) -> dict:
+    """The scores of these answers, in percent."""
+    return json.loads(answers_file(home, label).with_suffix(".score.json").read_text())
 
 
 def answer(settings: argparse.Namespace, prompts: Path, model: Path, out: Path) -> list[dict]:
@@ -631,7 +641,7 @@ def print_scores(
         "|---|---|---|---|---|---|---|"
     )
     for m, rows in found.items():
-        scores = json.loads((home / f"{m.replace(' ', '-')}.score.json").read_text())
+        scores = scores_of(home, m)
         ended = fmean(row["finish"] == "stop" for row in rows)
         cells = [f"{fmean(row['tokens'] for row in rows):.1f}", f"{ended:.0%}"]
         cells += [f"{scores[score]:.1f}" for score in ("bleu4", "rouge1", "rougeL")]
@@ -645,14 +655,15 @@ def draw(out: Path, records: list[dict], name: str, home: Path, labels: list[str
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 5.5), dpi=90)
-    before = json.loads((home.parents[1] / f"likelihood/before-{name}-validation.json").read_text())
+    label = label_before(name, "validation", 0)
+    before = json.loads((home.parents[1] / f"likelihood/{label}.json").read_text())
     accuracy = 100 * before["measures"]["accuracy"]["value"]
-    axes.plot(accuracy, rouge_l(home, "before"), "*k", ms=14, label="before")
+    axes.plot(accuracy, scores_of(home, "before")["rougeL"], "*k", ms=14, label="before")
     colors = iter(plt.get_cmap("tab20").colors)
     for m in DATASETS[name].methods:
         grid = sorted(grid_of(records, name, m), key=lambda of_rate: of_rate[-1])
         points = [
-            (100 * accuracy, rouge_l(home, f"{m} {rate:g}"))
+            (100 * accuracy, scores_of(home, f"{m} {rate:g}")["rougeL"])
             for accuracy, _, rate in grid
             if f"{m} {rate:g}" in labels
         ]
@@ -665,11 +676,6 @@ def draw(out: Path, records: list[dict], name: str, home: Path, labels: list[str
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(out)
-
-
-def rouge_l(home: Path, label: str) -> float:
-    """ROUGE-L of a model's answers, in percent."""
-    return json.loads((home / f"{label.replace(' ', '-')}.score.json").read_text())["rougeL"]
 
 
 def print_side_by_side(
