@@ -80,6 +80,7 @@ METHODS = {  # name -> the flags of its stages
     "asft-tempered": [ALIGN + " --temperature 0.5"],
     "asft-tempered-0.25": [ALIGN + " --temperature 0.25"],
     "asft-tempered-0.1": [ALIGN + " --temperature 0.1"],
+    "asft-tempered-0.05": [ALIGN + " --temperature 0.05"],
     "asft-two-stage": ["--loss sft", ALIGN],
     "asft-two-stage-tempered": ["--loss sft", ALIGN + " --temperature 0.5"],
     "asft-unpaired": ["--loss asft"],  # these two on the part "unpaired"
