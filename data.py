@@ -433,11 +433,7 @@ def split_pairs(
     """
     indexes = indexes[np.lexsort((indexes, -sizes[indexes]))]
     lengths = sizes[indexes]
-    if len(lengths) and lengths[0] > max_tokens_per_gpu:
-        raise InputError(
-            f"a pair of {lengths[0]} packed tokens exceeds --max-tokens-per-gpu "
-            f"{max_tokens_per_gpu}; raise that or lower --max-tokens"
-        )
+    check_longest(lengths, max_tokens_per_gpu)
     # Lower bounds of the number of bins: by all tokens; and, since at most k pairs longer than
     # max_tokens_per_gpu / (k + 1) fit in one bin, by the number of such pairs.
     bins = max(1, -(-int(lengths.sum()) // max_tokens_per_gpu))
@@ -460,6 +456,15 @@ def split_pairs(
         else:
             filled, m = found, middle
     return [filled[rank::ranks] for rank in range(ranks)]
+
+
+def check_longest(sizes: np.ndarray, max_tokens_per_gpu: int) -> None:
+    """Raises InputError if a pair has more packed tokens than a micro-batch may have."""
+    if len(sizes) and (longest := sizes.max()) > max_tokens_per_gpu:
+        raise InputError(
+            f"a pair of {longest} packed tokens exceeds --max-tokens-per-gpu "
+            f"{max_tokens_per_gpu}; raise that or lower --max-tokens"
+        )
 
 
 def fill_bins(

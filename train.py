@@ -7,13 +7,13 @@
     python train.py --help                          every flag, its default, what the paper says
 
 In reading order
-    Config                                 every setting: its flag, its default, its line of help
-    step_loss, train                       the step and the loop
-    learning_rate, Pairs, Sums             warm-up and cosine; what a step draws; its metrics
-    evaluate, answer                       held-out figures; answers to a few held-out prompts
-    attach_reference                       log-probs of the starting model, for dpo and ipo
-    start_processes ... make_optimizer     one process and many, on CPU and on GPUs (FSDP2)
-    Run, run, plan, main                   a whole run; what it would take; the exit code
+    Config                           every setting: its flag, its default, its line of help
+    step_loss, Run, train            the step and the loop
+    learning_rate, Pairs, Sums       warm-up and cosine; what a step draws; its metrics
+    evaluate, answer                 held-out figures; answers to a few held-out prompts
+    attach_reference                 log-probs of the starting model, for dpo, dpo-norm and ipo
+    shard ... make_optimizer         one process and many, on a CPU and on GPUs (FSDP2); AdamW
+    read_pairs, fine_tune, main      what is trained on; a whole run; the exit code
 
 Weights and AdamW's moments are kept in fp32, sharded over the processes; matrix products run in
 bf16 on CUDA and in fp32 on a CPU. A step's pairs do not depend on the number of processes, and each
@@ -34,13 +34,8 @@ import support  # noqa: F401  before torch, which reads what it sets
 # isort: split
 import dataclasses
 import math
-import os
-import signal
-import sys
 import time
-import typing
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,7 +44,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -62,6 +57,7 @@ import asft
 from data import (
     ChatFormat,
     Pair,
+    check_longest,
     encode_preferences,
     pack,
     plan_step,
@@ -78,25 +74,24 @@ from model import (
     load_weights,
     save_model,
 )
-from support import checkpoints, groups, memory, run_directory
+from support import checkpoints, memory, run_directory
 from support.best import Best
-from support.files import InputError, checksum, flush
-from support.flags import MAY_CHANGE, flag, parse, require
+from support.files import InputError
+from support.flags import check_answers, check_flags, flag, parse
+from support.groups import read_groups
 from support.log import Log, describe, header, run_facts, speed
 from support.processes import (
-    StoppedError,
     StopRequest,
     announced,
     choose_device,
     every_two_seconds,
     exit_code,
-    join_group,
     leave,
     on_first_process,
     refuse_restart,
-    together,
+    start_processes,
+    stop_non_finite,
 )
-from support.tensors import finite
 
 # ------------------------------------------------------------------------------- configuration
 
@@ -115,13 +110,16 @@ EXAMPLE = {
 @dataclass(frozen=True)
 class Config:
     """The run. Each field is a flag. PAPER: the paper's setting; OPEN: the paper does not say, and
-    this is the choice made here. A loss's own defaults (asft.py) override these."""
+    this is the choice made here. On the command line, a loss's own defaults (asft.py) replace
+    these."""
 
+    # model and data
     model: str = flag("", "Hugging Face directory of a Llama: config, safetensors, tokenizer")
     data: str = flag("", "pairs or labelled answers, JSONL or JSONL.gz (docs/data-formats.md)")
     eval_data: str | None = flag(None, "held-out pairs, in the same formats")
     out: str | None = flag(None, "directory of the run, new or empty (default: under runs/)")
 
+    # loss
     loss: str = flag("asft", "which loss (asft.py). PAPER: asft", tuple(asft.LOSSES))
     beta: float = flag(0.1, "weight of the align term (asft, orpo) or reward scale. PAPER: 0.1")
     sft_weight: float = flag(1.0, "asft: weight of the SFT term; 0: only the align term. PAPER: 1")
@@ -138,6 +136,7 @@ class Config:
         None, "file that keeps the reference's log-probs over runs with equal weights and pairs"
     )
 
+    # optimisation, order of the pairs
     lr: float = flag(1e-5, "peak learning rate. PAPER: 1e-5")
     warmup_ratio: float = flag(0.1, "share of the steps that warm up. PAPER: linear. OPEN: length")
     min_lr_ratio: float = flag(0.0, "last rate over the peak, cosine between. OPEN: 0 is usual")
@@ -156,6 +155,7 @@ class Config:
     seed: int = flag(0, "seed of the pairs' order. OPEN: any; report several")
     shuffle: bool = flag(True, "a new order of the pairs each epoch; without, the file's. OPEN")
 
+    # lengths, micro-batches
     max_tokens: int | None = flag(
         None, "most tokens of a prompt and its answer (default: 2048 or the model's). PAPER: 2048"
     )
@@ -170,6 +170,7 @@ class Config:
     )
     share_prompt: bool = flag(True, "compute each prompt once for both responses; same numbers")
 
+    # devices
     device: str = flag("auto", "cuda if each process has a GPU", ("auto", "cpu", "cuda"))
     precision: str = flag(
         "auto", "matrix products: bf16 on CUDA, fp32 on a CPU. OPEN", ("auto", "fp32", "bf16")
@@ -186,6 +187,7 @@ class Config:
     )
     replicas: int = flag(1, "hybrid sharding: groups of processes with a whole model each")
 
+    # evaluation, checkpoints, what is written
     eval_every: int = flag(0, "steps between evaluations, besides those at start and end")
     eval_by: str | None = flag(None, "key of held-out rows: figures for each of its values too")
     samples: int = flag(0, "held-out prompts to answer (greedily) at each evaluation")
@@ -210,27 +212,7 @@ class Config:
     gpu_memory: float | None = flag(None, "with --plan: GiB of each GPU, to choose as a run would")
 
     def __post_init__(self):
-        for names, wanted, allowed in RANGES:
-            require(self, names, wanted, allowed)
-        only_align = self.loss == "asft" and self.sft_weight == 0
-        if self.beta == 0 and (only_align or self.loss in ("dpo", "dpo-norm", "ipo", "simpo")):
-            flags = f"--loss {self.loss}" + " --sft-weight 0" * only_align
-            raise InputError(f"--beta is 0.0, wanted more for {flags}: it would be constant")
-        if self.ipo_sum and self.loss != "ipo":
-            raise InputError(f"--ipo-sum goes with --loss ipo, found --loss {self.loss}")
-        if self.gpu_memory and not self.plan:
-            raise InputError("--gpu-memory goes with --plan")
-        if not self.model or not self.data:
-            raise InputError("--model and --data go together (with neither, the example runs)")
-        if (self.eval_every or self.eval_by or self.samples) and not self.eval_data:
-            raise InputError("--eval-every, --eval-by and --samples need --eval-data")
-        if self.keep_best and not self.eval_every:
-            raise InputError("--keep-best needs --eval-data and --eval-every")
-        live = self.loss_row.reference and self.reference == "live"
-        if self.plan and (self.precision == "fp32" or self.replicas > 1 or live):
-            raise InputError(
-                "--plan simulates neither --precision fp32, --replicas nor a live reference"
-            )
+        check_flags(self)
 
     @property
     def loss_row(self) -> asft.Loss:
@@ -244,35 +226,18 @@ class Config:
         return {name: getattr(self, name) for name in self.loss_row.options}
 
 
-SMALLEST = torch.finfo(torch.float32).smallest_normal  # below it, numbers are flushed to 0
-RANGES = (
-    ("lr temperature peak_tflops gpu_memory", "a number above 0", lambda x: 0 < x < math.inf),
-    ("eps adam_eps", "1.2e-38 or more, fp32's smallest", lambda x: SMALLEST <= x < math.inf),
-    ("max_grad_norm", "a number above 0", lambda x: x > 0),  # inf: no clipping
-    ("epochs max_steps pairs_per_step max_tokens max_tokens_per_gpu", "1 or more", lambda x: x > 0),
-    ("replicas keep plan", "1 or more", lambda x: x > 0),
-    ("beta sft_weight gamma weight_decay", "0 or more", lambda x: 0 <= x < math.inf),
-    ("seed eval_every samples save_every", "0 or more", lambda x: x >= 0),
-    ("warmup_ratio min_lr_ratio", "0 to 1", lambda x: 0 <= x <= 1),
-    ("adam_beta1 adam_beta2", "0 to below 1", lambda x: 0 <= x < 1),
-)
-
-
 # ---------------------------------------------------------------------------- step and loop
 
 
-def step_loss(
-    model: Llama, pairs: "Pairs", indexes: list[int]
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+def step_loss(model: Llama, pairs: "Pairs", indexes: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
     """Forward pass of one micro-batch: packed pairs -> one loss per pair.
 
-    Returns loss_B; per-pair metrics, detached (those in `common` for every loss); and present_B: 1
-    for a pair, 0 for the stand-in that an empty micro-batch computes.
-
-    A row may have one answer: MEASURED keeps the metrics of the absent one out of the means.
+    Returns loss_B, and metrics per pair, detached: those that every loss has, and the loss's own. A
+    row may have one answer. rows_chosen, rows_rejected and rows_both are 1 where a row has what
+    they name, and Sums takes means over such rows.
     """
     loss, options = pairs.config.loss_row, pairs.config.loss_options
-    indexes, batch, present_B = pairs.batch(indexes)
+    batch = pairs.batch(indexes)
     mean_R, sum_R = model(batch)  # responses 2i and 2i+1: chosen and rejected of pair i
     logp_R = mean_R if loss.logps == "mean" else sum_R
     chosen_B, rejected_B = batch.length_R[0::2] > 0, batch.length_R[1::2] > 0
@@ -298,66 +263,83 @@ def step_loss(
         "rows_rejected": rejected_B.float(),
         "rows_both": (chosen_B & rejected_B).float(),
     }
-    return loss_B, common | metrics, present_B
+    return loss_B, common | metrics
 
 
-def train(run: "Run", done: int) -> None:
+@dataclass
+class Run:
+    """All that the loop needs."""
+
+    config: Config
+    mesh: DeviceMesh
+    model: Llama
+    optimizer: torch.optim.AdamW
+    pairs: "Pairs"
+    held_out: "Pairs | None"
+    chat: ChatFormat | None  # None: all pairs are token ids
+    log: Log
+    best: Best
+    stop: StopRequest
+    identity: str  # hash of all that a resumed run must share with this one
+
+
+def train(run: Run, done: int) -> None:
     """Runs the updates after the first `done`.
 
     One update: draw its pairs; for each micro-batch forward, loss, backward; then clip, set the
-    rate, update, log. Raises StoppedError before an update that is not finite, and after the step
-    in which the run is told to stop.
+    rate, update, log. Raises StoppedError if the loss or the gradient is not finite, before the
+    update; and after the step in which the run is told to stop.
     """
     config, model, pairs, optimizer = run.config, run.model, run.pairs, run.optimizer
     rank, world = dist.get_rank(), dist.get_world_size()
-    for step in range(done, run.steps):
+    for step in range(done + 1, pairs.steps + 1):  # as it is logged
         started = time.perf_counter()
-        micro_batches = pairs.micro_batches(step, world)  # [process][micro-batch] -> indexes
+        micro_batches = pairs.micro_batches(step - 1, world)  # [process][micro-batch] -> indexes
         drawn = [i for by_rank in micro_batches for indexes in by_rank for i in indexes]
 
-        sums, losses = Sums(), []
+        sums, losses = Sums(), {}
         for i, indexes in enumerate(micro_batches[rank]):
             reduce_gradients(model, run.mesh, last=i + 1 == len(micro_batches[rank]))
-            loss_B, metrics, present_B = step_loss(model, pairs, indexes)
+            loss_B, metrics = step_loss(model, pairs, indexes)
+            counts = float(bool(indexes))  # 0: of a stand-in, see Pairs.batch
             # A pair weighs 1/pairs_per_step, also in an epoch's short last step. FSDP averages
             # gradients over processes, hence `world`.
-            ((loss_B * present_B).sum() * (world / config.pairs_per_step)).backward()
-            sums.add(metrics, present_B)
-            losses.append((indexes, loss_B.detach()))
+            (loss_B.sum() * (counts * world / config.pairs_per_step)).backward()
+            sums.add(metrics, torch.full_like(loss_B, counts))
+            losses |= zip(indexes, loss_B.detach(), strict=False)  # not of a stand-in
 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         means = sums.mean_over_processes(len(drawn))
         if not math.isfinite(means["loss"]) or not math.isfinite(norm):
-            stop_non_finite(step + 1, means["loss"], norm, pairs, losses, drawn)
+            stop_non_finite(step, means["loss"], norm, losses, drawn, pairs.pairs)
 
-        rate = learning_rate(step, run.steps, config.lr, config.warmup_ratio, config.min_lr_ratio)
+        rate = learning_rate(
+            step - 1, pairs.steps, config.lr, config.warmup_ratio, config.min_lr_ratio
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
 
-        # Metrics are those of the weights before this update.
-        row = {"step": step + 1, "epoch": pairs.epochs_done(step + 1), **means, "lr": rate}
+        # `means` are of the weights before this update, eval_* of those after it.
+        row = {"step": step, "epoch": pairs.epochs_done(step), **means, "lr": rate}
         row |= {"grad_norm": norm} | speed(run, drawn, started)
-        run.log.step(row, run.steps)
-        last = step + 1 == run.steps
-        if config.eval_data and (last or due(config.eval_every, step + 1)):
-            row |= run.evaluate(step + 1)
+        run.log.step(row, pairs.steps)
+        last = step == pairs.steps
+        if run.held_out and (last or due(config.eval_every, step)):
+            row |= evaluate(run, step)
+            run.best.offer(step, row)
         run.log.append("metrics.jsonl", row)
+        if last:
+            return
         stop = run.stop.signal_anywhere(pairs.device)
-        if not last and (stop or due(config.save_every, step + 1)):
-            out = run.log.out
+        if stop or due(config.save_every, step):
             checkpoints.save_checkpoint(
-                out, step + 1, run.identity, model, optimizer, run.mesh, config.keep
+                run.log.out, step, run.identity, model, optimizer, run.mesh, config.keep
             )
-        if not last and stop:
-            name = signal.Signals(stop).name
-            run.log.say(
-                f"\nstopped by {name} after step {step + 1} of {run.steps}; "
-                f"resume with --resume {run.log.out}"
-            )
-            raise StoppedError(name, 128 + stop)
+        if stop:
+            raise run.log.stopped(stop, step, pairs.steps)
 
 
 def due(every: int, step: int) -> bool:
@@ -391,13 +373,22 @@ class Pairs:
         self.max_tokens_per_gpu = config.max_tokens_per_gpu or 8192
         # A live copy, or numbers of shape (pairs, 2, 2): [pair, chosen or rejected, mean or sum].
         self.reference: Llama | Tensor | None = None
-        # Indexes of the pairs that are evaluated together: all; and those of each --eval-by value.
+        check_longest(self.sizes, self.max_tokens_per_gpu)
+        self.stand_in = [int(self.sizes.argmin())]  # see `batch`
+        # Indexes of the pairs that are evaluated together: all, under None; and those of each value
+        # of --eval-by, under its name.
         self.groups: dict[str | None, range | set[int]] = {None: range(len(pairs))}
 
     @property
     def steps_per_epoch(self) -> int:
         """Updates of an epoch. The last one may have fewer pairs."""
         return -(-len(self.pairs) // self.config.pairs_per_step)
+
+    @property
+    def steps(self) -> int:
+        """Updates of the whole run."""
+        steps = self.config.epochs * self.steps_per_epoch
+        return min(steps, self.config.max_steps or steps)
 
     def epochs_done(self, step: int) -> float:
         """Epochs done after so many updates."""
@@ -409,31 +400,27 @@ class Pairs:
         seed, most = c.seed if c.shuffle else None, self.max_tokens_per_gpu
         return plan_step(self.sizes, c.pairs_per_step, seed, step, processes, most)
 
-    def split(self) -> list[list[int]]:
-        """All pairs once, as this process's micro-batches."""
+    def own_micro_batches(self) -> list[list[int]]:
+        """All pairs once: this process's micro-batches of them."""
         everything = np.arange(len(self.pairs))
         world = dist.get_world_size()
-        every = split_pairs(everything, self.sizes, world, self.max_tokens_per_gpu)
-        return every[dist.get_rank()]
+        return split_pairs(everything, self.sizes, world, self.max_tokens_per_gpu)[dist.get_rank()]
 
-    def batch(self, indexes: list[int]) -> tuple[list[int], Batch, Tensor]:
-        """Returns the indexes, their packed batch, and a 0/1 weight per pair.
+    def batch(self, indexes: list[int]) -> Batch:
+        """The packed batch of these pairs.
 
         A process without a pair in this micro-batch must still take part in the collectives of the
-        sharded model: it computes the shortest pair, which counts 0.
+        sharded model: it computes a stand-in, the shortest pair, which then counts 0.
         """
-        present = float(bool(indexes))
-        indexes = indexes or [int(self.sizes.argmin())]
-        drawn = [self.pairs[i] for i in indexes]
-        batch = pack(drawn, self.config.share_prompt, self.config.max_tokens).to(self.device)
-        return indexes, batch, torch.full((len(indexes),), present, device=self.device)
+        drawn = [self.pairs[i] for i in indexes or self.stand_in]
+        return pack(drawn, self.config.share_prompt, self.config.max_tokens).to(self.device)
 
     @torch.no_grad()
     def reference_logps(self, indexes: list[int], batch: Batch) -> tuple[Tensor, Tensor]:
         """mean_R and sum_R of the batch's responses under the reference."""
         if isinstance(self.reference, Llama):
             return self.reference(batch)
-        indexes = torch.tensor(indexes).to(self.device, non_blocking=True)
+        indexes = torch.tensor(indexes or self.stand_in).to(self.device, non_blocking=True)
         return self.reference[indexes].flatten(0, 1).unbind(-1)
 
 
@@ -449,10 +436,10 @@ MEASURED = {
 class Sums(dict):
     """Per-pair metrics summed over micro-batches, then over processes: each pair counts once."""
 
-    def add(self, metrics: dict[str, Tensor], present_B: Tensor) -> None:
-        """Adds a micro-batch's metrics."""
+    def add(self, metrics: dict[str, Tensor], weight_B: Tensor) -> None:
+        """Adds a micro-batch's metrics. weight_B: 1 for a pair that counts, else 0."""
         for name, value_B in metrics.items():
-            counts_B = present_B * metrics[MEASURED[name]] if name in MEASURED else present_B
+            counts_B = weight_B * metrics[MEASURED[name]] if name in MEASURED else weight_B
             self[name] = self.get(name, 0) + value_B.where(counts_B > 0, 0).sum()
 
     def mean_over_processes(self, pairs: int) -> dict[str, float]:
@@ -470,55 +457,33 @@ class Sums(dict):
         return means if rows["rows_both"] == pairs else means | rows
 
 
-def stop_non_finite(
-    step: int,
-    loss: float,
-    norm: float,
-    pairs: Pairs,
-    losses: list[tuple[list[int], Tensor]],
-    drawn: list[int],
-) -> typing.NoReturn:
-    """Raises StoppedError on all processes, naming the pairs whose loss is not finite, or all pairs
-    of the step if only the gradient is not."""
-    bad = []
-    for indexes, loss_B in losses:
-        bad += [  # not strict: an empty micro-batch has the loss of its stand-in
-            i
-            for i, value in zip(indexes, loss_B.tolist(), strict=False)
-            if not math.isfinite(value)
-        ]
-    bad = [i for of_process in together(lambda: bad) for i in of_process] or drawn
-    places = ", ".join(pairs.pairs[i].place for i in bad[:20])
-    more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
-    raise StoppedError(
-        f"step {step}: loss {loss}, gradient norm {norm}; stopped before the update. "
-        f"Pairs: {places}{more}"
-    )
-
-
 # ----------------------------------------------------------------------- evaluation, reference
 
 
 @torch.no_grad()
-def evaluate(
-    model: Llama, pairs: Pairs, log: Log, step: int, answers: list[str]
-) -> dict[str, float]:
+def evaluate(run: Run, step: int) -> dict[str, float]:
     """Held-out metrics (eval_loss and so on): means over all pairs, each counted once on any number
-    of processes. Logged, also for each group of pairs, and with `answers` if there are some."""
+    of processes. Logged, also for each value of --eval-by, with answers to the first --samples
+    prompts."""
+    pairs = run.held_out
+    prompts = [pair.prompt for pair in pairs.pairs[: run.config.samples]]
+    answers = [answer(run.model, run.chat, prompt, pairs.device) for prompt in prompts]
     sums = {name: Sums() for name in pairs.groups}
-    for indexes in pairs.split():
-        _, metrics, present_B = step_loss(model, pairs, indexes)
+    for indexes in pairs.own_micro_batches():
+        _, metrics = step_loss(run.model, pairs, indexes)
         for name, group in pairs.groups.items():
-            within = [float(i in group) for i in indexes] or [0.0]
-            sums[name].add(metrics, present_B * torch.tensor(within, device=pairs.device))
-    reshard(model)
-    rows = {}
+            within = [float(i in group) for i in indexes] or [0.0]  # 0: a stand-in
+            sums[name].add(metrics, torch.tensor(within, device=pairs.device))
+    reshard(run.model)
+    row, by = {}, {}
     for name, group in pairs.groups.items():
         means = sums[name].mean_over_processes(len(group))
-        rows[name] = {f"eval_{metric}": mean for metric, mean in means.items()}
-    row = rows.pop(None)
-    by = {name: {"pairs": len(pairs.groups[name])} | of_group for name, of_group in rows.items()}
-    log.evaluation(step, row, by, answers)
+        figures = {f"eval_{metric}": mean for metric, mean in means.items()}
+        if name is None:
+            row = figures
+        else:
+            by[name] = {"pairs": len(group)} | figures
+    run.log.evaluation(step, row, by, answers)
     return row
 
 
@@ -526,8 +491,8 @@ def evaluate(
 def answer(
     model: Llama, chat: ChatFormat, prompt: np.ndarray, device: str, max_new_tokens: int = 64
 ) -> str:
-    """A greedy answer, each token from a fresh pass over all before it: simple, for a few samples.
-    eval.py generates with a cache."""
+    """A greedy answer; every process calls this. Each token is a fresh pass over all before it,
+    which is simple and enough for a few samples. eval.py generates with a cache."""
     ids = prompt.tolist()
     for _ in range(min(max_new_tokens, model.config.max_position_embeddings - len(ids))):
         best = model.logits(torch.tensor(ids, device=device))[-1].argmax()
@@ -539,58 +504,41 @@ def answer(
     return chat.decode(ids[len(prompt) :])
 
 
+@announced("computing the log-probs of the starting model")
 def attach_reference(
-    config: Config, mesh: DeviceMesh, model: Llama, parts: list[Pairs], key: str, cache: Path
+    config: Config, mesh: DeviceMesh, model: Llama, parts: list[Pairs], out: Path, marks: dict
 ) -> None:
-    """Gives each part the log-probs of the frozen starting model: of a live copy, or computed once.
+    """Gives each part the log-probs of the frozen starting model: of a live copy, or computed once
+    and kept in OUT or --reference-cache.
 
-    Must be called while `model` holds the starting weights, before a checkpoint is loaded. `key`
-    names weights, pairs and precision; the cache of another key is refused.
+    Must be called while `model` holds the starting weights, before a checkpoint is loaded. marks:
+    the run's fingerprint.
     """
     if config.reference == "live":
         live = build_model(config, mesh).requires_grad_(False)
         for part in parts:
             part.reference = live
         return
-    pairs = [pair for part in parts for pair in part.pairs]
-    logps = on_first_process(lambda: run_directory.read_cache(cache, key, len(pairs)))
-    if logps is None:
-        everything = Pairs(pairs, config, mesh.device_type)
-        logps = torch.zeros(len(pairs), 2, 2, device=mesh.device_type)
-        with torch.no_grad():
-            for indexes in everything.split():
-                indexes, batch, present_B = everything.batch(indexes)
-                logps_B22 = torch.stack(model(batch), -1).unflatten(0, (-1, 2))
-                logps[indexes] += logps_B22 * present_B[:, None, None]
+    everything = Pairs([pair for part in parts for pair in part.pairs], config, mesh.device_type)
+
+    @torch.no_grad()
+    def compute() -> Tensor:
+        logps = torch.zeros(len(everything.pairs), 2, 2, device=mesh.device_type)
+        for indexes in everything.own_micro_batches():
+            logps_B22 = torch.stack(model(everything.batch(indexes)), -1).unflatten(0, (-1, 2))
+            logps[indexes] = logps_B22[: len(indexes)]  # none of a stand-in
         reshard(model)
         dist.all_reduce(logps)
-        if not finite(logps):
-            raise StoppedError(
-                "the starting model's log-probs are not finite, and the loss needs them"
-            )
-        on_first_process(lambda: run_directory.write_cache(cache, key, logps))
+        return logps
+
+    cache = Path(config.reference_cache or out / "reference.safetensors")
+    logps = run_directory.cached_logps(cache, marks, len(everything.pairs), compute)
     of_parts = logps.to(mesh.device_type).split([len(part.pairs) for part in parts])
     for part, of_part in zip(parts, of_parts, strict=True):
         part.reference = of_part
 
 
-# ------------------------------------------------------------------------ processes, sharding
-
-
-def start_processes(config: Config) -> DeviceMesh:
-    """Joins the process group that torchrun made, or a group of one. Returns the mesh to shard
-    over: one axis, or with --replicas (replicate, shard)."""
-    cuda = choose_device(config.device, config.precision)[0].type == "cuda"
-    # Saturated losses give subnormal gradients, which make a CPU ten times slower.
-    torch.set_flush_denormal(True)
-    join_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    world = dist.get_world_size()
-    if world % config.replicas:
-        raise InputError(f"--replicas {config.replicas} does not divide {world} processes")
-    shape, names = (config.replicas, world // config.replicas), ("replicate", "shard")
-    first = 1 if config.replicas == 1 else 0
-    device = "cuda" if cuda else "cpu"
-    return init_device_mesh(device, shape[first:], mesh_dim_names=names[first:])
+# ---------------------------------------------------------------- sharding, model, optimizer
 
 
 def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
@@ -621,9 +569,9 @@ def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
 def reduce_gradients(model: Llama, mesh: DeviceMesh, last: bool) -> None:
     """Says what FSDP does with the gradients of the next micro-batch; `last` of its step.
 
-    Sharded over several processes, they are reduced in every micro-batch: otherwise each process
-    would hold those of the whole model. On one process, and across replicas, waiting costs no
-    memory, so that happens once per step.
+    On several processes they are reduced in every micro-batch: otherwise each process would hold
+    those of the whole model. On one process waiting costs no memory, so they are reduced once per
+    step; across replicas too.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or mesh.size() > 1)
@@ -646,8 +594,8 @@ def build_model(config: Config, mesh: DeviceMesh) -> Llama:
     with torch.device("meta"):
         model = Llama(LlamaConfig.load(config.model))
     worthwhile = sum(p.numel() for p in model.parameters()) >= COMPILE_PARAMETERS
-    on = {"auto": mesh.device_type == "cuda" and worthwhile, "on": True, "off": False}
-    if on[config.compile]:
+    auto = mesh.device_type == "cuda" and worthwhile
+    if config.compile == "on" or (config.compile == "auto" and auto):
         for block in model.model["layers"]:
             block.compile(dynamic=True)
     shard(model, mesh, choose_device(config.device, config.precision)[1])
@@ -679,116 +627,6 @@ def make_optimizer(config: Config, model: Llama) -> torch.optim.AdamW:
 # ------------------------------------------------------------------------------------ the run
 
 
-@dataclass
-class Run:
-    """All that the loop needs."""
-
-    config: Config
-    mesh: DeviceMesh
-    model: Llama
-    optimizer: torch.optim.AdamW
-    pairs: Pairs
-    evaluate: Callable[[int], dict[str, float]]  # step -> held-out metrics, logged
-    steps: int  # updates of the whole run
-    log: Log
-    stop: StopRequest
-    identity: str  # hash of all that a resumed run must share with this one
-
-
-def run(config: Config) -> None:
-    """A whole run: check everything, then train, then save. The order of its lines matters:
-    whatever can be wrong is found before time is spent or files are made."""
-    refuse_restart(config.resume is not None)
-    llama = LlamaConfig.load(config.model)
-    config = dataclasses.replace(config, max_tokens=resolve_max_tokens(config.max_tokens, llama))
-    memory.recomputed_blocks(config.checkpoint_blocks, llama.num_hidden_layers)  # may raise
-    if config.plan:
-        if "RANK" in os.environ:
-            raise InputError("--plan runs in one process: python train.py, without torchrun")
-        plan(config, llama, config.plan)
-        return
-
-    weights = check_weights(config.model, llama)
-    mesh = start_processes(config)
-    parts, counts, chat = read_pairs(config, llama, mesh.device_type)
-    if config.eval_by:
-        places = [pair.place for pair in parts[1].pairs]
-        parts[1].groups |= groups.read_groups(config.eval_data, config.eval_by, places)
-    files = [Path(config.model) / "config.json", *sorted(set(weights.values()))]
-    dtype = choose_device(config.device, config.precision)[1]
-    pairs = [part.pairs for part in parts]
-    out, fingerprint = run_directory.open_run(config, files, pairs, dtype)
-    log, steps = Log(out), count_steps(parts[0])
-    if on_first_process((out / "model").exists):
-        log.say(f"{out} is finished: its model is {out / 'model'}")
-        return
-
-    model = build_model(config, mesh)
-    run_directory.check_shared(out)
-    log.say(header(config, out, model, parts, counts, steps, chat is not None))
-    facts = run_facts(config, model, counts, steps, fingerprint)
-    record = partial(run_directory.record, out, facts)
-    on_first_process(lambda: (out / "config.json").exists() or record())
-    if config.loss_row.reference:
-        cache = Path(config.reference_cache or out / "reference.safetensors")
-        with announced("computing the log-probs of the starting model"):
-            key = run_directory.cache_key(fingerprint)
-            attach_reference(config, mesh, model, parts, key, cache)
-    optimizer = make_optimizer(config, model)
-
-    def losses_of(indexes: list[int], last: bool) -> Tensor:
-        reduce_gradients(model, mesh, last=last)
-        return step_loss(model, parts[0], indexes)[0]
-
-    gpu = memory.Gpu() if mesh.device_type == "cuda" else None
-    with announced("trying the run's costliest micro-batches"):
-        facts["memory"] = memory.rehearse(model, parts[0], steps, losses_of, log.say, gpu)
-
-    fixed = {name: value for name, value in vars(config).items() if name not in MAY_CHANGE}
-    identity = checksum(fingerprint | fixed)
-    checkpoint, state = checkpoints.newest_checkpoint(out, identity, log.say)
-    if config.resume is not None:
-        on_first_process(lambda: log.rewind(state["step"]))
-        log.say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint: from step 1")
-    on_first_process(record)  # now with the choices of `rehearse`
-    prompts = [pair.prompt for pair in parts[-1].pairs[: config.samples]]
-    best = Best(config.keep_best, out, identity, model, mesh, log.say)
-
-    def evaluated(step: int) -> dict[str, float]:
-        answers = [answer(model, chat, prompt, mesh.device_type) for prompt in prompts]
-        row = evaluate(model, parts[1], log, step, answers)
-        best.offer(step, row)
-        return row
-
-    if checkpoint:
-        checkpoints.load_checkpoint(checkpoint, state, model, optimizer)
-    elif config.eval_data:
-        evaluated(0)
-    with StopRequest() as stop:  # also during the export: the first signal lets it finish
-        whole = Run(config, mesh, model, optimizer, parts[0], evaluated, steps, log, stop, identity)
-        with memory.advising("in a step", model, parts[0]):
-            train(whole, state["step"])
-        checkpoints.stop_unless_finite(checkpoints.trained_tensors(model, optimizer), steps)
-        exported = best.load(steps)
-        on_first_process(lambda: [flush(path) for path in out.glob("*.jsonl")])
-        save_model(
-            model,
-            out / "model",
-            dtype=torch.bfloat16 if config.save_dtype == "bf16" else torch.float32,
-            source=config.model,
-            stop_ids=[chat.end_of_turn] if chat else [],
-        )
-    if prompts and log.active:
-        log.answers([chat.last_turn(prompt) for prompt in prompts], exported)
-    log.say(f"\nsaved {out / 'model'} ({config.save_dtype}); metrics in {out / 'metrics.jsonl'}")
-
-
-def count_steps(pairs: Pairs) -> int:
-    """Updates of the whole run."""
-    config = pairs.config
-    return min(config.epochs * pairs.steps_per_epoch, config.max_steps or sys.maxsize)
-
-
 def read_pairs(
     config: Config, llama: LlamaConfig, device: str
 ) -> tuple[list[Pairs], list[Counter], ChatFormat | None]:
@@ -808,32 +646,87 @@ def read_pairs(
 
     parts = []
     for path, part, count in zip(files, preferences, counts, strict=True):
-        ones = sum(len(p.answers) == 1 for p in part)
-        if ones and not config.loss_row.one_answer:
-            others = " or ".join(name for name, row in asft.LOSSES.items() if row.one_answer)
-            raise InputError(
-                f"--loss {config.loss} compares two answers, but {ones:,} of {len(part):,} rows of "
-                f"{path} have one; --loss {others} takes them"
-            )
-        only_good = config.loss == "sft" or config.beta == 0
-        if ones and only_good and all(p.chosen is None for p in part):
-            flags = "--loss sft" if config.loss == "sft" else "--beta 0"
-            raise InputError(f"{path}: no good answer, and {flags} has no term for bad ones")
+        check_answers(config, path, part)
         pairs = encode_preferences(
             part, chat, config.max_tokens, config.overlong, count, llama.vocab_size, progress
         )
         if not pairs:
             raise InputError(f"{path}: no pair left to use ({describe(count)})")
         parts.append(Pairs(pairs, config, device))
-        longest = parts[-1].sizes.argsort()[-1:]
-        # Raises if it is too long.
-        split_pairs(longest, parts[-1].sizes, 1, parts[-1].max_tokens_per_gpu)
+    if config.eval_by:
+        parts[1].groups |= read_groups(config.eval_data, config.eval_by, parts[1].pairs)
     return parts, counts, chat
 
 
-def plan(config: Config, llama: LlamaConfig, gpus: int) -> None:
-    """Prints the steps, FLOPs and memory of the run on `gpus` CUDA devices (--plan)."""
-    memory.init_fake_group(gpus)
+def fine_tune(config: Config) -> None:
+    """A whole run: checks, training, export. Flags, the headers of the weights and the data are
+    checked before OUT is made; what only the weights themselves show, before the first step."""
+    refuse_restart(config.resume is not None)
+    llama = LlamaConfig.load(config.model)
+    config = dataclasses.replace(config, max_tokens=resolve_max_tokens(config.max_tokens, llama))
+    memory.recomputed_blocks(config.checkpoint_blocks, llama.num_hidden_layers)  # checks the flag
+    if config.plan:
+        return plan(config, llama)
+    weights = check_weights(config.model, llama)
+    mesh = start_processes(config)
+    parts, counts, chat = read_pairs(config, llama, mesh.device_type)
+    pairs, held_out = parts[0], parts[1] if config.eval_data else None
+    out, fingerprint = run_directory.open_run(config, weights, parts)
+    log = Log(out)
+    if on_first_process((out / "model").exists):
+        log.say(f"{out} is finished: its model is {out / 'model'}")
+        return
+
+    model = build_model(config, mesh)
+    log.say(header(config, out, model, parts, counts, chat is not None))
+    facts = run_facts(config, model, counts, pairs.steps, fingerprint)
+    run_directory.record(out, facts, replace=False)
+    if config.loss_row.reference:
+        attach_reference(config, mesh, model, parts, out, fingerprint)
+    optimizer = make_optimizer(config, model)
+
+    def losses_of(indexes: list[int], last: bool) -> Tensor:
+        reduce_gradients(model, mesh, last=last)
+        return step_loss(model, pairs, indexes)[0]
+
+    gpu = memory.Gpu() if mesh.device_type == "cuda" else None
+    with announced("trying the run's costliest micro-batches"):
+        facts["memory"] = memory.rehearse(model, pairs, losses_of, log.say, gpu)
+
+    identity = run_directory.identity(config, fingerprint)
+    checkpoint, state = checkpoints.newest_checkpoint(out, identity, log.say)
+    if config.resume is not None:
+        on_first_process(lambda: log.rewind(state["step"]))
+        log.say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint: from step 1")
+    run_directory.record(out, facts)
+    best, stop = Best(config.keep_best, out, identity, model, mesh, log.say), StopRequest()
+    run = Run(config, mesh, model, optimizer, pairs, held_out, chat, log, best, stop, identity)
+    if checkpoint:
+        checkpoints.load_checkpoint(checkpoint, state, model, optimizer)
+    elif held_out:
+        evaluate(run, 0)
+    with stop:  # also during the export: the first signal lets it finish
+        with memory.advising("in a step", model, pairs):
+            train(run, state["step"])
+        checkpoints.stop_unless_finite(checkpoints.trained_tensors(model, optimizer), pairs.steps)
+        exported = best.load(pairs.steps)
+        log.flush()
+        save_model(
+            model,
+            out / "model",
+            dtype=torch.bfloat16 if config.save_dtype == "bf16" else torch.float32,
+            source=config.model,
+            stop_ids=[chat.end_of_turn] if chat else [],
+        )
+    if config.samples:
+        prompts = [pair.prompt for pair in held_out.pairs[: config.samples]]
+        log.answers([chat.last_turn(prompt) for prompt in prompts], exported)
+    log.say(f"\nsaved {out / 'model'} ({config.save_dtype}); metrics in {out / 'metrics.jsonl'}")
+
+
+def plan(config: Config, llama: LlamaConfig) -> None:
+    """Prints the steps, FLOPs and memory of the run on --plan CUDA devices."""
+    memory.init_fake_group(config.plan)
     pairs = read_pairs(config, llama, "cpu")[0][0]
 
     def build(mesh: DeviceMesh, recomputed: int) -> tuple:
@@ -845,22 +738,15 @@ def plan(config: Config, llama: LlamaConfig, gpus: int) -> None:
         return model, make_optimizer(config, model), partial(reduce_gradients, model, mesh)
 
     parameters = sum(map(math.prod, expected_shapes(llama).values()))
-    memory.print_plan(pairs, count_steps(pairs), gpus, llama, parameters, build)
-
-
-MEMORY_ADVICE = (
-    "weights, gradients and moments take 16 bytes a parameter, split over the processes of a "
-    "replica, and a micro-batch takes more, the higher --max-tokens-per-gpu; --plan N says how "
-    "much on N GPUs"
-)
+    memory.print_plan(pairs, llama, parameters, build)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code (support.processes.exit_code)."""
     return exit_code(
         "train.py",
-        lambda: run(parse(Config, arguments, EXAMPLE, __doc__)),
-        lambda: MEMORY_ADVICE,
+        lambda: fine_tune(parse(Config, arguments, EXAMPLE, __doc__)),
+        lambda: memory.ADVICE,
     )
 
 

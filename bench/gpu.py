@@ -277,7 +277,7 @@ def compile_blocks(a: argparse.Namespace) -> None:
         f"far {graphs}, {graphs[-1] - graphs[0]} of them after the first batch (wanted: 0); "
         f"{sum(counters['graph_break'].values())} graph breaks",
     )
-    medians, micro_batches = {}, pairs.split()[:4]
+    medians, micro_batches = {}, pairs.own_micro_batches()[:4]
     for name, stance in (("compiled", "default"), ("eager", "force_eager")):
         if a.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -295,7 +295,7 @@ def compile_blocks(a: argparse.Namespace) -> None:
 def profile(a: argparse.Namespace) -> None:
     """Where the time of an 8B step goes."""
     step, pairs = prepare(a, "8B")
-    micro_batches, cuda = pairs.split()[:2], a.device == "cuda"
+    micro_batches, cuda = pairs.own_micro_batches()[:2], a.device == "cuda"
     for _ in range(2):
         step(*micro_batches)
     activity = getattr(torch.profiler.ProfilerActivity, a.device.upper())

@@ -432,8 +432,8 @@ def table(settings: argparse.Namespace) -> None:
     work, seeds = settings.work, settings.seeds
     records = read_rows(work / "results.jsonl")
     methods: dict[str, dict[str, Seeds]] = {}
-    for name, dataset in DATASETS.items():
-        rows = {m: held_out(work, records, name, m, seeds) for m in dataset.methods}
+    for name in settings.datasets:
+        rows = {m: held_out(work, records, name, m, seeds) for m in DATASETS[name].methods}
         methods[name] = {m: row for m, row in rows.items() if row}
         if methods[name]:
             print_dataset(name, methods[name], records, seeds)
@@ -526,7 +526,7 @@ def claims(
                 numbers += f"difference {difference(one['right'], both['right'])}"
                 f.append((claim, name, true, numbers))
     for names in (("example", "untrained"), ("smollm-instructions", "smollm-untrained")):
-        trained, untrained = (methods[name] for name in names)
+        trained, untrained = (methods.get(name, {}) for name in names)
         if any(m not in start for m in ("asft", "dpo") for start in (trained, untrained)):
             continue
         for figure in ("accuracy", "logp_w"):
@@ -564,7 +564,8 @@ def answers(settings: argparse.Namespace) -> None:
     Draws the scores."""
     work = settings.work.resolve()
     records = read_rows(work / "results.jsonl")
-    for name, dataset in DATASETS.items():
+    for name in settings.datasets:
+        dataset = DATASETS[name]
         chosen = [(m, rate) for m in dataset.methods if (rate := choose(records, name, m))]
         if dataset.model != SMOLLM or dataset.untrained or not chosen:
             continue

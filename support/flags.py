@@ -4,7 +4,8 @@ train.py's Config names each setting once, with its default and one line of help
 steps between it and what a user types or resumes:
 
     flag, spell             a field with its line of help; a field's name as a flag
-    require                 a field's range
+    RANGES, check_flags     what a field may hold, and what goes with what
+    check_answers           rows with one answer, and a loss that compares two
     FlagParser, parse       the command line -> a Config, with the options of its loss checked
     recorded_flags          the flags of the run that --resume names
     command_line            a Config -> the flags that give it
@@ -12,9 +13,12 @@ steps between it and what a user types or resumes:
 
 import argparse
 import dataclasses
+import math
 import shlex
 import typing
 from pathlib import Path
+
+import torch
 
 import asft
 from support.files import InputError, read_json, shown
@@ -41,13 +45,63 @@ def spell(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def require(config, names: str, wanted: str, allowed: typing.Callable[[float], bool]) -> None:
-    """Raises InputError if one of these fields (names separated by spaces) holds a number that is
-    not allowed. None passes: the flag was not given."""
-    for name in names.split():
-        value = getattr(config, name)
-        if value is not None and not allowed(value):
-            raise InputError(f"{spell(name)} is {value}, wanted {wanted}")
+SMALLEST = torch.finfo(torch.float32).smallest_normal  # below it, numbers are flushed to 0
+RANGES = (
+    ("lr temperature peak_tflops gpu_memory", "a number above 0", lambda x: 0 < x < math.inf),
+    ("eps adam_eps", "1.2e-38 or more, fp32's smallest", lambda x: SMALLEST <= x < math.inf),
+    ("max_grad_norm", "a number above 0", lambda x: x > 0),  # inf: no clipping
+    ("epochs max_steps pairs_per_step max_tokens max_tokens_per_gpu", "1 or more", lambda x: x > 0),
+    ("replicas keep plan", "1 or more", lambda x: x > 0),
+    ("beta sft_weight gamma weight_decay", "0 or more", lambda x: 0 <= x < math.inf),
+    ("seed eval_every samples save_every", "0 or more", lambda x: x >= 0),
+    ("warmup_ratio min_lr_ratio", "0 to 1", lambda x: 0 <= x <= 1),
+    ("adam_beta1 adam_beta2", "0 to below 1", lambda x: 0 <= x < 1),
+)
+
+
+def check_flags(config) -> None:
+    """Raises InputError if a field of train.Config is out of its range, or if fields do not go
+    together. None passes: the flag was not given."""
+    for names, wanted, allowed in RANGES:
+        for name in names.split():
+            value = getattr(config, name)
+            if value is not None and not allowed(value):
+                raise InputError(f"{spell(name)} is {value}, wanted {wanted}")
+    only_align = config.loss == "asft" and config.sft_weight == 0
+    if config.beta == 0 and (only_align or config.loss in ("dpo", "dpo-norm", "ipo", "simpo")):
+        flags = f"--loss {config.loss}" + " --sft-weight 0" * only_align
+        raise InputError(f"--beta is 0.0, wanted more for {flags}: it would be constant")
+    if config.ipo_sum and config.loss != "ipo":
+        raise InputError(f"--ipo-sum goes with --loss ipo, found --loss {config.loss}")
+    if config.gpu_memory and not config.plan:
+        raise InputError("--gpu-memory goes with --plan")
+    if not config.model or not config.data:
+        raise InputError("--model and --data go together (with neither, the example runs)")
+    if (config.eval_every or config.eval_by or config.samples) and not config.eval_data:
+        raise InputError("--eval-every, --eval-by and --samples need --eval-data")
+    if config.keep_best and not config.eval_every:
+        raise InputError("--keep-best needs --eval-data and --eval-every")
+    live = config.loss_row.reference and config.reference == "live"
+    if config.plan and (config.precision == "fp32" or config.replicas > 1 or live):
+        raise InputError(
+            "--plan simulates neither --precision fp32, --replicas nor a live reference"
+        )
+
+
+def check_answers(config, path: str, rows: list) -> None:
+    """Raises InputError if the loss cannot train on these rows (data.Preference) of a file: some
+    have one answer and the loss compares two, or all are bad and it has no term for bad ones."""
+    ones = sum(len(row.answers) == 1 for row in rows)
+    if ones and not config.loss_row.one_answer:
+        others = " or ".join(name for name, row in asft.LOSSES.items() if row.one_answer)
+        raise InputError(
+            f"--loss {config.loss} compares two answers, but {ones:,} of {len(rows):,} rows of "
+            f"{path} have one; --loss {others} takes them"
+        )
+    only_good = config.loss == "sft" or config.beta == 0
+    if ones and only_good and all(row.chosen is None for row in rows):
+        flags = "--loss sft" if config.loss == "sft" else "--beta 0"
+        raise InputError(f"{path}: no good answer, and {flags} has no term for bad ones")
 
 
 class FlagParser(argparse.ArgumentParser):

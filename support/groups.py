@@ -11,14 +11,14 @@ from support.records import read_records
 MOST = 20  # groups
 
 
-def read_groups(path: str | Path, key: str, places: Sequence[str]) -> dict[str, set[int]]:
+def read_groups(path: str | Path, key: str, pairs: Sequence) -> dict[str, set[int]]:
     """Value of `key` -> indexes of the pairs whose row has it, in the order of the file.
 
-    `places` are those of the pairs (data.Pair). A value that is not a text is named by its JSON. A
+    `pairs` are of data.Pair. A value that is not a text is named by its JSON. A
     row without the key, or with null, is in the group "no KEY". Raises InputError if no row has the
     key, and for more than 20 values: such a key tells rows apart, not kinds of rows.
     """
-    index = {place: i for i, place in enumerate(places)}
+    index = {pair.place: i for i, pair in enumerate(pairs)}
     absent, groups = f"no {key}", {}
     for place, record in read_records(path):
         if place in index:

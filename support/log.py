@@ -7,6 +7,7 @@ Log                  the step line, the held-out line, the files; `rewind` when 
 import json
 import platform
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -20,10 +21,16 @@ import torch
 import torch.distributed as dist
 
 from support.export import CHAT_TEMPLATE, source_template
-from support.files import InputError, naming, read_json, write_whole
+from support.files import InputError, flush, naming, read_json, write_whole
 from support.flags import command_line
 from support.flops import pair_flops, peak_tflops, utilisation
-from support.processes import choose_device, erase_line, peak_memory_gib
+from support.processes import (
+    StoppedError,
+    choose_device,
+    erase_line,
+    on_first_process,
+    peak_memory_gib,
+)
 
 # Metrics of a step in the order of its line, with their formats. A loss may lack some of them.
 STEP = "loss:.4f sft:.4f align:.4f | margin:+.4f accuracy:.1% logp_w:.4f logp_l:.4f"
@@ -45,9 +52,7 @@ def describe(counts: Counter) -> str:
     return text
 
 
-def header(
-    config, out: Path, model, parts: list, counts: list[Counter], steps: int, chat: bool
-) -> str:
+def header(config, out: Path, model, parts: list, counts: list[Counter], chat: bool) -> str:
     """The text that a run prints first. `parts` are the training and the held-out pairs; chat: they
     were given as texts."""
     llama, pairs = model.config, parts[0]
@@ -68,8 +73,8 @@ def header(
         "chat": describe_chat(config.model) if chat else "none: the pairs are token ids",
         "tokens": f"{pairs.sizes.sum():,} an epoch, {responses:,} of them in responses; "
         f"{pairs.sizes.mean():,.0f} a pair, at most {pairs.sizes.max():,}",
-        "steps": f"{steps:,} of {config.pairs_per_step} pairs; warm-up to {config.lr:g}, then "
-        f"cosine to {config.min_lr_ratio * config.lr:g}",
+        "steps": f"{pairs.steps:,} of {config.pairs_per_step} pairs; warm-up to {config.lr:g}, "
+        f"then cosine to {config.min_lr_ratio * config.lr:g}",
         "precision": f"fp32 weights and moments, {products} products, fp32 losses",
         "devices": f"{dist.get_world_size()} x {device_name(config)}",
         "out": str(out),
@@ -204,6 +209,8 @@ class Log:
     def answers(self, prompts: list[str], step: int) -> None:
         """Prints sample prompts with their answers before training and after `step`, both from
         eval.jsonl."""
+        if not self.active:
+            return
         rows = map(json.loads, (self.out / "eval.jsonl").read_text().splitlines())
         found = {row["step"]: row["answers"] for row in rows if "answers" in row}
         lost = ["(not in eval.jsonl)"] * len(prompts)
@@ -211,6 +218,18 @@ class Log:
         for prompt, old, new in zip(prompts, before, after, strict=True):
             self.say(f"\n  prompt  {one_line(prompt)}")
             self.say(f"  before  {one_line(old)}\n  after   {one_line(new)}")
+
+    def stopped(self, number: int, step: int, steps: int) -> StoppedError:
+        """Says that a signal of this number stops the run after `step`; returns what ends it."""
+        name = signal.Signals(number).name
+        self.say(
+            f"\nstopped by {name} after step {step} of {steps}; resume with --resume {self.out}"
+        )
+        return StoppedError(name, 128 + number)
+
+    def flush(self) -> None:
+        """Brings metrics.jsonl and eval.jsonl to the disk."""
+        on_first_process(lambda: [flush(path) for path in self.out.glob("*.jsonl")])
 
     def append(self, name: str, row: dict) -> None:
         """Adds a row to a file in OUT."""

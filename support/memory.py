@@ -15,6 +15,7 @@ and 6% by micro-batches twice as large.
 import contextlib
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -38,6 +39,11 @@ from support.processes import (
 MARGIN = 0.04  # of a GPU's memory is left free: for gaps between tensors and what grows later
 LARGER = 2  # how many times the default micro-batch a GPU with room gets: more was not measured
 MicroBatch = list[int]  # indexes of pairs
+ADVICE = (  # if memory ran out where nothing says more exactly what to change
+    "weights, gradients and moments take 16 bytes a parameter, split over the processes of a "
+    "replica, and a micro-batch takes more, the higher --max-tokens-per-gpu; --plan N says how "
+    "much on N GPUs"
+)
 
 
 def recomputed_blocks(choice: str, layers: int, on_gpu: bool = False) -> int | None:
@@ -107,15 +113,15 @@ def costliest(
     return Costliest(distinct, max(best[-1])[0], count / steps / len(plan), tokens / count, most)
 
 
-def costliest_of(llama, pairs, steps: int, processes: int, recomputed: list[int]) -> Costliest:
-    """The costliest micro-batches of a run of so many steps, for each of these numbers of
-    recomputed blocks. llama: model.LlamaConfig; pairs: train.Pairs."""
+def costliest_of(llama, pairs, processes: int, recomputed: list[int]) -> Costliest:
+    """The costliest micro-batches of the run, for each of these numbers of recomputed blocks.
+    llama: model.LlamaConfig; pairs: train.Pairs."""
 
     progress = every_two_seconds()
 
     def plans() -> Iterator[list[list[MicroBatch]]]:
-        for step in range(steps):
-            progress(f"planned {step:,} of {steps:,} steps")
+        for step in range(pairs.steps):
+            progress(f"planned {step:,} of {pairs.steps:,} steps")
             yield pairs.micro_batches(step, processes)
 
     costs = [pair_bytes(llama, pairs, number) for number in recomputed]
@@ -204,7 +210,6 @@ def measure(
 def rehearse(
     model: nn.Module,
     pairs,
-    steps: int,
     losses_of: Callable[[MicroBatch, bool], Tensor],
     say: Callable[[str], None],
     gpu: Gpu | None,
@@ -226,7 +231,7 @@ def rehearse(
     fixed = recomputed_blocks(pairs.config.checkpoint_blocks, layers, gpu is not None)
 
     def find(numbers: list[int]) -> Costliest:
-        return costliest_of(llama, pairs, steps, dist.get_world_size(), numbers)
+        return costliest_of(llama, pairs, dist.get_world_size(), numbers)
 
     def try_with(recomputed: int) -> Measured:
         return measure(model, pairs, found.steps, recomputed, losses_of, gpu)
@@ -355,22 +360,23 @@ def fewest_recomputed(peak_of: Callable[[int], float], layers: int, limit: float
     return high
 
 
-def print_plan(pairs, steps: int, gpus: int, llama, parameters: int, build: Build) -> None:
-    """Prints the steps, FLOPs and memory of a run of `pairs` (train.Pairs) on `gpus` devices, with
+def print_plan(pairs, llama, parameters: int, build: Build) -> None:
+    """Prints the steps, FLOPs and memory of a run of `pairs` (train.Pairs) on --plan devices, with
     the choices that `rehearse` makes on devices of --gpu-memory.
 
     llama: model.LlamaConfig; parameters: their number; build: see Build.
     """
     config, sizes, layers = pairs.config, pairs.sizes, llama.num_hidden_layers
+    gpus = config.plan
     limit = (config.gpu_memory or math.inf) * (1 - MARGIN)
     fixed = recomputed_blocks(config.checkpoint_blocks, layers, on_gpu=True)
 
     def find(numbers: list[int]) -> Costliest:
-        return costliest_of(llama, pairs, steps, gpus, numbers)
+        return costliest_of(llama, pairs, gpus, numbers)
 
     @functools.cache
     def peak_of(recomputed: int) -> dict[str, float]:
-        batches = [[pairs.batch(indexes)[1] for indexes in step] for step in found.steps]
+        batches = [[pairs.batch(indexes) for indexes in step] for step in found.steps]
         with announced(f"simulating a step that recomputes {recomputed} of {layers} blocks"):
             return simulated_peak(build, batches, gpus, recomputed)
 
@@ -390,7 +396,7 @@ def print_plan(pairs, steps: int, gpus: int, llama, parameters: int, build: Buil
     print(
         f"{config.model} on {gpus} GPU{'s' * (gpus > 1)}, {config.data}\n"
         f"  parameters  {parameters:,}\n"
-        f"  steps       {steps:,} of {config.pairs_per_step} pairs, "
+        f"  steps       {pairs.steps:,} of {config.pairs_per_step} pairs, "
         f"{sizes.sum() * share:,.0f} tokens a step\n"
         f"  batches     {describe(found, pairs)}\n"
         f"  FLOPs       {flops:.3g} a step (forward and backward; recomputation not counted)"
@@ -407,7 +413,10 @@ def print_plan(pairs, steps: int, gpus: int, llama, parameters: int, build: Buil
 
 
 def init_fake_group(gpus: int) -> None:
-    """Makes this process the first of `gpus` processes that do not exist."""
+    """Makes this process the first of `gpus` processes that do not exist. Raises InputError if it
+    is one of torchrun's."""
+    if "RANK" in os.environ:
+        raise InputError("--plan runs in one process: python train.py, without torchrun")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)

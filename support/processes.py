@@ -1,13 +1,15 @@
 """Devices, agreement between processes, signals and exit codes.
 
 choose_device, out_of_memory, peak_memory_gib    the device and its memory
+start_processes, refuse_restart                  torchrun's process group, or one of one
 together, on_first_process                       actions whose failure all processes learn of
 announced, every_two_seconds                     lines for what takes longer than 2 s
-StopRequest, StoppedError                        a run that ends before its last step
+StopRequest, StoppedError, stop_non_finite       a run that ends before its last step
 complain, exit_code, leave                       one line and an exit code for every end
 """
 
 import contextlib
+import math
 import os
 import resource
 import signal
@@ -19,6 +21,8 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from support.files import InputError
@@ -74,6 +78,22 @@ def join_group(backend: str, **options) -> None:
         # torchrun keeps its store when it restarts processes, with the dead ones' addresses in it.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, **options)
+
+
+def start_processes(config) -> DeviceMesh:
+    """Joins the process group that torchrun made, or a group of one. Returns the mesh to shard
+    over: one axis, or with --replicas (replicate, shard). config: train.Config."""
+    device = choose_device(config.device, config.precision)[0].type
+    # Saturated losses give subnormal gradients, which make a CPU ten times slower.
+    torch.set_flush_denormal(True)
+    join_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    world, replicas = dist.get_world_size(), config.replicas
+    if world % replicas:
+        raise InputError(f"--replicas {replicas} does not divide {world} processes")
+    if replicas == 1:
+        return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
+    shape = (replicas, world // replicas)
+    return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def refuse_restart(resume: bool) -> None:
@@ -156,6 +176,28 @@ class StoppedError(RuntimeError):
     def __init__(self, message: str, code: int = 1):
         super().__init__(message)
         self.code = code
+
+
+def stop_non_finite(
+    step: int,
+    loss: float,
+    norm: float,
+    losses: dict[int, Tensor],
+    drawn: list[int],
+    pairs: list,
+) -> typing.NoReturn:
+    """Raises StoppedError on all processes. It names the pairs (of data.Pair) whose loss is not
+    finite, or all pairs of the step if only the gradient is not.
+
+    losses: of the pairs that this process computed, by index; drawn: the indexes of all."""
+    bad = [i for i, value in losses.items() if not math.isfinite(value)]
+    bad = [i for of_process in together(lambda: bad) for i in of_process] or drawn
+    places = ", ".join(pairs[i].place for i in bad[:20])
+    more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
+    raise StoppedError(
+        f"step {step}: loss {loss}, gradient norm {norm}; stopped before the update. "
+        f"Pairs: {places}{more}"
+    )
 
 
 class StopRequest:

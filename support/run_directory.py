@@ -1,10 +1,11 @@
 """OUT, the directory of a run: its lock, its fingerprint, the cache of a reference.
 
 fingerprint              hashes of all that a run's numbers depend on, besides its flags
+identity                 a hash of that and of the flags that a resumed run must share
 open_run, claim_out      create OUT, or check that it holds the run to resume; lock it
 check_shared, record     whether every process sees OUT; OUT/config.json
-cache_key, read_cache,   the reference's log-probs, computed once and kept
-write_cache
+cached_logps, cache_key, the reference's log-probs, computed once and kept
+read_cache, write_cache
 """
 
 import errno
@@ -12,7 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from support.files import InputError, checksum, files_checksum, read_json, shown, write_whole
-from support.processes import announced, on_first_process, together
-from support.tensors import open_safetensors
+from support.flags import MAY_CHANGE
+from support.processes import StoppedError, announced, choose_device, on_first_process, together
+from support.tensors import finite, open_safetensors
 
 
 def fingerprint(
@@ -40,20 +42,31 @@ def fingerprint(
     return found | {"precision": str(dtype).removeprefix("torch.")}
 
 
-def open_run(
-    config, files: Iterable[Path], parts: Sequence[Sequence], dtype: torch.dtype
-) -> tuple[Path, dict[str, str]]:
-    """Returns the run's directory, locked, and its fingerprint. Raises InputError as `claim_out`
-    does, and before OUT is made if --reference-cache is a cache of something else. To be called on
-    every process. config: train.Config; the rest: see `fingerprint`."""
+def identity(config, marks: dict[str, str]) -> str:
+    """Names the run in its checkpoints. config: train.Config; marks: of `fingerprint`."""
+    fixed = {name: value for name, value in vars(config).items() if name not in MAY_CHANGE}
+    return checksum(marks | fixed)
+
+
+def open_run(config, weights: dict[str, Path], parts: list) -> tuple[Path, dict[str, str]]:
+    """Returns the run's directory, locked, and its fingerprint. To be called on every process.
+
+    Raises InputError as `claim_out` does, if a process does not see OUT, and before OUT is made if
+    --reference-cache is a cache of something else. config: train.Config; weights: key -> its file;
+    parts: train.Pairs."""
+    pairs = [part.pairs for part in parts]
+    files = [Path(config.model) / "config.json", *sorted(set(weights.values()))]
+    dtype = choose_device(config.device, config.precision)[1]
     with announced("computing checksums of weights and pairs"):
-        found = on_first_process(lambda: fingerprint(files, parts, dtype))
+        found = on_first_process(lambda: fingerprint(files, pairs, dtype))
     precompute = config.loss_row.reference and config.reference == "precompute"
     if precompute and config.reference_cache:
-        cache, pairs = Path(config.reference_cache), sum(map(len, parts))
-        on_first_process(lambda: read_cache(cache, cache_key(found), pairs))
+        cache, count = Path(config.reference_cache), sum(map(len, pairs))
+        on_first_process(lambda: read_cache(cache, cache_key(found), count))
     resume = config.resume is not None
-    return on_first_process(lambda: claim_out(config.out, resume, found)), found
+    out = on_first_process(lambda: claim_out(config.out, resume, found))
+    check_shared(out)
+    return out, found
 
 
 def claim_out(out: str | None, resume: bool, wanted: dict[str, str]) -> Path:
@@ -93,9 +106,24 @@ def check_shared(out: Path) -> None:
         )
 
 
-def record(out: Path, facts: dict) -> None:
-    """Writes OUT/config.json."""
-    write_whole(out / "config.json", json.dumps(facts, indent=2) + "\n")
+def record(out: Path, facts: dict, replace: bool = True) -> None:
+    """Writes OUT/config.json on process 0; without `replace`, only if it is not there."""
+    path, text = out / "config.json", json.dumps(facts, indent=2) + "\n"
+    on_first_process(lambda: (path.exists() and not replace) or write_whole(path, text))
+
+
+def cached_logps(
+    cache: Path, marks: dict[str, str], pairs: int, compute: Callable[[], Tensor]
+) -> Tensor:
+    """The reference log-probs, as of `read_cache`: read, or computed, checked and written. To be
+    called on every process. Raises StoppedError if they are not finite."""
+    key = cache_key(marks)
+    if (logps := on_first_process(lambda: read_cache(cache, key, pairs))) is not None:
+        return logps
+    if not finite(logps := compute()):
+        raise StoppedError("the starting model's log-probs are not finite, and the loss needs them")
+    on_first_process(lambda: write_cache(cache, key, logps))
+    return logps
 
 
 def cache_key(marks: dict[str, str]) -> str:

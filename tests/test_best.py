@@ -139,7 +139,7 @@ def test_the_first_of_the_best_figures_wins_and_what_is_no_number_never_does(
 ):
     """The start has the best of all, but it is not a trained model."""
 
-    def evaluate(model, pairs, log, at, answers):
+    def evaluate(run, at):
         value = {0: 0.0 if metric == "loss" else 1.0, **figures}[at]
         return {} if value is None else {f"eval_{metric}": value}
 
@@ -158,8 +158,8 @@ def test_the_first_of_the_best_figures_wins_and_what_is_no_number_never_does(
 
 def test_the_end_shows_the_answers_of_the_weights_that_are_exported(tmp_path, monkeypatch, capsys):
 
-    def evaluate(model, pairs, log, at, answers, inner=train.evaluate):
-        return inner(model, pairs, log, at, answers) | {"eval_loss": {0: 1.0, 2: 2.0, 4: 3.0}[at]}
+    def evaluate(run, at, inner=train.evaluate):
+        return inner(run, at) | {"eval_loss": {0: 1.0, 2: 2.0, 4: 3.0}[at]}
 
     monkeypatch.setattr(train, "evaluate", evaluate)
     more = "--device cpu --max-steps 4 --pairs-per-step 4 --lr 3e-2 --samples 1 --eval-every 2"
@@ -177,7 +177,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_and_the_start_sti
 ):
     """It finds the weights that it had kept, and those of the start are better."""
     out, more = tmp_path / "out", "--save-every 0"
-    monkeypatch.setattr(train, "evaluate", lambda *given: {"eval_loss": float(given[3])})
+    monkeypatch.setattr(train, "evaluate", lambda *given: {"eval_loss": float(given[1])})
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train, "learning_rate", lambda at, *_: kill() if at == 4 else 1e-2)
         main(*eight(start, out, more))
@@ -257,7 +257,7 @@ def test_only_two_best_checkpoints_are_ever_on_the_disk_each_of_4_bytes_a_parame
         return inner(path, target)
 
     monkeypatch.setattr(Path, "rename", rename)
-    monkeypatch.setattr(train, "evaluate", lambda *a: {"eval_loss": -float(a[3])})
+    monkeypatch.setattr(train, "evaluate", lambda *a: {"eval_loss": -float(a[1])})
     assert main(*eight(start, tmp_path, "--resume")) == 0
     assert [sorted(names) for names in seen] == [
         ["best-000002"],

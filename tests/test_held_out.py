@@ -5,6 +5,7 @@ Oracles: log-probs of plain sequences, one process against two.
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,7 +113,8 @@ def test_a_key_of_more_than_twenty_values_is_refused(start, tmp_path, complaint)
         path.write_text("\n".join(lines))
         return path
 
-    assert len(read_groups(written(20), "id", [f"{path}:{i}" for i in range(1, 23)])) == 21
+    pairs = [SimpleNamespace(place=f"{path}:{i}") for i in range(1, 23)]
+    assert len(read_groups(written(20), "id", pairs)) == 21
     more = ["--max-steps 1 --eval-by id --eval-data", written(21)]
     said = complaint(*flags(start, tmp_path / "out", *more))
     assert f"--eval-by id: 21 different values in {path}, wanted at most 20" in said

@@ -294,7 +294,9 @@ def rehearsed(tmp_path):
     with group():
 
         def run(total, most=None, **flags):
-            config = train.Config(model="m", data="d", device="cpu", pairs_per_step=4, **flags)
+            config = train.Config(
+                model="m", data="d", device="cpu", pairs_per_step=4, max_steps=2, **flags
+            )
             config = replace(config, max_tokens=128)
             pairs = train.Pairs(random_pairs(LENGTHS), config, "cpu")
             pairs.max_tokens_per_gpu = most or pairs.max_tokens_per_gpu
@@ -302,7 +304,7 @@ def rehearsed(tmp_path):
             batch = lambda i: pack([pairs.pairs[j] for j in i], longest=128)  # noqa: E731
             with gpu:
                 chosen = memory.rehearse(
-                    ours, pairs, 2, lambda i, last: ours(batch(i))[0], said.append, gpu
+                    ours, pairs, lambda i, last: ours(batch(i))[0], said.append, gpu
                 )
             return SimpleNamespace(chosen=chosen, said=said, pairs=pairs, gpu=gpu, model=ours)
 

@@ -333,7 +333,7 @@ def step(pairs, *options, model=None):
 
 def slopes(pairs, *options) -> torch.Tensor:
     """The gradient of the summed losses."""
-    model, loss_B, _, _ = step(pairs, *options)
+    model, loss_B, _ = step(pairs, *options)
     return torch.cat([x.flatten() for x in torch.autograd.grad(loss_B.sum(), model.parameters())])
 
 
@@ -349,7 +349,7 @@ def test_pairs_split_into_good_and_bad_rows_have_the_gradient_of_the_pairs(optio
 
 
 def test_the_gradient_of_mixed_rows_is_the_slope_of_their_loss():
-    model, loss_B, _, _ = step(MIXED, "--temperature 0.7")
+    model, loss_B, _ = step(MIXED, "--temperature 0.7")
     parameters = dict(model.named_parameters())
     found = torch.autograd.grad(loss_B.sum(), parameters.values())
     for (name, weight), slope in zip(parameters.items(), found, strict=True):
@@ -441,7 +441,7 @@ def test_each_row_weighs_the_same_and_fills_a_place_of_pairs_per_step(start, tmp
     found = trained(start, tmp_path / "out", *run)
     model = load_model(start / "model")
     for row, some in zip(found, (MIXED[:4], MIXED[4:]), strict=True):
-        _, loss_B, _, _ = step(some, model=model)
+        _, loss_B, _ = step(some, model=model)
         slopes = torch.autograd.grad(loss_B.sum() / 4, model.parameters())
         norm = math.sqrt(sum(float(x.square().sum()) for x in slopes))
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-4) and row["pairs"] == len(some)
