@@ -18,23 +18,22 @@ Left out: tools, images, and attention across pairs (each pair sees only itself)
 """
 
 import functools
-import heapq
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from model import Batch, LlamaConfig, Segments
-from support.files import InputError, read_json, read_start, shown, unique
+from model import Batch, Segments
+from support.bins import fewest_bins
+from support.files import InputError
 from support.forms import Turns, parse_pair, repeats_prompt
-from support.llama_config import token_ids
+from support.llama_config import generation_eos
 from support.records import read_records
+from support.tokenizer import load_tokenizer
 
 # ------------------------------------------------------------------------------------------ reading
 
@@ -67,7 +66,7 @@ def read_preferences(
     path: str | Path,
     counts: Counter | None = None,
     skip_bad_lines: bool = False,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> list[Preference]:
     """Reads a whole file before anything is trained on; each record may have a form of its own.
 
@@ -81,7 +80,7 @@ def read_preferences(
     preferences, bad = [], []
     for place, record in read_records(path):
         counts["read"] += 1
-        if progress is not None and counts["read"] % CHUNK == 0:
+        if counts["read"] % 1000 == 0:
             progress(f"read {counts['read']:,} records of {path}")
         try:
             if isinstance(record, ValueError):
@@ -108,29 +107,6 @@ def read_preferences(
 
 # -------------------------------------------------------------------------------------- chat format
 
-TOKENIZER_BYTES = 2**25  # Llama 3's is 9 MB
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer.json for plain text: no padding, no truncation, control tokens stay text."""
-    raw = read_start(path, TOKENIZER_BYTES + 1, "the model's tokenizer")
-    if len(raw) > TOKENIZER_BYTES:
-        raise InputError(f"{path}: more than {TOKENIZER_BYTES:,} bytes, which is not a tokenizer")
-    try:
-        parsed = json.loads(raw, object_pairs_hook=unique)
-        model = parsed.get("model") if isinstance(parsed, dict) else None
-        # Llama 3's is null. With another value the tokenizers library may abort the process.
-        if isinstance(model, dict) and (prefix := model.get("continuing_subword_prefix")):
-            raise ValueError(f"continuing_subword_prefix is {shown(prefix)}, wanted null")
-        tokenizer = Tokenizer.from_str(raw.decode())
-    except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(f"{path}: not a tokenizer ({shown(str(error), 150)})") from None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    # True means that "<|eot_id|>" in a text is encoded as text. tokenizer.json cannot say so.
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
 
 class ChatFormat:
     """Llama 3's chat format over a model directory's tokenizer.json, in token space.
@@ -139,9 +115,9 @@ class ChatFormat:
     content <|eot_id|>. Control ids are inserted by number. Content is stripped, as Meta's template
     does, and encoded by itself: nothing merges across a boundary, and a user's literal "<|eot_id|>"
     stays text. Raises InputError for a tokenizer that lacks a control token or makes one from text,
-    and for a malformed generation_config.json.
+    and for a malformed generation_config.json or config.json.
 
-    stop_ids: where an answer ends, the eos ids of generation_config.json included.
+    stop_ids: where an answer ends, the model's own eos ids (`generation_eos`) included.
     """
 
     def __init__(self, directory: str | Path):
@@ -177,23 +153,26 @@ class ChatFormat:
         """Text of ids, control tokens shown."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
+    def encode_stripped(self, texts: Iterable[str]) -> dict[str, list[int]]:
+        """Stripped text -> its ids. Equal texts are encoded once, all in one call."""
+        stripped = list(dict.fromkeys(text.strip() for text in texts))  # in their order
+        return dict(zip(stripped, self.encode(stripped), strict=True))
+
     def prompt(self, turns: Turns, encoded: dict[str, list[int]] | None = None) -> list[int]:
         """Ids of a conversation up to and including the header of the assistant's next turn.
         `encoded`: the ids of every content, if the caller has encoded them already."""
+        encoded = encoded or self.encode_stripped(content for _, content in turns)
         ids = [self.begin]
         for role, content in turns:
-            ids += [*self.headers[role], *self.content(content, encoded), self.end_of_turn]
+            ids += [*self.headers[role], *encoded[content.strip()], self.end_of_turn]
         return ids + self.headers["assistant"]
 
     def response(self, content: str, encoded: dict[str, list[int]] | None = None) -> list[int]:
-        """Ids of an assistant's reply and its closing <|eot_id|>, all of them scored; [] if the
-        reply is empty."""
-        ids = self.content(content, encoded)
+        """Ids of an assistant's response and its closing <|eot_id|>, all of them scored; [] if the
+        response is empty. `encoded`: as of `prompt`."""
+        encoded = encoded or self.encode_stripped([content])
+        ids = encoded[content.strip()]
         return [*ids, self.end_of_turn] if ids else []
-
-    def content(self, content: str, encoded: dict[str, list[int]] | None) -> list[int]:
-        content = content.strip()
-        return self.encode([content])[0] if encoded is None else encoded[content]
 
     def last_turn(self, prompt: np.ndarray) -> str:
         """The content of the last message in a prompt's ids, for display."""
@@ -201,17 +180,6 @@ class ChatFormat:
         ends = [i for i, token in enumerate(ids) if token in (self.end_header, self.end_of_turn)]
         # The last three end the message's header, the message, and the assistant's header.
         return self.decode(ids[ends[-3] + 1 : ends[-2]]).strip() if len(ends) > 2 else ""
-
-
-def generation_eos(directory: str | Path) -> set[int]:
-    """The eos ids in a directory's generation_config.json, or without that file in its config.json.
-    InputError if it is malformed."""
-    paths = [Path(directory) / name for name in ("generation_config.json", "config.json")]
-    path = next((path for path in paths if path.exists()), paths[0])
-    raw = read_json(path) if path.exists() else {}
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: {shown(raw)}, wanted an object with eos_token_id")
-    return set(token_ids(raw, "eos_token_id", path))
 
 
 # ----------------------------------------------------------------------------------------- encoding
@@ -245,7 +213,7 @@ def encode_preferences(
     overlong: str = "truncate",
     counts: Counter | None = None,
     vocab_size: int | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> list[Pair]:
     """Preferences -> pairs to train on, in file order.
 
@@ -269,7 +237,7 @@ def encode_preferences(
                 raise InputError(
                     f"{p.place}: token id {top} is not below the model's vocab_size {vocab_size}"
                 )
-            room = max_tokens - len(prompt)
+            room = max_tokens - len(prompt)  # 0 or less: no room at all
             too_long = max(len(chosen), len(rejected)) > room
             answers = [ids for ids in (chosen, rejected) if len(ids)]
             if not len(prompt) or len(answers) < len(p.answers):
@@ -284,42 +252,26 @@ def encode_preferences(
                     counts["bad answers" if p.chosen is None else "good answers"] += 1
                 # Copies: a slice would keep the whole response in memory.
                 pairs.append(Pair(prompt, chosen[:room].copy(), rejected[:room].copy(), p.place))
-        if progress is not None:
-            progress(f"encoded {start + len(chunk):,} of {len(preferences):,} pairs")
+        progress(f"encoded {start + len(chunk):,} of {len(preferences):,} pairs")
     counts["kept"] += len(pairs)
     return pairs
 
 
 def encode_chunk(chunk: list[Preference], chat: ChatFormat | None) -> Iterator[list[np.ndarray]]:
-    """Ids of prompt, chosen and rejected (int32; none of an absent answer). Equal texts are encoded
-    once, all in one call."""
-    texts = {}  # a dict, for its order
-    for p in chunk:
-        if p.is_text:
-            contents = [content for _, content in p.prompt]
-            texts |= dict.fromkeys(part.strip() for part in (*contents, *p.answers))
-    encoded = dict(zip(texts, chat.encode(list(texts)), strict=True)) if texts else {}
+    """Ids of prompt, chosen and rejected (int32; none of an absent answer). A prompt has no ids if
+    it asks nothing: its last turn is empty, or its user says nothing."""
+    texts = [p for p in chunk if p.is_text]
+    contents = [content for p in texts for _, content in p.prompt]
+    answers = [answer for p in texts for answer in p.answers]
+    encoded = chat.encode_stripped([*contents, *answers]) if texts else {}
     for p in chunk:
         prompt, sides = p.prompt, (p.chosen, p.rejected)
         if p.is_text:
-            asks = any(role == "user" and content for role, content in p.prompt)
-            prompt = chat.prompt(p.prompt, encoded) if asks else []
+            asks = prompt[-1][1] and any(role == "user" and content for role, content in prompt)
+            prompt = chat.prompt(prompt, encoded) if asks else []
             sides = [chat.response(side, encoded) if side else [] for side in sides]
         parts = [[] if ids is None else ids for ids in (prompt, *sides)]
         yield [np.asarray(ids, dtype=np.int32) for ids in parts]
-
-
-def resolve_max_tokens(max_tokens: int | None, config: LlamaConfig) -> int:
-    """Tokens of prompt plus response: as asked, or the smaller of 2,048 (the paper's) and the
-    model's limit. InputError if more are asked for than the model takes."""
-    limit = config.max_position_embeddings
-    if max_tokens is None:
-        return min(2048, limit)
-    if max_tokens > limit:
-        raise InputError(
-            f"--max-tokens {max_tokens} is above the model's max_position_embeddings {limit}"
-        )
-    return max_tokens
 
 
 # ------------------------------------------------------------------------------------------ packing
@@ -334,46 +286,40 @@ def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = Non
     the same numbers for more work. `longest` bounds the tokens of a sequence (default: the longest
     here); pass a constant, so that compiled kernels see one value.
     """
-    tokens, positions, keys, scored, targets, lengths = [], [], [], [], [], []
-    query_lengths, key_lengths = [], []
-    end = 0  # index after the last token so far
+    tokens, positions, keys, scored, targets = [], [], [], [], []
+    end = 0  # tokens packed so far
     for pair in pairs:
         n_p = len(pair.prompt)
         for i, response in enumerate(pair.answers):
-            n = len(response)
-            new = 0  # tokens of the prompt that stand before this response
+            new = 0  # tokens of the prompt that are packed before this response
             if i == 0 or not share_prompt:
-                new = n_p
-                start_p = end  # where the prompt starts
-            start, end = end + new, end + new + n  # of the response
-
+                new, prompt_at = n_p, np.arange(end, end + n_p)
             tokens += [pair.prompt[:new], response]
+            response_at = np.arange(end + new, end + new + len(response))
+            end += new + len(response)
+            # Where the sequence prompt + response stands in the batch: the keys of its queries.
+            sequence = np.concatenate([prompt_at, response_at])
+            keys.append(sequence)
             # Rejected continues where the prompt ends, as chosen does.
-            positions.append(np.arange(n_p - new, n_p + n))
-            query_lengths.append(new + n)
-            key_lengths.append(n_p + n)
-            keys += [np.arange(start_p, start_p + n_p), np.arange(start, end)]
-            # A response token is predicted at the token before it, the first one at the prompt's
-            # last.
-            scored += [[start_p + n_p - 1], np.arange(start, end - 1)]
+            positions.append(np.arange(n_p - new, len(sequence)))
+            scored.append(sequence[n_p - 1 : -1])  # each token is predicted at the one before it
         targets += [pair.chosen, pair.rejected]
-        lengths += [len(pair.chosen), len(pair.rejected)]
 
     def int64(parts: list) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
-    def starts(segment_lengths: list[int]) -> Tensor:
-        return torch.tensor([0, *np.cumsum(segment_lengths)], dtype=torch.int32)
+    def starts(parts: list) -> Tensor:
+        return torch.tensor([0, *np.cumsum([len(part) for part in parts])], dtype=torch.int32)
 
-    length_R = torch.tensor(lengths)
+    length_R = torch.tensor([len(ids) for ids in targets])
     return Batch(
         tokens_T=int64(tokens),
         positions_T=int64(positions),
         segments=Segments(
-            query_starts=starts(query_lengths),
-            key_starts=starts(key_lengths),
+            query_starts=starts(positions),
+            key_starts=starts(keys),
             key_index_N=int64(keys) if share_prompt else None,
-            longest=max(key_lengths) if longest is None else longest,
+            longest=max(map(len, keys)) if longest is None else longest,
         ),
         scored_index_S=int64(scored),
         target_S=int64(targets),
@@ -401,7 +347,8 @@ def plan_step(
     not on the machine: each epoch is a fresh permutation (file order if seed is None), cut into
     steps; the last step of an epoch may be short. `split_pairs` deals them out.
 
-    sizes: packed tokens of every pair. Raises InputError if one pair exceeds max_tokens_per_gpu.
+    sizes: packed tokens of every pair. Raises InputError if a pair of the step exceeds
+    max_tokens_per_gpu.
     """
     steps_per_epoch = -(-len(sizes) // pairs_per_step)
     epoch, within = divmod(step, steps_per_epoch)
@@ -434,27 +381,7 @@ def split_pairs(
     indexes = indexes[np.lexsort((indexes, -sizes[indexes]))]
     lengths = sizes[indexes]
     check_longest(lengths, max_tokens_per_gpu)
-    # Lower bounds of the number of bins: by all tokens; and, since at most k pairs longer than
-    # max_tokens_per_gpu / (k + 1) fit in one bin, by the number of such pairs.
-    bins = max(1, -(-int(lengths.sum()) // max_tokens_per_gpu))
-    for k in range(1, 9):
-        bins = max(bins, -(-int((lengths * (k + 1) > max_tokens_per_gpu).sum()) // k))
-
-    def fill(m: int) -> list[MicroBatch] | None:
-        return fill_bins(indexes.tolist(), lengths.tolist(), ranks * m, max_tokens_per_gpu)
-
-    # More bins never make the fullest one fuller, so the smallest m that is enough lies between one
-    # that is not and one that is: found by doubling, then by halving.
-    fewest = m = -(-bins // ranks)
-    step = 1
-    while (filled := fill(m)) is None:
-        fewest, m, step = m + 1, m + step, 2 * step
-    while fewest < m:
-        middle = (fewest + m) // 2
-        if (found := fill(middle)) is None:
-            fewest = middle + 1
-        else:
-            filled, m = found, middle
+    filled = fewest_bins(indexes.tolist(), lengths, ranks, max_tokens_per_gpu)
     return [filled[rank::ranks] for rank in range(ranks)]
 
 
@@ -465,19 +392,3 @@ def check_longest(sizes: np.ndarray, max_tokens_per_gpu: int) -> None:
             f"a pair of {longest} packed tokens exceeds --max-tokens-per-gpu "
             f"{max_tokens_per_gpu}; raise that or lower --max-tokens"
         )
-
-
-def fill_bins(
-    indexes: list[int], lengths: list[int], bins: int, most: int
-) -> list[MicroBatch] | None:
-    """Each index into the emptiest bin (the first of equals); the bins, fullest first. None if one
-    would hold more than `most` tokens."""
-    loads = [(0, b) for b in range(bins)]  # a heap
-    contents: list[MicroBatch] = [[] for _ in loads]
-    for i, length in zip(indexes, lengths, strict=True):
-        load, b = loads[0]
-        if load + length > most:
-            return None
-        contents[b].append(i)
-        heapq.heapreplace(loads, (load + length, b))
-    return [contents[b] for _, b in sorted(loads, key=lambda load: (-load[0], load[1]))]

@@ -1,14 +1,14 @@
 """Llama 3 in plain PyTorch, over packed preference pairs.
 
 In reading order
-    LlamaConfig                     config.json, read strictly
+    RopeScaling, LlamaConfig        config.json, read strictly
     Segments, Batch, attention      the packed sequence, and which of its tokens attend to which
     rope_tables, rotate             rotary positions, with Llama 3.1's frequency scaling
     RMSNorm, Attention, MLP, Block
     target_logps, Head              log-probs of the scored tokens without fp32 logits
     Llama                           the model; its module names are the checkpoint's keys
     load_model ... load_weights     Hugging Face directories, whole or this process's share
-    save_model                      a directory that transformers and vLLM load
+                                    (support/export.py writes them)
 
 There is no padding, no padding mask and no batch axis: a batch is one sequence of T packed
 tokens, and Segments says which of them attend to which. Norms, rotary tables and log-probs are
@@ -20,27 +20,22 @@ quantised weights, Meta's own consolidated.*.pth layout (its q and k rows are in
 
 import inspect
 import math
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from asft import at_least_fp32
-from support.export import write_companions
-from support.files import InputError, flush, naming, read_json, shown, write_json
+from support.files import InputError, read_json, shown
 from support.llama_config import checked_config, config_json
-from support.processes import announced, on_first_process
+from support.processes import announced
 from support.tensors import finite, local_rows, open_safetensors, tensor_headers
 
 # ------------------------------------------------------------------------------- configuration
@@ -124,9 +119,8 @@ class Segments:
 
     def to(self, device: torch.device | str, **options) -> "Segments":
         """Moved, with options of Tensor.to."""
-        starts = (x.to(device, **options) for x in (self.query_starts, self.key_starts))
-        keys = None if self.key_index_N is None else self.key_index_N.to(device, **options)
-        return Segments(*starts, keys, self.longest)
+        values = vars(self).values()
+        return Segments(*(x.to(device, **options) if isinstance(x, Tensor) else x for x in values))
 
 
 @dataclass(frozen=True)
@@ -203,9 +197,9 @@ def rope_frequencies(config: LlamaConfig, device: torch.device | str = "cpu") ->
         return frequency
     # Wavelengths beyond the original context are stretched by `factor`, short ones are kept, and
     # those in between are blended.
-    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = blend.clamp(0, 1)
+    rotations = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = ((rotations - low) / (high - low)).clamp(0, 1)
     return (1 - blend) * frequency / scaling.factor + blend * frequency
 
 
@@ -217,7 +211,7 @@ def rope_tables(config: LlamaConfig, positions_T: Tensor) -> tuple[Tensor, Tenso
 
 def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates component i with component i + K/2, the order of the Hugging Face layout. Computed
-    in fp32, returned in x's dtype."""
+    in at least fp32, returned in x's dtype."""
     first, second = x_THK.chunk(2, dim=-1)
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return rotated.to(x_THK.dtype)
@@ -230,7 +224,8 @@ class _RMSNorm(torch.autograd.Function):
     """RMSNorm that keeps its input and one number per token for backward. Autograd would also keep
     the normed input, and of a half type an fp32 copy of it.
 
-    With n = x / rms(x) and g the gradient of n, that of x is (g - n mean(g n)) / rms(x).
+    With n = x / rms(x) and g = grad * weight, the gradient of n, that of x is
+    (g - n mean(g n)) / rms(x).
     """
 
     @staticmethod
@@ -247,6 +242,7 @@ class _RMSNorm(torch.autograd.Function):
         normed_TD = at_least_fp32(x_TD) * scale_T1
         product_TD = grad_TD * normed_TD
         mean_T1 = (product_TD * weight_D).mean(-1, keepdim=True)
+        # product_TD is fp32 already; grad * weight would be of a half type.
         gradient_TD = (grad_TD * at_least_fp32(weight_D) - normed_TD * mean_T1) * scale_T1
         return gradient_TD.to(x_TD.dtype), product_TD.sum(0).to(weight_D.dtype), None
 
@@ -306,7 +302,7 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """A layer: pre-norm attention and pre-norm MLP, each added to the residual. `attend` is
-    `attention`, or in generation one that keeps keys and values.
+    `attention`, or in generation one that keeps keys and values and has no use for `segments`.
 
     A block with `recompute` keeps only its input for backward, which computes the rest again.
     """
@@ -319,27 +315,21 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        x_TD: Tensor,
-        rope: tuple[Tensor, Tensor],
-        segments: Segments | None,
-        attend: Callable = attention,
-    ) -> Tensor:
+    def forward(self, *inputs) -> Tensor:
+        """`layer`, which backward computes again if this block is to `recompute`."""
         if torch.is_grad_enabled() and self.recompute:
             # Inside the block, so that the compiler sees both passes: around the compiled block,
             # down_proj would be recomputed too, although backward does not need its output.
             # Nothing is drawn at random here, and saving a GPU's random state would wait for it.
-            options = {"use_reentrant": False, "preserve_rng_state": False}
-            return checkpoint(self.layer, x_TD, rope, segments, attend, **options)
-        return self.layer(x_TD, rope, segments, attend)
+            return checkpoint(self.layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return self.layer(*inputs)
 
     def layer(
         self,
         x_TD: Tensor,
         rope: tuple[Tensor, Tensor],
         segments: Segments | None,
-        attend: Callable,
+        attend: Callable = attention,
     ) -> Tensor:
         """The output (T, D) of the block."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, segments, attend)
@@ -382,7 +372,7 @@ class _TargetLogps(torch.autograd.Function):
         for logits_CV, target_C in zip(logits_SV.split(chunk), target_S.split(chunk), strict=True):
             exp_CV = at_least_fp32(logits_CV)  # a copy of half types; else the logits themselves
             logp_C, Z_C1 = _exp_in_place(exp_CV, target_C)
-            # From here on it is exp - Z onehot: the gradient, up to the factor.
+            # From here on it, and so logits_SV, is exp - Z onehot: the gradient, up to the factor.
             exp_CV.scatter_add_(-1, target_C[:, None], -Z_C1)
             if exp_CV.dtype != logits_CV.dtype:
                 logits_CV.copy_(exp_CV)
@@ -394,10 +384,10 @@ class _TargetLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_S: Tensor):
-        hidden_SD, weight_VD, scaled_SV, factor_S = ctx.saved_tensors
+        hidden_SD, weight_VD, gradient_SV, factor_S = ctx.saved_tensors
         factor_S1 = (grad_S * factor_S)[:, None]
-        grad_SD = ((scaled_SV @ weight_VD) * factor_S1).to(hidden_SD.dtype)
-        return grad_SD, scaled_SV.T @ (hidden_SD * factor_S1).to(hidden_SD.dtype), None
+        grad_SD = ((gradient_SV @ weight_VD) * factor_S1).to(hidden_SD.dtype)
+        return grad_SD, gradient_SV.T @ (hidden_SD * factor_S1).to(hidden_SD.dtype), None
 
 
 def target_logps(hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor) -> Tensor:
@@ -411,7 +401,7 @@ def target_logps(hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor) -> Tens
     if torch.is_grad_enabled() and (hidden_SD.requires_grad or weight_VD.requires_grad):
         return _TargetLogps.apply(hidden_SD, weight_VD, target_S)
     chunk, logps = _chunk_tokens(hidden_SD, weight_VD), []
-    several = max(chunk, MATMUL_ROWS // chunk * chunk)
+    several = max(chunk, MATMUL_ROWS // chunk * chunk)  # whole chunks, at least one
     for hidden, target in zip(hidden_SD.split(several), target_S.split(several), strict=True):
         logits = hidden @ weight_VD.T
         for logits_CV, target_C in zip(logits.split(chunk), target.split(chunk), strict=True):
@@ -508,10 +498,9 @@ class Llama(nn.Module):
         return target_logps(hidden_SD, weight_VD, target_S)
 
 
-# -------------------------------------------------------------------------- loading and saving
+# ------------------------------------------------------------------------------------ loading
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the dtypes that weights may have
-SHARD_BYTES = 5_000_000_000
 
 
 def load_model(
@@ -519,7 +508,8 @@ def load_model(
 ) -> Llama:
     """A whole model from a Hugging Face directory. Raises InputError like `load_weights`."""
     config = LlamaConfig.load(directory)
-    check_weights(directory, config)  # before allocating the sizes that config.json asks for
+    # Before allocating the sizes that config.json asks for; load_weights checks again.
+    check_weights(directory, config)
     with torch.device("meta"):
         model = Llama(config)
     model.to(dtype).to_empty(device=device)
@@ -545,12 +535,15 @@ def check_weights(directory: str | Path, config: LlamaConfig) -> dict[str, Path]
     """Key -> the file that holds it; reads only headers.
 
     Raises InputError unless every expected key is there exactly once, in the right shape and a
-    floating dtype, and nothing else is there. Ignored: `rotary_emb.inv_freq` of old exports, which
-    is computed here, and a tied model's spare `lm_head.weight` (`load_weights` compares it).
+    floating dtype, and nothing else is there. Two may be there: `rotary_emb.inv_freq` of old
+    exports, which is computed here, and a tied model's spare `lm_head.weight`, in the embedding's
+    shape (`load_weights` compares it).
     """
     headers = tensor_headers(Path(directory))
     found = {key: x for key, x in headers.items() if not key.endswith("rotary_emb.inv_freq")}
     expected = expected_shapes(config)
+    if config.tie_word_embeddings and "lm_head.weight" in found:
+        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
     layers = len({key.split(".")[2] for key in found if key.startswith("model.layers.")})
     if layers and layers != config.num_hidden_layers:
         raise InputError(
@@ -559,7 +552,8 @@ def check_weights(directory: str | Path, config: LlamaConfig) -> dict[str, Path]
         )
     for key, shape in expected.items():
         if key not in found:
-            names = ", ".join(sorted({header.path.name for header in found.values()})[:4])
+            names = ", ".join(sorted({header.path.name for header in headers.values()})[:4])
+            names = names or "files that hold no tensor"
             raise InputError(f"{directory}: key {key} is missing from {names}{_alike(key, found)}")
         path, found_shape, dtype = found[key]
         if found_shape != shape:
@@ -569,8 +563,7 @@ def check_weights(directory: str | Path, config: LlamaConfig) -> dict[str, Path]
         if dtype not in FLOATS:
             floats = ", ".join(sorted(FLOATS))
             raise InputError(f"{path}: key {key} is stored as {dtype}, wanted one of {floats}")
-    spare = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if extra := sorted(found.keys() - expected.keys() - spare):
+    if extra := sorted(found.keys() - expected.keys()):
         path, key = found[extra[0]].path, shown(extra[0])
         raise InputError(f"{path}: key {key} is not one of this model's ({len(extra)} such)")
     return {key: header.path for key, header in found.items()}
@@ -597,96 +590,20 @@ def load_weights(model: Llama, directory: str | Path) -> None:
     well, but takes keys left over and values that are not finite in silence.)
     """
     places = check_weights(directory, model.config)
-    parameters = dict(model.named_parameters())
     for path in dict.fromkeys(places.values()):
         with open_safetensors(path) as file:
             for key in (key for key, place in places.items() if place == path):
-                if key not in parameters:  # the spare head
-                    continue
-                local, rows = local_rows(parameters[key])
+                if key == "lm_head.weight" and model.lm_head is None:
+                    continue  # a spare, compared below
+                local, rows = local_rows(model.get_parameter(key))
                 local.copy_(file.get_slice(key)[rows])
                 if not finite(local):
                     raise InputError(f"{path}: key {key} holds a NaN or an infinity")
-    if model.lm_head is None and "lm_head.weight" in places:
-        path = places["lm_head.weight"]
-        local, rows = local_rows(parameters["model.embed_tokens.weight"])
+    if model.lm_head is None and (path := places.get("lm_head.weight")):
+        local, rows = local_rows(model.get_parameter("model.embed_tokens.weight"))
         with open_safetensors(path) as file:
             if not torch.equal(file.get_slice("lm_head.weight")[rows].to(local), local):
                 raise InputError(
                     f"{path}: lm_head.weight differs from model.embed_tokens.weight, but "
                     "config.json says tie_word_embeddings"
                 )
-
-
-@announced("writing the model")
-def save_model(
-    model: Llama,
-    directory: str | Path,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    source: str | Path | None = None,
-    stop_ids: Sequence[int] = (),
-) -> None:
-    """Writes a Hugging Face directory that transformers and vLLM load; a collective call.
-
-    Weights in `dtype`, in files of at most 5 GB with an index if there are several; tokenizer and
-    generation files come from `source`. `stop_ids`, of a model trained on chats, end its answers,
-    and its directory gets the chat template that was trained (support/export.py).
-
-    `directory` never holds half a model: it is written aside, flushed, and renamed. Process 0
-    writes and holds one file's tensors at a time. Raises InputError if `directory` exists, cannot
-    be written, or would hold a NaN or an infinity.
-    """
-    directory = Path(directory)
-    if on_first_process(directory.exists):  # one answer for all: process 0 will soon create it
-        raise InputError(f"{directory} exists; a model is saved to a fresh directory")
-    writer = not dist.is_initialized() or dist.get_rank() == 0
-    aside = directory.with_name(f".{directory.name}.partial")
-    files = _shards(model, dtype)
-    if writer:
-        shutil.rmtree(aside, ignore_errors=True)
-        with naming(aside):
-            aside.mkdir(parents=True)
-    for name, keys in files.items():
-        tensors = {}
-        for key in keys:
-            tensor = model.get_parameter(key).detach().to(dtype)
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # collective
-            if not finite(tensor):  # every process finds the same
-                raise InputError(f"{directory}: {key} holds a NaN or an infinity; not saved")
-            if writer:
-                tensors[key] = tensor.cpu().contiguous()
-        if writer:
-            with naming(aside / name):
-                save_file(tensors, aside / name, metadata={"format": "pt"})
-                (aside / name).chmod(0o644)  # safetensors lets only the owner read it
-    if writer:
-        with naming(aside):
-            write_companions(aside, model.config.to_dict(dtype), source, stop_ids)
-            if len(files) > 1:
-                size = sum(p.numel() * dtype.itemsize for p in model.parameters())
-                weight_map = {key: name for name, keys in files.items() for key in keys}
-                index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-                write_json(aside / "model.safetensors.index.json", index)
-            for path in [*aside.iterdir(), aside]:
-                flush(path)
-            aside.rename(directory)
-            flush(directory.parent)
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _shards(model: Llama, dtype: torch.dtype) -> dict[str, list[str]]:
-    """File name -> the keys it will hold."""
-    files, used = [[]], 0
-    for key, parameter in model.named_parameters():
-        size = parameter.numel() * dtype.itemsize
-        if files[-1] and used + size > SHARD_BYTES:
-            files.append([])
-            used = 0
-        files[-1].append(key)
-        used += size
-    if len(files) == 1:
-        return {"model.safetensors": files[0]}
-    total = len(files)
-    return {f"model-{i:05d}-of-{total:05d}.safetensors": keys for i, keys in enumerate(files, 1)}

@@ -62,7 +62,6 @@ from data import (
     pack,
     plan_step,
     read_preferences,
-    resolve_max_tokens,
     split_pairs,
 )
 from model import (
@@ -72,12 +71,12 @@ from model import (
     check_weights,
     expected_shapes,
     load_weights,
-    save_model,
 )
 from support import checkpoints, memory, run_directory
 from support.best import Best
+from support.export import save_model
 from support.files import InputError
-from support.flags import check_answers, check_flags, flag, parse
+from support.flags import check_answers, check_flags, flag, parse, resolve_max_tokens
 from support.groups import read_groups
 from support.log import Log, describe, header, run_facts, speed
 from support.processes import (
@@ -663,7 +662,8 @@ def fine_tune(config: Config) -> None:
     checked before OUT is made; what only the weights themselves show, before the first step."""
     refuse_restart(config.resume is not None)
     llama = LlamaConfig.load(config.model)
-    config = dataclasses.replace(config, max_tokens=resolve_max_tokens(config.max_tokens, llama))
+    max_tokens = resolve_max_tokens(config.max_tokens, llama.max_position_embeddings)
+    config = dataclasses.replace(config, max_tokens=max_tokens)
     memory.recomputed_blocks(config.checkpoint_blocks, llama.num_hidden_layers)  # checks the flag
     if config.plan:
         return plan(config, llama)

@@ -41,9 +41,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from conftest import REAL, tiny_model  # noqa: E402
 
-import model as model_py  # noqa: E402
+import support.export as export_py  # noqa: E402
 from data import ChatFormat, encode_preferences, read_preferences  # noqa: E402
-from model import LlamaConfig, check_weights, load_model, save_model  # noqa: E402
+from model import LlamaConfig, check_weights, load_model  # noqa: E402
+from support.export import save_model  # noqa: E402
 from support.files import InputError  # noqa: E402
 
 MODEL = ROOT / "examples" / "model"
@@ -332,9 +333,9 @@ def tiny_directory(where: Path, shard_bytes: int) -> Path:
     """A saved model, of one file or of several with an index. Made once in each place."""
     directory = where / f"model-{shard_bytes}"
     if not directory.exists():
-        usual, model_py.SHARD_BYTES = model_py.SHARD_BYTES, shard_bytes
+        usual, export_py.SHARD_BYTES = export_py.SHARD_BYTES, shard_bytes
         save_model(tiny_model(), directory)
-        model_py.SHARD_BYTES = usual
+        export_py.SHARD_BYTES = usual
     return directory
 
 

@@ -63,7 +63,8 @@ import torch
 from tokenizers import Tokenizer
 
 from evaluation.intervals import bootstrap
-from model import Llama, LlamaConfig, save_model
+from model import Llama, LlamaConfig
+from support.export import save_model
 
 ALIGN = "--loss asft --sft-weight 0"
 METHODS = {  # name -> the flags of its stages

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data import ChatFormat, generation_eos, load_tokenizer
+from data import ChatFormat
 from evaluation.generate import CACHE_TOKENS, Request, generate
 from evaluation.prompts import Prompt, encode_prompts, is_ids, read_prompts
 from evaluation.rows import (
@@ -30,7 +30,9 @@ from evaluation.rows import (
 )
 from model import Llama, LlamaConfig, check_weights, load_model
 from support.files import InputError, files_checksum, naming, read_json, write_json
+from support.llama_config import generation_eos
 from support.processes import choose_device, on_first_process
+from support.tokenizer import load_tokenizer
 
 Answers = Iterator[tuple[int, list[int], str]]  # as `generate` yields them
 SAMPLING = ("raw", "temperature", "top_p", "top_k", "seed", "max_new_tokens")
@@ -205,7 +207,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     out = "JSONL of answers; FILE.json says how they were made; the same call continues"
     top_p = "draw from the likeliest that sum to this [1: all]"
     top_k, tokens = "draw from the k likeliest tokens [0: all]", "most tokens of an answer [512]"
-    add("--prompts", required=True, metavar="FILE", help="JSONL of prompts (formats: README)")
+    add("--prompts", required=True, metavar="FILE", help="JSONL of prompts (docs/data-formats.md)")
     add("--out", required=True, metavar="FILE", help=out)
     add("--raw", action="store_true", help="continue plain texts, without the chat format")
     add("--temperature", type=between(float, 0), default=0.0, help="0: the likeliest token [0]")

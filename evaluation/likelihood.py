@@ -26,13 +26,13 @@ from data import (
     encode_preferences,
     pack,
     read_preferences,
-    resolve_max_tokens,
     split_pairs,
 )
 from evaluation.intervals import RESAMPLES, bootstrap
 from evaluation.rows import add_model_flags, between, is_first, share, torchrun_group
 from model import Llama, LlamaConfig, load_model
 from support.files import InputError, naming, write_json
+from support.flags import resolve_max_tokens
 from support.processes import choose_device, every_two_seconds
 
 # Each line of the table, in the order of the rows' columns.
@@ -166,8 +166,8 @@ def run(flags: argparse.Namespace) -> None:
     """Writes OUT/pairs.jsonl (and pairs-compare.jsonl) and OUT/summary.json; prints the summary."""
     summary_path, *row_paths = claim_out(flags)
     models = [flags.model] if flags.compare is None else [flags.model, flags.compare]
-    limits = [resolve_max_tokens(flags.max_tokens, LlamaConfig.load(name)) for name in models]
-    max_tokens = min(limits)
+    limits = [LlamaConfig.load(name).max_position_embeddings for name in models]
+    max_tokens = min(resolve_max_tokens(flags.max_tokens, limit) for limit in limits)
     (pairs, counts), *others = [encode_pairs(flags, name, max_tokens) for name in models]
     for compared, _ in others:
         same_pairs(flags, pairs, compared)
@@ -225,7 +225,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     add_model_flags(command, "the bootstrap")
     kinds, out = ("truncate", "drop"), "a directory, or NAME.jsonl, with NAME.json beside it"
     add("--compare", metavar="DIR", help="a second model, on the same pairs")
-    add("--data", required=True, metavar="FILE", help="preference pairs (formats: README)")
+    add("--data", required=True, metavar="FILE", help="preference pairs (docs/data-formats.md)")
     add("--out", required=True, metavar="OUT", help=out)
     add("--max-tokens", type=between(int, 2), help="of a pair [2048, or the model's limit if less]")
     add("--overlong", default="truncate", choices=kinds, help="as in train.py")

@@ -35,7 +35,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import ChatFormat, Preference, Turns, encode_preferences, pack, read_preferences
-from model import Llama, LlamaConfig, load_model, save_model
+from model import Llama, LlamaConfig, load_model
+from support.export import save_model
 
 HERE = Path(__file__).resolve().parent
 SEED = 0

@@ -1,8 +1,9 @@
-"""The files beside exported weights: config.json, tokenizer, generation settings, chat template.
+"""Writes a model directory that transformers and vLLM load.
 
+save_model          the weights, sharded or not, and all that belongs beside them
 CHAT_TEMPLATE       the format that data.ChatFormat trains, as transformers and vLLM apply it
 source_template     the chat template that a model directory comes with
-write_companions    everything in an exported directory but the weights
+write_companions    config.json, tokenizer, generation settings, chat template
 """
 
 import json
@@ -10,9 +11,18 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from support.files import InputError, read_json, read_start, shown, write_json
-from support.llama_config import token_ids
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
 
+from support.files import InputError, flush, naming, read_json, read_start, shown, write_json
+from support.llama_config import token_ids
+from support.processes import announced, on_first_process
+from support.tensors import finite
+
+SHARD_BYTES = 5_000_000_000
 COMPANIONS = (  # copied as they are
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"),
     "generation_config.json",
@@ -33,6 +43,80 @@ CHAT_TEMPLATE = (
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
     "{% endif %}"
 )
+
+
+@announced("writing the model")
+def save_model(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    source: str | Path | None = None,
+    stop_ids: Sequence[int] = (),
+) -> None:
+    """Writes a Hugging Face directory that transformers and vLLM load; a collective call.
+
+    Weights in `dtype`, in files of at most 5 GB with an index if there are several; tokenizer and
+    generation files come from `source`. `stop_ids`, of a model trained on chats, end its answers,
+    and its directory gets the chat template that was trained. model: model.Llama.
+
+    `directory` never holds half a model: it is written aside, flushed, and renamed. Process 0
+    writes and holds one file's tensors at a time. Raises InputError if `directory` exists, cannot
+    be written, or would hold a NaN or an infinity.
+    """
+    directory = Path(directory)
+    if on_first_process(directory.exists):  # one answer for all: process 0 will soon create it
+        raise InputError(f"{directory} exists; a model is saved to a fresh directory")
+    writer = not dist.is_initialized() or dist.get_rank() == 0
+    aside = directory.with_name(f".{directory.name}.partial")
+    files = _shards(model, dtype)
+    if writer:
+        shutil.rmtree(aside, ignore_errors=True)
+        with naming(aside):
+            aside.mkdir(parents=True)
+    for name, keys in files.items():
+        tensors = {}
+        for key in keys:
+            tensor = model.get_parameter(key).detach().to(dtype)
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # collective
+            if not finite(tensor):  # every process finds the same
+                raise InputError(f"{directory}: {key} holds a NaN or an infinity; not saved")
+            if writer:
+                tensors[key] = tensor.cpu().contiguous()
+        if writer:
+            with naming(aside / name):
+                save_file(tensors, aside / name, metadata={"format": "pt"})
+                (aside / name).chmod(0o644)  # safetensors lets only the owner read it
+    if writer:
+        with naming(aside):
+            write_companions(aside, model.config.to_dict(dtype), source, stop_ids)
+            if len(files) > 1:
+                size = sum(p.numel() * dtype.itemsize for p in model.parameters())
+                weight_map = {key: name for name, keys in files.items() for key in keys}
+                index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+                write_json(aside / "model.safetensors.index.json", index)
+            for path in [*aside.iterdir(), aside]:
+                flush(path)
+            aside.rename(directory)
+            flush(directory.parent)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _shards(model: nn.Module, dtype: torch.dtype) -> dict[str, list[str]]:
+    """File name -> the keys it will hold."""
+    files, used = [[]], 0
+    for key, parameter in model.named_parameters():
+        size = parameter.numel() * dtype.itemsize
+        if files[-1] and used + size > SHARD_BYTES:
+            files.append([])
+            used = 0
+        files[-1].append(key)
+        used += size
+    if len(files) == 1:
+        return {"model.safetensors": files[0]}
+    total = len(files)
+    return {f"model-{i:05d}-of-{total:05d}.safetensors": keys for i, keys in enumerate(files, 1)}
 
 
 def source_template(directory: str | Path) -> str | None:

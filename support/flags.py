@@ -5,6 +5,7 @@ steps between it and what a user types or resumes:
 
     flag, spell             a field with its line of help; a field's name as a flag
     RANGES, check_flags     what a field may hold, and what goes with what
+    resolve_max_tokens      --max-tokens, or its default
     check_answers           rows with one answer, and a loss that compares two
     FlagParser, parse       the command line -> a Config, with the options of its loss checked
     recorded_flags          the flags of the run that --resume names
@@ -86,6 +87,18 @@ def check_flags(config) -> None:
         raise InputError(
             "--plan simulates neither --precision fp32, --replicas nor a live reference"
         )
+
+
+def resolve_max_tokens(asked: int | None, limit: int) -> int:
+    """Most tokens of prompt plus response: as asked, or the smaller of 2,048 (the paper's) and the
+    model's limit. InputError if more are asked for than the model takes."""
+    if asked is None:
+        return min(2048, limit)
+    if asked > limit:
+        raise InputError(
+            f"--max-tokens {asked} is above the model's max_position_embeddings {limit}"
+        )
+    return asked
 
 
 def check_answers(config, path: str, rows: list) -> None:

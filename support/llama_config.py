@@ -4,11 +4,12 @@ by name. model.LlamaConfig holds the result.
     checked_config    a parsed config.json -> the fields of LlamaConfig
     config_json       the fields of LlamaConfig -> a config.json
     token_ids         the ids under a key such as eos_token_id
+    generation_eos    those at which a model's answers end
 """
 
 from pathlib import Path
 
-from support.files import InputError, shown
+from support.files import InputError, read_json, shown
 
 # Keys with one acceptable meaning. With another value, a checkpoint would load and compute
 # nonsense.
@@ -148,3 +149,16 @@ def _positive(source: dict, key: str, kind: type, where: str | Path, default=Non
             f"{where}: {key} is {shown(value)}, wanted a positive {whole}number below {limit:,}"
         )
     return kind(value)
+
+
+def generation_eos(directory: str | Path) -> set[int]:
+    """The eos ids in a directory's generation_config.json, or without that file in its config.json.
+    InputError if it is malformed."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(directory) / name
+        if path.exists():
+            raw = read_json(path)
+            if not isinstance(raw, dict):
+                raise InputError(f"{path}: {shown(raw)}, wanted an object with eos_token_id")
+            return set(token_ids(raw, "eos_token_id", path))
+    return set()

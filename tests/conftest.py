@@ -20,7 +20,8 @@ REAL = ROOT.parent / "shared" / "real"  # real weights and data, if a checkout h
 sys.path.insert(0, str(ROOT))
 
 from data import Pair  # noqa: E402
-from model import Llama, LlamaConfig, RopeScaling, save_model  # noqa: E402
+from model import Llama, LlamaConfig, RopeScaling  # noqa: E402
+from support.export import save_model  # noqa: E402
 from support.files import InputError  # noqa: E402
 
 needs_real = pytest.mark.skipif(not REAL.exists(), reason="no real data beside this checkout")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REAL, ROOT, needs_real, random_pairs, tiny_config
+from conftest import REAL, ROOT, needs_real, random_pairs
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -27,12 +27,13 @@ from data import (
     pack,
     plan_step,
     read_preferences,
-    resolve_max_tokens,
     split_pairs,
 )
 from evaluation.prompts import read_prompts
+from support.bins import fill_bins
 from support.export import CHAT_TEMPLATE
 from support.files import InputError
+from support.flags import resolve_max_tokens
 
 NAMES = "begin_of_text end_of_text start_header_id end_header_id eom_id eot_id"
 CONTROL = [f"<|{name}|>" for name in NAMES.split()]
@@ -150,7 +151,7 @@ def write(tmp_path):
 def pairs_of(path: Path, chat: ChatFormat | None, max_tokens: int = 2048, **options):
     """The pairs of a file, and the counts."""
     counts = Counter()
-    skip, progress = options.pop("skip_bad_lines", False), options.get("progress")
+    skip, progress = options.pop("skip_bad_lines", False), options.setdefault("progress", [].append)
     preferences = read_preferences(path, counts, skip, progress)
     return encode_preferences(preferences, chat, max_tokens, counts=counts, **options), counts
 
@@ -382,6 +383,7 @@ def test_pairs_whose_sides_differ_before_the_last_turn_are_dropped_and_counted(r
         (hh("\n\nHuman: Hi") | {"rejected": "\n\nHuman: Hi\n\nAssistant: "}, "empty"),
         ({"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi"}, "empty"),
         (whole("user: Hi", ends=("assistant: ", "assistant: Go")), "empty"),
+        (whole("user: Hi", "assistant: Yes?", "user: "), "empty"),
         (ids_record([1], [], [2]), "empty"),
         (ids_record([1], [2], []), "empty"),
         (ids_record([], [2], [3]), "empty"),
@@ -946,12 +948,12 @@ def test_a_tokenizer_larger_than_the_model_is_refused_with_file_and_line(write, 
     + [(100, 256, 100), (256, 256, 256), (4096, 8192, 4096)],
 )
 def test_max_tokens_is_as_asked_or_at_most_2048_and_the_models(asked, limit, resolved):
-    assert resolve_max_tokens(asked, tiny_config(max_position_embeddings=limit)) == resolved
+    assert resolve_max_tokens(asked, limit) == resolved
 
 
 def test_max_tokens_above_what_the_model_takes_is_refused_with_both_numbers():
     with pytest.raises(InputError, match=r"257.*max_position_embeddings 256"):
-        resolve_max_tokens(257, tiny_config(max_position_embeddings=256))
+        resolve_max_tokens(257, 256)
 
 
 def test_thousands_keep_file_order_and_progress_is_told(write, chat, raw):
@@ -1113,16 +1115,16 @@ def test_there_are_as_few_micro_batches_as_the_rule_allows(sizes, ranks, slack):
 @pytest.mark.parametrize("longest, bins", [(1000, 20_000), (501, 20_000), (334, 10_000)])
 def test_20000_long_pairs_are_split_at_the_first_try(longest, bins, monkeypatch):
     tried = []
-    fill = data.fill_bins
-    monkeypatch.setattr(data, "fill_bins", lambda *a: tried.append(a[2]) or fill(*a))
+    fill = fill_bins
+    monkeypatch.setattr("support.bins.fill_bins", lambda *a: tried.append(a[2]) or fill(*a))
     [micro_batches] = split(range(20_000), [longest] * 20_000, 1, 1000)
     assert len(micro_batches) == bins and len(tried) == 1
 
 
 def test_the_tries_of_a_split_grow_with_the_logarithm_of_the_pairs(monkeypatch):
     """Here the lower bounds are 144 too low: one micro-batch more each time would be 145 tries."""
-    tried, fill = [], data.fill_bins
-    monkeypatch.setattr(data, "fill_bins", lambda *a: tried.append(a[2]) or fill(*a))
+    tried, fill = [], fill_bins
+    monkeypatch.setattr("support.bins.fill_bins", lambda *a: tried.append(a[2]) or fill(*a))
     sizes = np.random.default_rng(0).lognormal(6.5, 0.6, 20_000).clip(max=4096).astype(int)
     [micro_batches] = split(range(20_000), sizes, 1, 4096)
     assert len(micro_batches) == tried[0] + 144 and len(tried) <= 16

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 import train
 from data import ChatFormat
-from model import LlamaConfig, check_weights, load_model, save_model
-from support.export import CHAT_TEMPLATE
+from model import LlamaConfig, check_weights, load_model
+from support.export import CHAT_TEMPLATE, save_model
 from support.files import InputError
 
 EXAMPLE = ROOT / "examples/model"

@@ -213,6 +213,15 @@ BAD = {
     "a system turn only": ({"prompt": messages("system: Be kind.")} | TEXTS, "no user's turn"),
     "system beside nothing": ({"system": FRUIT} | REPLIES, "no user's turn"),
     "an assistant's turn only": ({"prompt": messages("assistant: Yes?")} | TEXTS, "no user's turn"),
+    # a prompt of its own that does not end with the user's turn
+    "a prompt that the assistant ends": (
+        {"prompt": messages(*TOLD, "assistant: Well,")} | TEXTS,
+        "the last turn of prompt is the assistant's, wanted the user's",
+    ),
+    "a prompt that the system ends": (
+        {"prompt": messages(*TOLD, "system: Be brief.")} | REPLIES,
+        "the last turn of prompt is the system's, wanted the user's",
+    ),
     "one side without": (WHOLE | {"rejected": REPLIES["rejected"]}, "no user's turn"),
     "messages that end with the assistant's": (
         {"messages": WHOLE["chosen"]} | REPLIES,

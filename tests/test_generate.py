@@ -33,7 +33,8 @@ from evaluation.answers import load_generator
 from evaluation.generate import Cache, Request, choose, generate, prefill, probabilities, step
 from evaluation.prompts import encode_prompts, read_prompts
 from evaluation.rows import append_row, join_parts
-from model import load_model, save_model
+from model import load_model
+from support.export import save_model
 from support.files import InputError
 
 EXAMPLE = ROOT / "examples" / "model"

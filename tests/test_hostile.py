@@ -42,8 +42,9 @@ from safetensors.torch import load_file
 
 import train
 from data import ChatFormat, read_preferences
-from model import LlamaConfig, check_weights, load_model, save_model
+from model import LlamaConfig, check_weights, load_model
 from support import files
+from support.export import save_model
 from support.files import shown
 
 GOOD = '{"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"}'

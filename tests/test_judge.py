@@ -23,7 +23,7 @@ from judging import ANSWERS, CONFIG, KEY, NAMES, answers, complaint, edit, rows_
 import eval as evaluation
 from data import ChatFormat
 from evaluation import benchmarks, endpoint
-from model import save_model
+from support.export import save_model
 
 BOTH = "Rating: [[7]], and [[A>B]]"  # either benchmark takes something from it
 SOON = {"retry-after-ms": "1"}  # the client then waits a millisecond before the next try

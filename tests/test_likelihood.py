@@ -21,7 +21,8 @@ import evaluation.likelihood
 import train
 from data import ChatFormat
 from evaluation.likelihood import pair_logps, pair_rows, summarise
-from model import load_model, save_model
+from model import load_model
+from support.export import save_model
 
 EXAMPLE = ROOT / "examples" / "model"
 CPU = torch.device("cpu")

@@ -45,9 +45,10 @@ from model import (
     RopeScaling,
     Segments,
     load_model,
-    save_model,
     target_logps,
 )
+from support import export
+from support.export import save_model
 from support.files import InputError
 
 # Prompt, chosen and rejected tokens: ragged, with one-token prompts and one-token responses.
@@ -614,7 +615,7 @@ def originals(tmp_path_factory):
     save_tiny(root / "whole")
     save_tiny(root / "tied", tie_word_embeddings=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "SHARD_BYTES", 30_000)
+        patch.setattr(export, "SHARD_BYTES", 30_000)
         save_tiny(root / "sharded")
     return root
 
@@ -726,6 +727,34 @@ def test_a_tied_model_may_bring_its_embedding_again_as_its_head_but_not_another(
     assert "tie_word_embeddings" in message
 
 
+@pytest.mark.parametrize("rows", [1, 2000])
+def test_a_tied_model_with_a_spare_head_of_another_shape_is_refused(tied, rows):
+    """With more rows than the embedding it would be another head."""
+    file = tied / "model.safetensors"
+    embedding = load_file(file)["model.embed_tokens.weight"]
+    edit_tensors(file, {HEAD: embedding.repeat(rows, 1)[:rows]})
+    assert f"{HEAD} has shape ({rows}, " in refusal(load_model, tied)
+
+
+@pytest.mark.parametrize("name", ["whole", "tied"])
+def test_a_process_whose_share_of_the_rows_is_empty_loads_nothing(name, request, monkeypatch):
+    """The last of many: 48 processes share Llama 3's 1,024 key rows as 46 times 22, 12 and none."""
+    directory = request.getfixturevalue(name)
+    file = directory / "model.safetensors"
+    edit_tensors(file, {HEAD: load_file(file)["model.embed_tokens.weight"].clone()})
+    end = lambda tensor: (tensor[len(tensor) :], slice(len(tensor), len(tensor)))  # noqa: E731
+    monkeypatch.setattr(model, "local_rows", end)
+    ours = tiny_model(tie_word_embeddings=name == "tied")
+    before = [parameter.clone() for parameter in ours.parameters()]
+    model.load_weights(ours, directory)
+    assert_equal(list(ours.parameters()), before)
+
+
+def test_a_file_without_a_tensor_is_named_as_such(whole):
+    save_file({}, whole / "model.safetensors")
+    assert "is missing from files that hold no tensor" in refusal(load_model, whole)
+
+
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16, torch.float64])
 def test_weights_stored_in_another_float_type_are_converted(whole, stored, asked):
@@ -757,7 +786,7 @@ def test_a_large_model_is_saved_in_shards_with_an_index_that_transformers_and_we
 
 
 def test_a_tensor_larger_than_a_file_should_be_gets_a_file_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "SHARD_BYTES", 1)
+    monkeypatch.setattr(export, "SHARD_BYTES", 1)
     saved = save_tiny(tmp_path / "saved")
     held = [list(load_file(path)) for path in saved.glob("*.safetensors")]
     assert sorted(held) == sorted([key] for key, _ in tiny_model().named_parameters())
@@ -787,13 +816,13 @@ def test_a_save_that_fails_midway_leaves_no_model_and_can_be_tried_again(tmp_pat
         save_file(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(model, "SHARD_BYTES", 10_000)
-        patch.setattr(model, "save_file", full_disk)
+        patch.setattr(export, "SHARD_BYTES", 10_000)
+        patch.setattr(export, "save_file", full_disk)
         with pytest.raises(InputError, match="model-00003-of-000.*No space left"):
             save_tiny(saved)
     assert len(written) == 2 and not saved.exists()
     # The next try has fewer shards: none of those that the first left behind may be among them.
-    monkeypatch.setattr(model, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(export, "SHARD_BYTES", 30_000)
     save_tiny(saved)
     assert list(tmp_path.iterdir()) == [saved]
     assert len({path.name[-17:] for path in saved.glob("*.safetensors")}) == 1  # one "of-0000n"
@@ -811,8 +840,8 @@ def test_other_processes_do_not_look_for_the_directory_that_process_0_may_have_m
 ):
     process_1 = dict(is_initialized=lambda: True, get_rank=lambda: 1, barrier=lambda: None)
     for name, says in process_1.items():
-        monkeypatch.setattr(model.dist, name, says)
-    monkeypatch.setattr(model, "on_first_process", lambda action: False)  # it was not there
+        monkeypatch.setattr(export.dist, name, says)
+    monkeypatch.setattr(export, "on_first_process", lambda action: False)  # it was not there
     save_model(tiny_model(), tmp_path)
     assert list(tmp_path.iterdir()) == []
 

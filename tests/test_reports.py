@@ -8,7 +8,7 @@ import pytest
 from conftest import REAL, needs_real, tiny_model
 from judging import Files, complaint, run, write
 
-from model import save_model
+from support.export import save_model
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from conftest import main, random_pairs, rows, save_tiny, tiny_model, write_pair
 from safetensors.torch import load_file
 
 import asft
-from model import save_model
+from support.export import save_model
 
 CONSTANT = "--warmup-ratio 0 --min-lr-ratio 1"
 # The shorter answer is how the longer one begins: a certain model is certain of both.
