@@ -10,7 +10,7 @@ paper's.
 
 In reading order
     log1mexp, log_odds      the two numerically delicate functions
-    sft_loss, asft_loss     equation 14, and its two halves
+    sft_loss, asft_loss     the SFT term alone; equation 14, which adds the align term
     orpo_loss, simpo_loss   baselines without a reference model
     dpo_loss, ipo_loss      baselines with one
     LOSSES                  the table through which train.py knows the losses
@@ -26,7 +26,7 @@ was cut. Log is natural, log-probs are in nats.
 Shape letters. A name ends in the letters of its tensor's axes.
     B pairs   R responses (2B)   T packed tokens   S scored tokens (those of responses)
     C a chunk of S   N keys of packed attention   D width   V vocabulary   F feed-forward
-    H query heads   G key/value heads   K head size
+    H query heads   G key/value heads   K head size   1 an axis of size 1
 
 Not here: computing the reference's log-probs (train.py), and the mean over a batch.
 """

@@ -184,7 +184,7 @@ class Config:
         "compile each block, once for all lengths: on for CUDA and 50 M parameters or more",
         ("auto", "on", "off"),
     )
-    replicas: int = flag(1, "hybrid sharding: groups of processes with a whole model each")
+    replicas: int = flag(1, "hybrid sharding: number of groups, each with a whole model")
 
     # evaluation, checkpoints, what is written
     eval_every: int = flag(0, "steps between evaluations, besides those at start and end")
