@@ -12,7 +12,7 @@ one prompt, or the pair is dropped. Text never becomes a control token. What is 
 together with the ids, never inferred later.
 
 In support/: records.py unpacks and parses a file, forms.py recognises the forms of a record
-(docs/data-formats.md shows them).
+(docs/data-formats.md shows them), tokenizer.py reads the tokenizer, bins.py fills micro-batches.
 
 Left out: tools, images, and attention across pairs (each pair sees only itself).
 """

@@ -316,7 +316,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, *inputs) -> Tensor:
-        """`layer`, which backward computes again if this block is to `recompute`."""
+        """Runs `layer`. With `recompute`, backward runs it again."""
         if torch.is_grad_enabled() and self.recompute:
             # Inside the block, so that the compiler sees both passes: around the compiled block,
             # down_proj would be recomputed too, although backward does not need its output.
@@ -537,7 +537,7 @@ def check_weights(directory: str | Path, config: LlamaConfig) -> dict[str, Path]
     Raises InputError unless every expected key is there exactly once, in the right shape and a
     floating dtype, and nothing else is there. Two may be there: `rotary_emb.inv_freq` of old
     exports, which is computed here, and a tied model's spare `lm_head.weight`, in the embedding's
-    shape (`load_weights` compares it).
+    shape and a floating dtype (`load_weights` compares it).
     """
     headers = tensor_headers(Path(directory))
     found = {key: x for key, x in headers.items() if not key.endswith("rotary_emb.inv_freq")}

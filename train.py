@@ -463,7 +463,7 @@ class Sums(dict):
 def evaluate(run: Run, step: int) -> dict[str, float]:
     """Held-out metrics (eval_loss and so on): means over all pairs, each counted once on any number
     of processes. Logged, also for each value of --eval-by, with answers to the first --samples
-    prompts."""
+    prompts. To be called on every process."""
     pairs = run.held_out
     prompts = [pair.prompt for pair in pairs.pairs[: run.config.samples]]
     answers = [answer(run.model, run.chat, prompt, pairs.device) for prompt in prompts]
@@ -658,8 +658,8 @@ def read_pairs(
 
 
 def fine_tune(config: Config) -> None:
-    """A whole run: checks, training, export. Flags, the headers of the weights and the data are
-    checked before OUT is made; what only the weights themselves show, before the first step."""
+    """A whole run: checks, training, export. Flags, data and the headers of the weights are checked
+    before OUT is made, the values of the weights before the first step."""
     refuse_restart(config.resume is not None)
     llama = LlamaConfig.load(config.model)
     max_tokens = resolve_max_tokens(config.max_tokens, llama.max_position_embeddings)

@@ -4,9 +4,12 @@
     llama_config.py    config.json of a Llama, checked key by key
     records.py         the records of a data file, each with its place
     forms.py           every form that a record of preferences may have
+    tokenizer.py       tokenizer.json, read for plain text
+    bins.py            a step's pairs into as few micro-batches as they fit in
     tensors.py         safetensors files, and which rows of a sharded tensor a process holds
-    processes.py       devices, agreement between processes, signals, exit codes
-    flags.py           the command line <-> Config <-> config.json
+    processes.py       devices, the process group, agreement between processes, signals, exit codes
+    flags.py           the command line <-> Config <-> config.json; what flags and rows may be
+    export.py          a model directory that transformers and vLLM load
     checkpoints.py     OUT/checkpoints: written whole, checked, resumed
     best.py            the weights of the best evaluation (--keep-best)
     groups.py          held-out pairs by the value of a key of their rows (--eval-by)

@@ -69,11 +69,10 @@ class Best:
         return value > self.value if self.metric == "accuracy" else value < self.value
 
     def offer(self, step: int, row: dict[str, float]) -> None:
-        """Keeps the weights if the evaluation `row` after this step is the best so far. The one at
-        the start does not count."""
+        """Keeps the weights if the evaluation `row` after this step is the best so far."""
         value = row.get(f"eval_{self.metric}", math.nan)
         # A step that is repeated on a GPU may differ from the one that was kept, by rounding.
-        if step in (0, self.step) or not self.is_better(value):
+        if step == self.step or not self.is_better(value):
             return
         facts = {"step": step, "run": self.identity, "value": value}
         checkpoints.write_checkpoint(self.out, "best", facts, self.weights(), self.mesh)

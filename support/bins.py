@@ -1,4 +1,4 @@
-"""Packing of lengths into bins: data.split_pairs."""
+"""The bins that data.split_pairs fills: a step's micro-batches."""
 
 import heapq
 
@@ -8,8 +8,8 @@ Bin = list[int]  # indexes of what it holds
 
 
 def fewest_bins(indexes: list[int], lengths: np.ndarray, multiple: int, most: int) -> list[Bin]:
-    """Each index into the emptiest bin (the first of equals), with the smallest number of bins, a
-    multiple of `multiple`, of which none holds more than `most` in length; fullest bin first.
+    """Puts each index into the emptiest bin (the first of equals). The number of bins is the
+    smallest multiple of `multiple` with which no bin holds more than `most`. Fullest bin first.
 
     lengths: of the indexes, longest first, none above `most`.
     """

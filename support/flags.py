@@ -62,7 +62,7 @@ RANGES = (
 
 def check_flags(config) -> None:
     """Raises InputError if a field of train.Config is out of its range, or if fields do not go
-    together. None passes: the flag was not given."""
+    together. A field that is None was not given and is not checked."""
     for names, wanted, allowed in RANGES:
         for name in names.split():
             value = getattr(config, name)

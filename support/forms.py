@@ -141,8 +141,8 @@ def parse_pair(record: object) -> tuple | None:
     with one answer has None in place of the other.
 
     None if the two sides have different prompts. ValueError if the record is neither a pair nor one
-    labelled answer, if a prompt has no user's turn or, under a key of its own, does not end with
-    one, or if two keys give different prompts.
+    labelled answer, if a prompt has no user's turn or, given as messages under a key of its own,
+    does not end with one, or if two keys give different prompts.
     """
     if not isinstance(record, dict):
         raise ValueError(f"a record is a JSON object, found {shown(record)}")
@@ -170,11 +170,14 @@ def parse_pair(record: object) -> tuple | None:
             raise ValueError(f"{first} and {other} give different prompts, wanted one")
     prompt = prompts[first] if prompts else []
     asked, answers = zip(*(parse_side(prompt, record, key) for key in keys), strict=True)
-    if prompt and (role := asked[0][-1][0]) != "user":  # elsewhere: an answer to be continued
-        raise ValueError(f"the last turn of {first} is the {role}'s, wanted the user's")
     if conversation and spoken(conversation) != spoken([*asked[0], ("assistant", answers[0])]):
         raise ValueError(f"messages hold another conversation than {keys[0]}, wanted one")
-    return (asked[0], *as_pair(answers, good)) if asked[0] == asked[-1] else None
+    if asked[0] != asked[-1]:
+        return None
+    role = asked[0][-1][0]
+    if role != "user" and isinstance(record.get(first), list):  # TRL would continue that turn
+        raise ValueError(f"the turn before the answer is the {role}'s, wanted the user's")
+    return asked[0], *as_pair(answers, good)
 
 
 def as_pair(answers: Sequence, good: bool | None) -> Sequence:

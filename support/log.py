@@ -228,7 +228,7 @@ class Log:
         return StoppedError(name, 128 + number)
 
     def flush(self) -> None:
-        """Brings metrics.jsonl and eval.jsonl to the disk."""
+        """Brings metrics.jsonl and eval.jsonl to the disk. To be called on every process."""
         on_first_process(lambda: [flush(path) for path in self.out.glob("*.jsonl")])
 
     def append(self, name: str, row: dict) -> None:

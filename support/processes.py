@@ -82,7 +82,8 @@ def join_group(backend: str, **options) -> None:
 
 def start_processes(config) -> DeviceMesh:
     """Joins the process group that torchrun made, or a group of one. Returns the mesh to shard
-    over: one axis, or with --replicas (replicate, shard). config: train.Config."""
+    over: one axis, or with --replicas (replicate, shard). config: train.Config. Raises InputError
+    if --replicas does not divide the number of processes."""
     device = choose_device(config.device, config.precision)[0].type
     # Saturated losses give subnormal gradients, which make a CPU ten times slower.
     torch.set_flush_denormal(True)

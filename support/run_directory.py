@@ -107,7 +107,8 @@ def check_shared(out: Path) -> None:
 
 
 def record(out: Path, facts: dict, replace: bool = True) -> None:
-    """Writes OUT/config.json on process 0; without `replace`, only if it is not there."""
+    """Writes OUT/config.json on process 0; without `replace`, only if it is not there. To be called
+    on every process."""
     path, text = out / "config.json", json.dumps(facts, indent=2) + "\n"
     on_first_process(lambda: (path.exists() and not replace) or write_whole(path, text))
 
@@ -115,8 +116,9 @@ def record(out: Path, facts: dict, replace: bool = True) -> None:
 def cached_logps(
     cache: Path, marks: dict[str, str], pairs: int, compute: Callable[[], Tensor]
 ) -> Tensor:
-    """The reference log-probs, as of `read_cache`: read, or computed, checked and written. To be
-    called on every process. Raises StoppedError if they are not finite."""
+    """The reference log-probs (see `read_cache`) in `cache`; without that file they are computed,
+    checked and written. To be called on every process. Raises StoppedError if they are not finite.
+    """
     key = cache_key(marks)
     if (logps := on_first_process(lambda: read_cache(cache, key, pairs))) is not None:
         return logps

@@ -216,11 +216,11 @@ BAD = {
     # a prompt of its own that does not end with the user's turn
     "a prompt that the assistant ends": (
         {"prompt": messages(*TOLD, "assistant: Well,")} | TEXTS,
-        "the last turn of prompt is the assistant's, wanted the user's",
+        "the turn before the answer is the assistant's, wanted the user's",
     ),
     "a prompt that the system ends": (
         {"prompt": messages(*TOLD, "system: Be brief.")} | REPLIES,
-        "the last turn of prompt is the system's, wanted the user's",
+        "the turn before the answer is the system's, wanted the user's",
     ),
     "one side without": (WHOLE | {"rejected": REPLIES["rejected"]}, "no user's turn"),
     "messages that end with the assistant's": (

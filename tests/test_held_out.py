@@ -116,8 +116,9 @@ def test_a_key_of_more_than_twenty_values_is_refused(start, tmp_path, complaint)
     pairs = [SimpleNamespace(place=f"{path}:{i}") for i in range(1, 23)]
     assert len(read_groups(written(20), "id", pairs)) == 21
     more = ["--max-steps 1 --eval-by id --eval-data", written(21)]
-    said = complaint(*flags(start, tmp_path / "out", *more))
-    assert f"--eval-by id: 21 different values in {path}, wanted at most 20" in said
+    for plan in ([], ["--plan 2"]):  # a plan says what the run would say
+        said = complaint(*flags(start, tmp_path / "out", *more, *plan))
+        assert f"--eval-by id: 21 different values in {path}, wanted at most 20" in said
     assert not (tmp_path / "out").exists()
 
 
