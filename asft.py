@@ -20,12 +20,13 @@ Notation, here and in the other files. x is a prompt, y_w the chosen and y_l the
 (w: winner, l: loser), |y| a response's number of tokens, its closing <|eot_id|> included unless it
 was cut. Log is natural, log-probs are in nats.
     l(y) = 1/|y| sum_t log pi(y_t | x, y_<t)    mean log-prob      logp_w_B, logp_l_B
-    s(y) = |y| l(y)                             summed log-prob    sum_logp_w_B, sum_logp_l_B
+    s(y) = |y| l(y)                             summed log-prob    metrics sum_logp_w, sum_logp_l
     p(y) = exp(l(y))                            geometric-mean token probability, in (0, 1]
 
 Shape letters. A name ends in the letters of its tensor's axes.
-    B pairs   R responses (2B)   T packed tokens   S scored tokens (those of responses)
-    C a chunk of S   N keys of packed attention   D width   V vocabulary   F feed-forward
+    B pairs   R responses (2B)   T tokens, packed (padded in response_logps)
+    S scored tokens (those of responses)   C a chunk of S   N keys of packed attention
+    D width   V vocabulary
     H query heads   G key/value heads   K head size   1 an axis of size 1
 
 Not here: computing the reference's log-probs (train.py), and the mean over a batch.
@@ -121,13 +122,14 @@ def asft_loss(
         eps: log-probs above -eps (in nats) count as -eps inside the align term's log(1 - p), which
             is infinite at logp = 0 and has the gradient 1/|logp| near it: eps bounds both. The
             gradient is passed through, so a rejected response that the model knows by heart is
-            pushed with weight about beta / eps, neither NaN nor 0. The paper is silent here.
-            `clamped` counts how often it acts.
+            pushed with weight about beta / eps (at temperature 1), neither NaN nor 0. The paper is
+            silent here. `clamped` counts how often it acts.
 
     Returns:
         loss_B, and per-pair metrics, detached: sft, align (both unweighted), align_w and align_l
         (its chosen and rejected half), rejected_weight (the loss's gradient with respect to
-        logp_l, beta * p_l / (1 - p_l) at temperature 1; the chosen side's is 1 + beta in size),
+        logp_l, at temperature 1 beta * p_l / (1 - p_l); with respect to logp_w it is then
+        -(sft_weight + beta)),
         clamped (1 if eps acted), margin, accuracy.
 
     Raises ValueError for unequal shapes and for beta < 0, sft_weight < 0, temperature <= 0,
@@ -142,7 +144,7 @@ def asft_loss(
     bounded_l_B = _bounded(logp_l_B, eps)
     sft_B = -logp_w_B
     if temperature == 1:
-        align_w_B = -logp_w_B
+        align_w_B = sft_B  # -logsigmoid(log_odds_w) = -logp_w
         align_l_B = -log1mexp(bounded_l_B)
     else:
         align_w_B = -F.logsigmoid(temperature * log_odds(_bounded(logp_w_B, eps)))
@@ -154,8 +156,8 @@ def asft_loss(
         # The chosen side is bounded only in the tempered form, and not at 0.
         clamped_w_B = (logp_w_B > -eps) & (logp_w_B < 0)
         clamped_B = (logp_l_B > -eps) | ((temperature != 1) & clamped_w_B)
-        # The derivative of align_l is T sigmoid(T log_odds_l) times that of log_odds_l, which is
-        # 1 / (1 - p_l). At T = 1 the sigmoid is p_l, so this is the odds p_l / (1 - p_l).
+        # push = d align_l / d logp_l = T sigmoid(T log_odds_l) / (1 - p_l). At T = 1 the sigmoid is
+        # p_l, so this is the odds p_l / (1 - p_l).
         log_odds_l_B = log_odds(bounded_l_B)
         push_B = temperature * torch.sigmoid(temperature * log_odds_l_B)
         push_B = push_B / -torch.expm1(bounded_l_B)
@@ -173,8 +175,8 @@ def asft_loss(
 def orpo_loss(
     logp_w_B: Tensor, logp_l_B: Tensor, *, beta: float = 0.1, eps: float = 1e-6
 ) -> tuple[Tensor, Metrics]:
-    """ORPO (arXiv 2403.07691): -l_w - beta * logsigmoid(odds_w - odds_l). Takes mean log-probs; no
-    reference model.
+    """ORPO (arXiv 2403.07691): -l_w - beta * logsigmoid(log_odds_w - log_odds_l). Takes mean
+    log-probs; no reference model.
 
     Its align term is exactly ASFT's plus log(p_w(1-p_l) + p_l(1-p_w)), which is at most 0.
     Differs from TRL 1.16, whose odds term is the same but whose SFT term pools prompt and response

@@ -4,7 +4,7 @@ In reading order
     Preference, read_preferences    a whole file; every fault is named with file and line
     ChatFormat                      Llama 3's chat format, assembled in token space
     Pair, encode_preferences        the ids to train on; dropped pairs are counted by reason
-    pack                            several pairs as one row of tokens, each prompt once
+    pack                            several pairs as one sequence of tokens, each prompt once
     plan_step, split_pairs          a step's pairs over ranks and micro-batches
 
 Rules. Only the last assistant turn is scored; all turns before it are prompt. Both responses share
@@ -71,8 +71,8 @@ def read_preferences(
     """Reads a whole file before anything is trained on; each record may have a form of its own.
 
     `counts` gains "read", "bad lines", "unequal prompts" (dropped: the two sides have different
-    prompts) and, if there are any, "repeat their prompt" (kept, since an answer may quote its
-    question, but all answers begin with their prompt). Unless skip_bad_lines, raises InputError
+    prompts) and, if there are any, "repeat their prompt" (kept: all answers begin with the text of
+    their prompt, perhaps as a quotation). Unless skip_bad_lines, raises InputError
     with the place and fault of the first 20 records that are not pairs. `read_records` says what is
     never skipped.
     """
@@ -83,7 +83,7 @@ def read_preferences(
         if counts["read"] % 1000 == 0:
             progress(f"read {counts['read']:,} records of {path}")
         try:
-            if isinstance(record, ValueError):
+            if isinstance(record, ValueError):  # a line that is not JSON
                 raise record
             pair = parse_pair(record)
         except (ValueError, RecursionError) as error:
@@ -260,10 +260,10 @@ def encode_preferences(
 def encode_chunk(chunk: list[Preference], chat: ChatFormat | None) -> Iterator[list[np.ndarray]]:
     """Ids of prompt, chosen and rejected (int32; none of an absent answer). A prompt has no ids if
     it asks nothing: its last turn is empty, or its user says nothing."""
-    texts = [p for p in chunk if p.is_text]
-    contents = [content for p in texts for _, content in p.prompt]
-    answers = [answer for p in texts for answer in p.answers]
-    encoded = chat.encode_stripped([*contents, *answers]) if texts else {}
+    in_text = [p for p in chunk if p.is_text]
+    contents = [content for p in in_text for _, content in p.prompt]
+    answers = [answer for p in in_text for answer in p.answers]
+    encoded = chat.encode_stripped([*contents, *answers]) if in_text else {}
     for p in chunk:
         prompt, sides = p.prompt, (p.chosen, p.rejected)
         if p.is_text:
@@ -283,25 +283,27 @@ def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = Non
     [prompt, answer].
 
     With share_prompt=False a pair is [prompt, chosen, prompt, rejected], two independent sequences:
-    the same numbers for more work. `longest` bounds the tokens of a sequence (default: the longest
-    here); pass a constant, so that compiled kernels see one value.
+    more work for the same numbers, up to rounding. `longest` bounds the tokens of a sequence
+    (default: the longest here); pass a constant, so that compiled kernels see one value.
     """
     tokens, positions, keys, scored, targets = [], [], [], [], []
     end = 0  # tokens packed so far
     for pair in pairs:
-        n_p = len(pair.prompt)
-        for i, response in enumerate(pair.answers):
-            new = 0  # tokens of the prompt that are packed before this response
-            if i == 0 or not share_prompt:
-                new, prompt_at = n_p, np.arange(end, end + n_p)
-            tokens += [pair.prompt[:new], response]
-            response_at = np.arange(end + new, end + new + len(response))
-            end += new + len(response)
+        n_p, prompt_at = len(pair.prompt), None
+        for response in pair.answers:
+            after_prompt = prompt_at is None or not share_prompt
+            if after_prompt:
+                tokens.append(pair.prompt)
+                prompt_at = np.arange(end, end + n_p)
+                end += n_p
+            tokens.append(response)
+            response_at = np.arange(end, end + len(response))
+            end += len(response)
             # Where the sequence prompt + response stands in the batch: the keys of its queries.
             sequence = np.concatenate([prompt_at, response_at])
             keys.append(sequence)
             # Rejected continues where the prompt ends, as chosen does.
-            positions.append(np.arange(n_p - new, len(sequence)))
+            positions.append(np.arange(0 if after_prompt else n_p, len(sequence)))
             scored.append(sequence[n_p - 1 : -1])  # each token is predicted at the one before it
         targets += [pair.chosen, pair.rejected]
 
@@ -376,7 +378,7 @@ def split_pairs(
     Pairs go, longest first, into the emptiest of ranks x m micro-batches, with the smallest m with
     which all fit. Every rank gets m of them, since the collectives of a sharded model need equal
     numbers; some are empty if pairs are few. The fullest come first, so that what does not fit in
-    memory fails at once.
+    memory fails at once, and the n-th ones of all ranks are alike in size.
     """
     indexes = indexes[np.lexsort((indexes, -sizes[indexes]))]
     lengths = sizes[indexes]

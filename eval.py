@@ -11,9 +11,9 @@
     python eval.py figures --out DIR --runs RUN NAME=RUN ...          the paper's figures
     python eval.py COMMAND --help                                     the flags of a command
 
-If generate, answer or judge is interrupted, the same command continues it. Under torchrun each
-process holds the whole model and takes its share of the rows. Each command is a module of
-evaluation/ with its own flags; docs/evaluation.md shows all of them at work.
+If generate, answer or judge is interrupted, the same command resumes it. Under torchrun, generate,
+likelihood and answer hold the whole model in each process and share the rows. The code of each
+command, and its flags, are in evaluation/; docs/evaluation.md shows all of them at work.
 """
 
 import support  # noqa: F401  before torch, which reads what it sets
@@ -40,8 +40,11 @@ STEPS = {
 }
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command's flags, and the command itself as `command`. Each module adds its own flags."""
+def parse(
+    arguments: list[str] | None = None, flags: argparse.Namespace | None = None
+) -> argparse.Namespace:
+    """The command's flags, and the command itself as `command`, put into `flags` if that is given.
+    Each module adds its own flags."""
     parser = FlagParser(
         prog="python eval.py",
         description=__doc__,
@@ -60,7 +63,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             command = steps.add_parser(step, help=text, allow_abbrev=False)
             command.set_defaults(command=module.run, bench=bench)
             module.add_flags(command, bench)
-    return parser.parse_args(arguments)
+    return parser.parse_args(arguments, flags)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,8 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags = argparse.Namespace()
 
     def run() -> None:
-        nonlocal flags
-        flags = parse(arguments)
+        parse(arguments, flags)
         flags.command(flags)
 
     def memory_advice() -> str | None:

@@ -113,8 +113,8 @@ class Segments:
     query_starts: Tensor  # int32, (segments + 1,)
     key_starts: Tensor  # int32, (segments + 1,)
     key_index_N: Tensor | None  # int64; None if the keys are the queries' own tokens
-    # An upper bound of every segment's number of keys. A kernel specialises on it, so it is
-    # constant over a run; larger than needed costs nothing.
+    # An upper bound of every segment's number of keys. A compiled block specialises on it, so all
+    # batches of a run have one value (data.pack).
     longest: int
 
     def to(self, device: torch.device | str, **options) -> "Segments":
@@ -138,7 +138,7 @@ class Batch:
     length_R: Tensor  # int64: scored tokens of each response
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Moved; if the driver can, without waiting for what a GPU has still to do."""
+        """A copy on `device`; the CPU need not wait for what a GPU has still to do."""
         return Batch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
 
 
@@ -222,7 +222,7 @@ def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class _RMSNorm(torch.autograd.Function):
     """RMSNorm that keeps its input and one number per token for backward. Autograd would also keep
-    the normed input, and of a half type an fp32 copy of it.
+    the normed input, and for half types an fp32 copy of the input.
 
     With n = x / rms(x) and g = grad * weight, the gradient of n, that of x is
     (g - n mean(g n)) / rms(x).
@@ -278,7 +278,7 @@ class Attention(nn.Module):
         x_TD: Tensor,
         rope: tuple[Tensor, Tensor],
         segments: Segments | None,
-        attend: Callable = attention,
+        attend: Callable,
     ) -> Tensor:
         q_THK = self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         k_TGK = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
@@ -394,15 +394,18 @@ def target_logps(hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor) -> Tens
     """log softmax(hidden @ weight.T)[target]: (S,), fp32 for fp32 and bf16 weights, float64 for
     float64.
 
-    Keeps the S x V logits once, in the dtype of the weights, and never more than a chunk of them in
-    fp32; three matrix products, nothing recomputed. Without gradients it keeps those of a few
-    tokens at a time. Not for training in fp16, whose range ends at 65,504: Z may be as large as V.
+    Keeps the S x V logits once, in the dtype of the weights, and of half types at most a chunk of
+    them in fp32; three matrix products, nothing recomputed. Without gradients it keeps those of a
+    few tokens at a time. Not for training in fp16, whose range ends at 65,504: Z may be as large as
+    V.
     """
     if torch.is_grad_enabled() and (hidden_SD.requires_grad or weight_VD.requires_grad):
         return _TargetLogps.apply(hidden_SD, weight_VD, target_S)
     chunk, logps = _chunk_tokens(hidden_SD, weight_VD), []
-    several = max(chunk, MATMUL_ROWS // chunk * chunk)  # whole chunks, at least one
-    for hidden, target in zip(hidden_SD.split(several), target_S.split(several), strict=True):
+    per_product = max(chunk, MATMUL_ROWS // chunk * chunk)  # whole chunks, at least one
+    for hidden, target in zip(
+        hidden_SD.split(per_product), target_S.split(per_product), strict=True
+    ):
         logits = hidden @ weight_VD.T
         for logits_CV, target_C in zip(logits.split(chunk), target.split(chunk), strict=True):
             logps.append(_exp_in_place(at_least_fp32(logits_CV), target_C)[0])
@@ -415,7 +418,7 @@ def _chunk_tokens(hidden_SD: Tensor, weight_VD: Tensor) -> int:
 
 
 class Head(nn.Linear):
-    """An untied head. FSDP gathers its weight only during its forward, so the log-probs are
+    """An untied head. FSDP gathers its weight when its forward is called, so the log-probs are
     computed there."""
 
     def __init__(self, config: LlamaConfig):
@@ -445,7 +448,7 @@ class Llama(nn.Module):
                 "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
             }
         )
-        # A tied model uses the embedding. Registered twice, .to() could make two copies of it.
+        # A tied model uses the embedding. Registered twice, to_empty() would make two parameters.
         self.lm_head = None if config.tie_word_embeddings else Head(config)
 
     def recompute(self, blocks: int) -> None:
@@ -456,8 +459,8 @@ class Llama(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns mean_R and sum_R, the mean and summed log-prob of each response in nats, at least
-        fp32; 0 for a response without tokens. The packed form of asft.response_logps, equal to
-        it."""
+        fp32; 0 for a response without tokens. The packed form of asft.response_logps, equal up to
+        rounding."""
         hidden_TD = self.hidden(batch.tokens_T, batch.positions_T, batch.segments)
         logp_S = self.output(hidden_TD.index_select(0, batch.scored_index_S), batch.target_S)
         sum_R = logp_S.new_zeros(len(batch.length_R)).index_add(0, batch.response_S, logp_S)
@@ -570,7 +573,8 @@ def check_weights(directory: str | Path, config: LlamaConfig) -> dict[str, Path]
 
 
 def _alike(key: str, found: Iterable[str]) -> str:
-    """What a message says of a key's like under another prefix, as wrappers of models write."""
+    """For a message: a found key that differs from `key` only by a prefix, as wrappers of models
+    write them."""
     for other in sorted(found):
         if other.endswith(key) or key.endswith(other):
             return f", which has {shown(other)} instead: give the keys their own names"

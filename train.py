@@ -15,13 +15,14 @@ In reading order
     shard ... make_optimizer         one process and many, on a CPU and on GPUs (FSDP2); AdamW
     read_pairs, fine_tune, main      what is trained on; a whole run; the exit code
 
-Weights and AdamW's moments are kept in fp32, sharded over the processes; matrix products run in
-bf16 on CUDA and in fp32 on a CPU. A step's pairs do not depend on the number of processes, and each
-pair weighs 1/pairs_per_step wherever it is computed.
+Weights and AdamW's moments are kept in fp32, sharded over the processes of a replica; matrix
+products run in bf16 on CUDA and in fp32 on a CPU. A step's pairs do not depend on the number of
+processes, and each pair weighs 1/pairs_per_step wherever it is computed.
 
-The state of a run is its step number, its weights and AdamW's moments. Nothing is drawn at random
-except the order of the pairs, a function of seed and epoch. So a run that resumes from a
-checkpoint ends with the same bits (on a CPU, with the same number of processes).
+The state of a run is its step number, its weights and AdamW's moments (with --keep-best also the
+best weights so far). Nothing is drawn at random except the order of the pairs, a function of seed
+and epoch. So a run that resumes from a checkpoint ends with the same bits (on a CPU, with the same
+number of processes).
 
 Files: OUT/config.json, metrics.jsonl, eval.jsonl, checkpoints/, a reference's log-probs, and at the
 end model/, which transformers and vLLM load. support/ holds what a reader of the method may skip.
@@ -109,8 +110,8 @@ EXAMPLE = {
 @dataclass(frozen=True)
 class Config:
     """The run. Each field is a flag. PAPER: the paper's setting; OPEN: the paper does not say, and
-    this is the choice made here. On the command line, a loss's own defaults (asft.py) replace
-    these."""
+    this is the choice made here. On the command line, a loss's own defaults (asft.py) come
+    before these: simpo's beta is 2."""
 
     # model and data
     model: str = flag("", "Hugging Face directory of a Llama: config, safetensors, tokenizer")
@@ -235,7 +236,7 @@ def step_loss(model: Llama, pairs: "Pairs", indexes: list[int]) -> tuple[Tensor,
     row may have one answer. rows_chosen, rows_rejected and rows_both are 1 where a row has what
     they name, and Sums takes means over such rows.
     """
-    loss, options = pairs.config.loss_row, pairs.config.loss_options
+    loss = pairs.config.loss_row
     batch = pairs.batch(indexes)
     mean_R, sum_R = model(batch)  # responses 2i and 2i+1: chosen and rejected of pair i
     logp_R = mean_R if loss.logps == "mean" else sum_R
@@ -246,7 +247,7 @@ def step_loss(model: Llama, pairs: "Pairs", indexes: list[int]) -> tuple[Tensor,
         mean_ref_R, sum_ref_R = pairs.reference_logps(indexes, batch)
         reference_R = mean_ref_R if loss.logps == "mean" else sum_ref_R
         inputs += [reference_R[0::2], reference_R[1::2]]
-    loss_B, metrics = loss.function(*inputs, **options)
+    loss_B, metrics = loss.function(*inputs, **pairs.config.loss_options)
 
     mean_R, sum_R = mean_R.detach(), sum_R.detach()
     logp_w_B, logp_l_B = mean_R[0::2], mean_R[1::2]
@@ -305,7 +306,7 @@ def train(run: Run, done: int) -> None:
             # gradients over processes, hence `world`.
             (loss_B.sum() * (counts * world / config.pairs_per_step)).backward()
             sums.add(metrics, torch.full_like(loss_B, counts))
-            losses |= zip(indexes, loss_B.detach(), strict=False)  # not of a stand-in
+            losses |= zip(indexes, loss_B.detach(), strict=False)  # a stand-in has no index
 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
@@ -322,7 +323,7 @@ def train(run: Run, done: int) -> None:
         optimizer.zero_grad()
 
         # `means` are of the weights before this update, eval_* of those after it.
-        row = {"step": step, "epoch": pairs.epochs_done(step), **means, "lr": rate}
+        row = {"step": step, "epoch": round(step / pairs.steps_per_epoch, 4), **means, "lr": rate}
         row |= {"grad_norm": norm} | speed(run, drawn, started)
         run.log.step(row, pairs.steps)
         last = step == pairs.steps
@@ -331,7 +332,7 @@ def train(run: Run, done: int) -> None:
             run.best.offer(step, row)
         run.log.append("metrics.jsonl", row)
         if last:
-            return
+            return  # no checkpoint: the export follows
         stop = run.stop.signal_anywhere(pairs.device)
         if stop or due(config.save_every, step):
             checkpoints.save_checkpoint(
@@ -369,13 +370,12 @@ class Pairs:
     def __init__(self, pairs: list[Pair], config: Config, device: str):
         self.pairs, self.config, self.device = pairs, config, device
         self.sizes = np.array([pair.packed_tokens(config.share_prompt) for pair in pairs])
-        self.max_tokens_per_gpu = config.max_tokens_per_gpu or 8192
+        self.max_tokens_per_gpu = config.max_tokens_per_gpu or 8192  # memory.rehearse may raise it
         # A live copy, or numbers of shape (pairs, 2, 2): [pair, chosen or rejected, mean or sum].
         self.reference: Llama | Tensor | None = None
         check_longest(self.sizes, self.max_tokens_per_gpu)
         self.stand_in = [int(self.sizes.argmin())]  # see `batch`
-        # Indexes of the pairs that are evaluated together: all, under None; and those of each value
-        # of --eval-by, under its name.
+        # Name -> indexes that are evaluated together. None: all; else a value of --eval-by.
         self.groups: dict[str | None, range | set[int]] = {None: range(len(pairs))}
 
     @property
@@ -388,10 +388,6 @@ class Pairs:
         """Updates of the whole run."""
         steps = self.config.epochs * self.steps_per_epoch
         return min(steps, self.config.max_steps or steps)
-
-    def epochs_done(self, step: int) -> float:
-        """Epochs done after so many updates."""
-        return round(step / self.steps_per_epoch, 4)
 
     def micro_batches(self, step: int, processes: int) -> list[list[list[int]]]:
         """[process][micro-batch] -> indexes of the pairs of update `step` (from 0)."""
@@ -522,6 +518,7 @@ def attach_reference(
 
     @torch.no_grad()
     def compute() -> Tensor:
+        # [pair, chosen or rejected, mean or sum]
         logps = torch.zeros(len(everything.pairs), 2, 2, device=mesh.device_type)
         for indexes in everything.own_micro_batches():
             logps_B22 = torch.stack(model(everything.batch(indexes)), -1).unflatten(0, (-1, 2))
@@ -680,7 +677,7 @@ def fine_tune(config: Config) -> None:
     model = build_model(config, mesh)
     log.say(header(config, out, model, parts, counts, chat is not None))
     facts = run_facts(config, model, counts, pairs.steps, fingerprint)
-    run_directory.record(out, facts, replace=False)
+    run_directory.record(out, facts, replace=False)  # so that a run that is killed can be resumed
     if config.loss_row.reference:
         attach_reference(config, mesh, model, parts, out, fingerprint)
     optimizer = make_optimizer(config, model)
@@ -704,7 +701,7 @@ def fine_tune(config: Config) -> None:
     if checkpoint:
         checkpoints.load_checkpoint(checkpoint, state, model, optimizer)
     elif held_out:
-        evaluate(run, 0)
+        evaluate(run, 0)  # not offered to `best`: only trained weights count
     with stop:  # also during the export: the first signal lets it finish
         with memory.advising("in a step", model, pairs):
             train(run, state["step"])
