@@ -38,7 +38,9 @@ from support.tokenizer import load_tokenizer
 # ------------------------------------------------------------------------------------------ reading
 
 BAD_LINES_SHOWN = 20
-CHUNK = 1000  # preferences encoded at once: an Encoding takes many times the memory of its ids
+# Preferences encoded at once, since an Encoding takes many times the memory of its ids; and records
+# read between two reports.
+CHUNK = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def read_preferences(
     preferences, bad = [], []
     for place, record in read_records(path):
         counts["read"] += 1
-        if counts["read"] % 1000 == 0:
+        if counts["read"] % CHUNK == 0:
             progress(f"read {counts['read']:,} records of {path}")
         try:
             if isinstance(record, ValueError):  # a line that is not JSON

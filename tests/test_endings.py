@@ -23,9 +23,11 @@ from support.processes import StopRequest, another_ended, exit_code
 
 @pytest.mark.parametrize("number, code", [(signal.SIGHUP, 129), (signal.SIGUSR1, 138)])
 def test_a_closed_terminal_and_a_schedulers_warning_save_like_sigterm(
-    start, whole, tmp_path, monkeypatch, number, code
+    start, whole, tmp_path, monkeypatch, request, number, code
 ):
     rate = train.learning_rate
+    handler = signal.signal(number, signal.SIG_DFL)  # as without nohup, which ignores SIGHUP
+    request.addfinalizer(lambda: signal.signal(number, handler))
 
     def learning_rate(step, *more):
         if step == 2:

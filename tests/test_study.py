@@ -157,7 +157,7 @@ def test_answers_before_and_after_are_scored_and_shown_side_by_side(tmp_path, mo
     (tmp_path / "likelihood").mkdir()
     (tmp_path / f"likelihood/before-{LM}-validation.json").write_text(json.dumps(before))
     settings = {"work": tmp_path, "smollm": tmp_path, "prompts": 40, "answer_tokens": 9}
-    study.answers(Namespace(**settings, show=1, jobs=1))
+    study.answers(Namespace(**settings, datasets=[LM], show=1, jobs=1))
     after = tmp_path / f"runs/{LM}-sft-3e-05-0/model"
     assert [model for model, _ in asked] == [tmp_path / "model", after]
     assert asked[0][1] == '{"prompt_ids": [4, 5], "chosen_ids": [6, 7]}\n' * 2
