@@ -101,6 +101,18 @@ def test_two_processes_give_the_figures_by_group_that_one_gives(start, sourced, 
         assert two[name] == pytest.approx(figures, rel=1e-5, abs=1e-6)
 
 
+def test_a_process_without_a_held_out_pair_does_not_count(start, sourced, tmp_path):
+    """It computes a stand-in, since the other one needs it for the sharded model."""
+    path = tmp_path / "one.jsonl"
+    path.write_text(sourced.read_text().splitlines()[1])
+    more = ["--max-steps 1 --eval-by source --eval-data", path]
+    run_joined(flags(start, tmp_path / "two", *more))
+    trained(start, tmp_path / "one", *more)
+    one, two = (rows(tmp_path / name, "eval.jsonl")[0] for name in ("one", "two"))
+    assert two.pop("by")["wiki"] == pytest.approx(one.pop("by")["wiki"], rel=1e-5, abs=1e-6)
+    assert two == pytest.approx(one, rel=1e-5, abs=1e-6)
+
+
 def test_a_key_of_more_than_twenty_values_is_refused(start, tmp_path, complaint):
     path = tmp_path / "many.jsonl"
     pairs = [random_pairs([(3, 4, 5)], seed=i)[0] for i in range(22)]
