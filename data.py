@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from model import Batch, Segments
-from support.bins import fewest_bins
+from support.bins import MicroBatch, fewest_bins
 from support.files import InputError
 from support.forms import Turns, parse_pair, repeats_prompt
 from support.llama_config import generation_eos
@@ -333,8 +333,6 @@ def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = Non
 
 
 # -------------------------------------------------------------------------------------------- steps
-
-MicroBatch = list[int]  # indexes of pairs
 
 
 def plan_step(

@@ -481,7 +481,8 @@ def print_dataset(name: str, found: dict[str, Seeds], records: list[dict], seeds
     line = f"Rates tried: {rates}; chosen at an edge: {', '.join(edge) or 'none'}."
     print(f"\n{textwrap.fill(line, 105, break_on_hyphens=False)}")
     if missing := [m for m in dataset.methods if m not in found]:
-        print(f"Without all seeds: {', '.join(missing)}.")
+        line = f"Without all seeds: {', '.join(missing)}."
+        print(textwrap.fill(line, 105, break_on_hyphens=False))
 
 
 def claims(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from support.bins import MicroBatch
 from support.files import InputError
 from support.flops import pair_flops
 from support.processes import (
@@ -38,7 +39,6 @@ from support.processes import (
 
 MARGIN = 0.04  # of a GPU's memory is left free: for gaps between tensors and what grows later
 LARGER = 2  # how many times the default micro-batch a GPU with room gets: more was not measured
-MicroBatch = list[int]  # indexes of pairs
 ADVICE = (  # if memory ran out where nothing says more exactly what to change
     "weights, gradients and moments take 16 bytes a parameter, split over the processes of a "
     "replica, and a micro-batch takes more, the higher --max-tokens-per-gpu; --plan N says how "
