@@ -119,18 +119,17 @@ def asft_loss(
         sft_weight: weight of L_SFT; 0 leaves beta * L_align ("align only").
         temperature: T of the tempered form of arXiv 2502.01237, in which the align term is
             -logsigmoid(T * log_odds_w) - logsigmoid(-T * log_odds_l). The paper has 1.
-        eps: log-probs above -eps (in nats) count as -eps inside the align term's log(1 - p), which
-            is infinite at logp = 0 and has the gradient 1/|logp| near it: eps bounds both. The
-            gradient is passed through, so a rejected response that the model knows by heart is
-            pushed with weight about beta / eps (at temperature 1), neither NaN nor 0. The paper is
-            silent here. `clamped` counts how often it acts.
+        eps: log-probs above -eps (in nats) count as -eps inside the align term's log(1 - p), or
+            its odds if tempered. log(1 - p) is infinite at logp = 0 and has the gradient 1/|logp|
+            near it: eps bounds both. The gradient is passed through, so a rejected response that
+            the model knows by heart is pushed with weight about beta / eps (at temperature 1),
+            neither NaN nor 0. The paper is silent here. `clamped` counts how often it acts.
 
     Returns:
         loss_B, and per-pair metrics, detached: sft, align (both unweighted), align_w and align_l
         (its chosen and rejected half), rejected_weight (the loss's gradient with respect to
         logp_l, at temperature 1 beta * p_l / (1 - p_l); with respect to logp_w it is then
-        -(sft_weight + beta)),
-        clamped (1 if eps acted), margin, accuracy.
+        -(sft_weight + beta)), clamped (1 if eps acted), margin, accuracy.
 
     Raises ValueError for unequal shapes and for beta < 0, sft_weight < 0, temperature <= 0,
     eps <= 0.

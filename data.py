@@ -1,11 +1,11 @@
 """Preference data: JSONL -> preferences -> ids -> packed batches; and which pairs make which step.
 
 In reading order
-    Preference, read_preferences    a whole file; every fault is named with file and line
+    Preference, read_preferences    a whole file; faults are named with file and line
     ChatFormat                      Llama 3's chat format, assembled in token space
     Pair, encode_preferences        the ids to train on; dropped pairs are counted by reason
     pack                            several pairs as one sequence of tokens, each prompt once
-    plan_step, split_pairs          a step's pairs over ranks and micro-batches
+    plan_step, split_pairs          a step's pairs over processes and micro-batches
 
 Rules. Only the last assistant turn is scored; all turns before it are prompt. Both responses share
 one prompt, or the pair is dropped. Text never becomes a control token. What is scored is built
@@ -261,7 +261,7 @@ def encode_preferences(
 
 def encode_chunk(chunk: list[Preference], chat: ChatFormat | None) -> Iterator[list[np.ndarray]]:
     """Ids of prompt, chosen and rejected (int32; none of an absent answer). A prompt has no ids if
-    it asks nothing: its last turn is empty, or its user says nothing."""
+    it asks nothing: its last turn is empty, or its user says nothing. Such a pair is dropped."""
     in_text = [p for p in chunk if p.is_text]
     contents = [content for p in in_text for _, content in p.prompt]
     answers = [answer for p in in_text for answer in p.answers]
@@ -293,8 +293,8 @@ def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = Non
     for pair in pairs:
         n_p, prompt_at = len(pair.prompt), None
         for response in pair.answers:
-            after_prompt = prompt_at is None or not share_prompt
-            if after_prompt:
+            with_prompt = prompt_at is None or not share_prompt
+            if with_prompt:
                 tokens.append(pair.prompt)
                 prompt_at = np.arange(end, end + n_p)
                 end += n_p
@@ -305,7 +305,7 @@ def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = Non
             sequence = np.concatenate([prompt_at, response_at])
             keys.append(sequence)
             # Rejected continues where the prompt ends, as chosen does.
-            positions.append(np.arange(0 if after_prompt else n_p, len(sequence)))
+            positions.append(np.arange(0 if with_prompt else n_p, len(sequence)))
             scored.append(sequence[n_p - 1 : -1])  # each token is predicted at the one before it
         targets += [pair.chosen, pair.rejected]
 
@@ -340,10 +340,10 @@ def plan_step(
     pairs_per_step: int,
     seed: int | None,
     step: int,
-    ranks: int,
+    processes: int,
     max_tokens_per_gpu: int,
 ) -> list[list[MicroBatch]]:
-    """Which pairs each rank computes in which micro-batch of step `step` (from 0).
+    """Which pairs each process computes in which micro-batch of step `step` (from 0).
 
     A pure function. The step's pairs depend only on (number of pairs, pairs_per_step, seed, step),
     not on the machine: each epoch is a fresh permutation (file order if seed is None), cut into
@@ -356,7 +356,7 @@ def plan_step(
     epoch, within = divmod(step, steps_per_epoch)
     order = epoch_order(len(sizes), seed, epoch)
     drawn = order[within * pairs_per_step : (within + 1) * pairs_per_step]
-    return split_pairs(drawn, sizes, ranks, max_tokens_per_gpu)
+    return split_pairs(drawn, sizes, processes, max_tokens_per_gpu)
 
 
 @functools.lru_cache(maxsize=2)  # every step of an epoch asks for it
@@ -370,21 +370,21 @@ def epoch_order(pairs: int, seed: int | None, epoch: int) -> np.ndarray:
 
 
 def split_pairs(
-    indexes: np.ndarray, sizes: np.ndarray, ranks: int, max_tokens_per_gpu: int
+    indexes: np.ndarray, sizes: np.ndarray, processes: int, max_tokens_per_gpu: int
 ) -> list[list[MicroBatch]]:
-    """[rank][micro-batch] -> indexes of pairs. A micro-batch has at most max_tokens_per_gpu packed
-    tokens; InputError if one pair has more.
+    """[process][micro-batch] -> indexes of pairs. A micro-batch has at most max_tokens_per_gpu
+    packed tokens; InputError if one pair has more.
 
-    Pairs go, longest first, into the emptiest of ranks x m micro-batches, with the smallest m with
-    which all fit. Every rank gets m of them, since the collectives of a sharded model need equal
-    numbers; some are empty if pairs are few. The fullest come first, so that what does not fit in
-    memory fails at once, and the n-th ones of all ranks are alike in size.
+    Pairs go, longest first, into the emptiest of processes x m micro-batches, with the smallest m
+    with which all fit. Every process gets m of them, since the collectives of a sharded model need
+    equal numbers; some are empty if pairs are few. The fullest come first, so that what does not
+    fit in memory fails at once, and the n-th ones of all processes are alike in size.
     """
     indexes = indexes[np.lexsort((indexes, -sizes[indexes]))]
-    lengths = sizes[indexes]
-    check_longest(lengths, max_tokens_per_gpu)
-    filled = fewest_bins(indexes.tolist(), lengths, ranks, max_tokens_per_gpu)
-    return [filled[rank::ranks] for rank in range(ranks)]
+    drawn_sizes = sizes[indexes]
+    check_longest(drawn_sizes, max_tokens_per_gpu)
+    filled = fewest_bins(indexes.tolist(), drawn_sizes, processes, max_tokens_per_gpu)
+    return [filled[rank::processes] for rank in range(processes)]
 
 
 def check_longest(sizes: np.ndarray, max_tokens_per_gpu: int) -> None:

@@ -43,8 +43,8 @@ STEPS = {
 def parse(
     arguments: list[str] | None = None, flags: argparse.Namespace | None = None
 ) -> argparse.Namespace:
-    """The command's flags, and the command itself as `command`, put into `flags` if that is given.
-    Each module adds its own flags."""
+    """The command's flags, and the command itself as `command`, put into `flags` if that is given
+    (so that they are known after a failure). Each module adds its own flags."""
     parser = FlagParser(
         prog="python eval.py",
         description=__doc__,

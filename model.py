@@ -131,7 +131,8 @@ class Batch:
     tokens_T: Tensor  # int64
     positions_T: Tensor  # int64; chosen and rejected both continue where their prompt ends
     segments: Segments
-    # int64: the token whose output predicts each scored token. A prompt's last one is there twice.
+    # int64: the token whose output predicts each scored token. A shared prompt's last token is
+    # there once for each answer.
     scored_index_S: Tensor
     target_S: Tensor  # int64: the token it should predict
     response_S: Tensor  # int64: the response that the token belongs to
@@ -191,8 +192,8 @@ def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments) -
 def rope_frequencies(config: LlamaConfig, device: torch.device | str = "cpu") -> Tensor:
     """Angle per position of each of the K/2 pairs of components, fp32; with Llama 3.1's scaling if
     the configuration has it."""
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    frequency = 1.0 / config.rope_theta**half
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
+    frequency = 1.0 / config.rope_theta ** (exponent / config.head_dim)
     if (scaling := config.rope_scaling) is None:
         return frequency
     # Wavelengths beyond the original context are stretched by `factor`, short ones are kept, and
@@ -321,10 +322,10 @@ class Block(nn.Module):
             # Inside the block, so that the compiler sees both passes: around the compiled block,
             # down_proj would be recomputed too, although backward does not need its output.
             # Nothing is drawn at random here, and saving a GPU's random state would wait for it.
-            return checkpoint(self.layer, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return self.layer(*inputs)
+            return checkpoint(self.compute, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return self.compute(*inputs)
 
-    def layer(
+    def compute(
         self,
         x_TD: Tensor,
         rope: tuple[Tensor, Tensor],
@@ -395,9 +396,9 @@ def target_logps(hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor) -> Tens
     float64.
 
     Keeps the S x V logits once, in the dtype of the weights, and of half types at most a chunk of
-    them in fp32; three matrix products, nothing recomputed. Without gradients it keeps those of a
-    few tokens at a time. Not for training in fp16, whose range ends at 65,504: Z may be as large as
-    V.
+    them in fp32; three matrix products, nothing recomputed. Without gradients it keeps those of one
+    matrix product at a time (MATMUL_ROWS). Not for training in fp16, whose range ends at 65,504: Z
+    may be as large as V.
     """
     if torch.is_grad_enabled() and (hidden_SD.requires_grad or weight_VD.requires_grad):
         return _TargetLogps.apply(hidden_SD, weight_VD, target_S)

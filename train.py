@@ -13,16 +13,16 @@ In reading order
     evaluate, answer                 held-out figures; answers to a few held-out prompts
     attach_reference                 log-probs of the starting model, for dpo, dpo-norm and ipo
     shard ... make_optimizer         one process and many, on a CPU and on GPUs (FSDP2); AdamW
-    read_pairs, fine_tune, main      what is trained on; a whole run; the exit code
+    read_pairs, fine_tune, plan      what is trained on; a whole run; what it would need
 
 Weights and AdamW's moments are kept in fp32, sharded over the processes of a replica; matrix
-products run in bf16 on CUDA and in fp32 on a CPU. A step's pairs do not depend on the number of
-processes, and each pair weighs 1/pairs_per_step wherever it is computed.
+products run in bf16 on CUDA and in fp32 on a CPU (--precision). A step's pairs do not depend on the
+number of processes, and each pair weighs 1/pairs_per_step wherever it is computed.
 
 The state of a run is its step number, its weights and AdamW's moments (with --keep-best also the
 best weights so far). Nothing is drawn at random except the order of the pairs, a function of seed
 and epoch. So a run that resumes from a checkpoint ends with the same bits (on a CPU, with the same
-number of processes).
+flags and number of processes).
 
 Files: OUT/config.json, metrics.jsonl, eval.jsonl, checkpoints/, a reference's log-probs, and at the
 end model/, which transformers and vLLM load. support/ holds what a reader of the method may skip.
@@ -124,7 +124,7 @@ class Config:
     beta: float = flag(0.1, "weight of the align term (asft, orpo) or reward scale. PAPER: 0.1")
     sft_weight: float = flag(1.0, "asft: weight of the SFT term; 0: only the align term. PAPER: 1")
     temperature: float = flag(1.0, "asft: inside the align term (arXiv 2502.01237). PAPER: 1")
-    eps: float = flag(1e-6, "asft, orpo: log-probs above -eps count as -eps in log(1-p). OPEN")
+    eps: float = flag(1e-6, "asft, orpo: in 1-p and odds, log-probs above -eps are -eps. OPEN")
     gamma: float = flag(1.0, "simpo: target margin of the rewards")
     ipo_sum: bool = flag(False, "ipo: summed log-probs. OPEN: public code has both; TRL has means")
     reference: str = flag(
@@ -166,9 +166,11 @@ class Config:
     max_tokens_per_gpu: int | None = flag(
         None,
         "packed tokens of a micro-batch on one process: bounds memory, same update (default: 8192; "
-        "16384 on GPUs with room for it)",
+        "16384 where --checkpoint-blocks auto finds room for it)",
     )
-    share_prompt: bool = flag(True, "compute each prompt once for both responses; same numbers")
+    share_prompt: bool = flag(
+        True, "compute each prompt once for both answers; same up to rounding"
+    )
 
     # devices
     device: str = flag("auto", "cuda if each process has a GPU", ("auto", "cpu", "cuda"))
@@ -187,7 +189,7 @@ class Config:
     )
     replicas: int = flag(1, "hybrid sharding: number of groups, each with a whole model")
 
-    # evaluation, checkpoints, what is written
+    # evaluation, checkpoints, what is written, what is only computed
     eval_every: int = flag(0, "steps between evaluations, besides those at start and end")
     eval_by: str | None = flag(None, "key of held-out rows: figures for each of its values too")
     samples: int = flag(0, "held-out prompts to answer (greedily) at each evaluation")
@@ -197,7 +199,9 @@ class Config:
         ("loss", "accuracy"),
     )
     save_dtype: str = flag("bf16", "weights of OUT/model", ("bf16", "fp32"))
-    save_every: int = flag(200, "steps between checkpoints (12 bytes a parameter each); 0: none")
+    save_every: int = flag(
+        200, "steps between checkpoints (12 bytes a parameter each); 0: only when told to stop"
+    )
     keep: int = flag(2, "checkpoints to keep, the newest")
     resume: str | None = flag(
         None, "resume the run in this directory; without one, resume or begin the run in --out"
@@ -288,7 +292,7 @@ def train(run: Run, done: int) -> None:
 
     One update: draw its pairs; for each micro-batch forward, loss, backward; then clip, set the
     rate, update, log. Raises StoppedError if the loss or the gradient is not finite, before the
-    update; and after the step in which the run is told to stop.
+    update; and after the step in which the run is told to stop, unless it was the last.
     """
     config, model, pairs, optimizer = run.config, run.model, run.pairs, run.optimizer
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -501,13 +505,13 @@ def answer(
 
 @announced("computing the log-probs of the starting model")
 def attach_reference(
-    config: Config, mesh: DeviceMesh, model: Llama, parts: list[Pairs], out: Path, marks: dict
+    config: Config, mesh: DeviceMesh, model: Llama, parts: list[Pairs], out: Path, fingerprint: dict
 ) -> None:
     """Gives each part the log-probs of the frozen starting model: of a live copy, or computed once
     and kept in OUT or --reference-cache.
 
-    Must be called while `model` holds the starting weights, before a checkpoint is loaded. marks:
-    the run's fingerprint.
+    Must be called while `model` holds the starting weights, before a checkpoint is loaded.
+    fingerprint: the run's, of weights and pairs.
     """
     if config.reference == "live":
         live = build_model(config, mesh).requires_grad_(False)
@@ -528,7 +532,7 @@ def attach_reference(
         return logps
 
     cache = Path(config.reference_cache or out / "reference.safetensors")
-    logps = run_directory.cached_logps(cache, marks, len(everything.pairs), compute)
+    logps = run_directory.cached_logps(cache, fingerprint, len(everything.pairs), compute)
     of_parts = logps.to(mesh.device_type).split([len(part.pairs) for part in parts])
     for part, of_part in zip(parts, of_parts, strict=True):
         part.reference = of_part
