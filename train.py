@@ -237,8 +237,8 @@ def step_loss(model: Llama, pairs: "Pairs", indexes: list[int]) -> tuple[Tensor,
     """Forward pass of one micro-batch: packed pairs -> one loss per pair.
 
     Returns loss_B, and metrics per pair, detached: those that every loss has, and the loss's own. A
-    row may have one answer. rows_chosen, rows_rejected and rows_both are 1 where a row has what
-    they name, and Sums takes means over such rows.
+    row may have one answer. rows, rows_chosen, rows_rejected and rows_both are 1 where a row has
+    what they name (all are 0 of a stand-in, see Pairs.batch), and Sums takes means over such rows.
     """
     loss = pairs.config.loss_row
     batch = pairs.batch(indexes)
@@ -253,6 +253,7 @@ def step_loss(model: Llama, pairs: "Pairs", indexes: list[int]) -> tuple[Tensor,
         inputs += [reference_R[0::2], reference_R[1::2]]
     loss_B, metrics = loss.function(*inputs, **pairs.config.loss_options)
 
+    rows_B = torch.full_like(chosen_B, bool(indexes))
     mean_R, sum_R = mean_R.detach(), sum_R.detach()
     logp_w_B, logp_l_B = mean_R[0::2], mean_R[1::2]
     common = {
@@ -263,9 +264,10 @@ def step_loss(model: Llama, pairs: "Pairs", indexes: list[int]) -> tuple[Tensor,
         "sum_logp_w": sum_R[0::2],
         "sum_logp_l": sum_R[1::2],
         **asft.comparison(logp_w_B, logp_l_B),
-        "rows_chosen": chosen_B.float(),
-        "rows_rejected": rejected_B.float(),
-        "rows_both": (chosen_B & rejected_B).float(),
+        "rows": rows_B.float(),
+        "rows_chosen": (rows_B & chosen_B).float(),
+        "rows_rejected": (rows_B & rejected_B).float(),
+        "rows_both": (rows_B & chosen_B & rejected_B).float(),
     }
     return loss_B, common | metrics
 
@@ -305,16 +307,15 @@ def train(run: Run, done: int) -> None:
         for i, indexes in enumerate(micro_batches[rank]):
             reduce_gradients(model, run.mesh, last=i + 1 == len(micro_batches[rank]))
             loss_B, metrics = step_loss(model, pairs, indexes)
-            counts = float(bool(indexes))  # 0: of a stand-in, see Pairs.batch
             # A pair weighs 1/pairs_per_step, also in an epoch's short last step. FSDP averages
             # gradients over processes, hence `world`.
-            (loss_B.sum() * (counts * world / config.pairs_per_step)).backward()
-            sums.add(metrics, torch.full_like(loss_B, counts))
+            ((loss_B * metrics["rows"]).sum() * (world / config.pairs_per_step)).backward()
+            sums.add(metrics)
             losses |= zip(indexes, loss_B.detach(), strict=False)  # a stand-in has no index
 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        means = sums.mean_over_processes(len(drawn))
+        means = sums.mean_over_processes()
         if not math.isfinite(means["loss"]) or not math.isfinite(norm):
             stop_non_finite(step, means["loss"], norm, losses, drawn, pairs.pairs)
 
@@ -425,6 +426,7 @@ class Pairs:
 
 # A pair may be one answer, good (chosen) or bad (rejected). The means of these metrics are over the
 # pairs that have what they measure; all others, such as the loss, are over all pairs.
+ROWS = ("rows", "rows_chosen", "rows_rejected", "rows_both")
 MEASURED = {
     **dict.fromkeys(("sft", "logp_w", "sum_logp_w", "align_w"), "rows_chosen"),
     **dict.fromkeys(("logp_l", "sum_logp_l", "align_l", "rejected_weight"), "rows_rejected"),
@@ -435,25 +437,25 @@ MEASURED = {
 class Sums(dict):
     """Per-pair metrics summed over micro-batches, then over processes: each pair counts once."""
 
-    def add(self, metrics: dict[str, Tensor], weight_B: Tensor) -> None:
-        """Adds a micro-batch's metrics. weight_B: 1 for a pair that counts, else 0."""
+    def add(self, metrics: dict[str, Tensor], within_B: Tensor | float = 1.0) -> None:
+        """Adds a micro-batch's metrics, of those pairs for which within_B is 1."""
         for name, value_B in metrics.items():
-            counts_B = weight_B * metrics[MEASURED[name]] if name in MEASURED else weight_B
+            counts_B = within_B * metrics[MEASURED.get(name, "rows")]
             self[name] = self.get(name, 0) + value_B.where(counts_B > 0, 0).sum()
 
-    def mean_over_processes(self, pairs: int) -> dict[str, float]:
-        """Means over so many pairs, equal on all processes; those of MEASURED are left out if no
-        pair has what they measure. If any lacks an answer, also rows_chosen, rows_rejected and
-        rows_both, the numbers of pairs that have it."""
+    def mean_over_processes(self) -> dict[str, float]:
+        """Means, equal on all processes. Those of MEASURED are left out if no pair has what they
+        measure. If any lacks an answer, also rows_chosen, rows_rejected and rows_both, the numbers
+        of pairs that have it."""
         total = torch.stack([value.double() for value in self.values()])
         dist.all_reduce(total)
         sums = dict(zip(self, total.tolist(), strict=True))
-        rows = {name: int(sums.pop(name)) for name in ("rows_chosen", "rows_rejected", "rows_both")}
+        rows = {name: int(sums.pop(name)) for name in ROWS}
         means = {}
         for name, value in sums.items():
-            if count := rows[MEASURED[name]] if name in MEASURED else pairs:
+            if count := rows[MEASURED.get(name, "rows")]:
                 means[name] = value / count
-        return means if rows["rows_both"] == pairs else means | rows
+        return means if rows.pop("rows") == rows["rows_both"] else means | rows
 
 
 # ----------------------------------------------------------------------- evaluation, reference
@@ -471,12 +473,12 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     for indexes in pairs.own_micro_batches():
         _, metrics = step_loss(run.model, pairs, indexes)
         for name, group in pairs.groups.items():
-            within = [float(i in group) for i in indexes] or [0.0]  # 0: a stand-in
+            within = [float(i in group) for i in indexes or pairs.stand_in]
             sums[name].add(metrics, torch.tensor(within, device=pairs.device))
     reshard(run.model)
     row, by = {}, {}
     for name, group in pairs.groups.items():
-        means = sums[name].mean_over_processes(len(group))
+        means = sums[name].mean_over_processes()
         figures = {f"eval_{metric}": mean for metric, mean in means.items()}
         if name is None:
             row = figures
