@@ -6,7 +6,8 @@
     python bench/gpu.py step                steps of a random 8B, kernels of a step; DPO on a 3B
     python bench/gpu.py peers               TRL's ORPO and DPO, Liger's ORPO, on the 3B
     python bench/gpu.py end-to-end          the example; a resumed run; 8B trained and exported
-    python bench/gpu.py step-uf-8192        one part, by its name or the beginning of several names
+    python bench/gpu.py step-profile        one part, by its name or the beginning of several names;
+                                            several of these are measured in their order
 
 Each part is a process and appends its figures to --out at once. A part that fails is reported, and
 the next one runs. --scratch holds models, pairs and the figures of finished parts, so that another
@@ -20,6 +21,7 @@ In reading order
     peer                                another trainer as a process (benchmark.py has its code)
     example, resume, whole              end to end
     PARTS, main                         the parts and their order
+    (variants.py: train.py with one thing changed, for the rows of VARIANTS)
 
 Figures of steps are medians over the steps after WARMUP. MFU is 3 times support.memory's
 pair_flops over the peak of the card: recomputed work counts once. "padded" is what a trainer
@@ -53,6 +55,9 @@ from common import ROOT, read_rows, train_command
 
 sys.path.insert(0, str(ROOT))
 
+import support  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -93,9 +98,9 @@ KEPT, RECOMPUTED = ("--checkpoint-blocks", "off"), ("--checkpoint-blocks", "on")
 # Part: shape, pairs, tokens of a micro-batch (None: train.py's choice), more flags, steps, part to
 # compare with. How many blocks are recomputed is train.py's choice unless a flag says it.
 STEPS = {
-    "step-uf-8192": ("8B", "uf", 8192, (), 6, None),
-    "step-uf-8192-unshared": ("8B", "uf", 8192, UNSHARED, 4, "step-uf-8192"),
-    "step-uf-8192-padded": ("8B", "uf-padded", 8192, UNSHARED, 2, "step-uf-8192"),
+    "step-uf-defaults": ("8B", "uf", None, (), 6, None),
+    "step-uf-unshared": ("8B", "uf", 8192, UNSHARED, 4, "step-uf-defaults"),
+    "step-uf-padded": ("8B", "uf-padded", 8192, UNSHARED, 2, "step-uf-defaults"),
     "step-hh-8192": ("8B", "hh", 8192, (), 6, None),
     "step-hh-8192-unshared": ("8B", "hh", 8192, UNSHARED, 4, "step-hh-8192"),
     "step-hh-8192-padded": ("8B", "hh-padded", 8192, UNSHARED, 2, "step-hh-8192"),
@@ -110,12 +115,20 @@ STEPS = {
     "step-3b-kept-16384": ("3B", "uf", 16384, KEPT, 6, "step-3b-defaults"),
     "step-3b-hh": ("3B", "hh", None, (), 6, None),
     "step-3b-hh-unshared": ("3B", "hh", None, UNSHARED, 4, "step-3b-hh"),
-    "step-uf-defaults": ("8B", "uf", None, (), 6, "step-uf-8192"),
     "step-uf-recomputed": ("8B", "uf", 8192, RECOMPUTED, 4, "step-uf-defaults"),
     "step-uf-recomputed-16384": ("8B", "uf", 16384, RECOMPUTED, 4, "step-uf-defaults"),
-    "step-uf-4096": ("8B", "uf", 4096, (), 4, "step-uf-8192"),
+    "step-uf-16384": ("8B", "uf", 16384, (), 4, "step-uf-defaults"),
+    "step-uf-4096": ("8B", "uf", 4096, (), 4, "step-uf-defaults"),
     "step-hh-4096": ("8B", "hh", 4096, (), 4, "step-hh-8192"),
 }
+VARIANTS = {  # parts that run bench/variants.py, with this name, instead of train.py
+    f"step-{pairs}-{name}": name
+    for pairs in ("uf", "3b")
+    for name in ("reduce-always", "one-pool", "pinned")
+}
+for _part in VARIANTS:
+    _base = "step-uf-defaults" if _part.startswith("step-uf") else "step-3b-defaults"
+    STEPS[_part] = (*STEPS[_base][:5], _base)
 ORPO = "step-3b-orpo"
 PEERS = {  # part: the trainer's name in benchmark.py, pairs, our parts to compare with
     "peers-trl-orpo": ("trl-orpo", "uf", (ORPO, "step-3b-defaults", "step-3b-recomputed")),
@@ -293,14 +306,18 @@ def compile_blocks(a: argparse.Namespace) -> None:
 
 
 def profile(a: argparse.Namespace) -> None:
-    """Where the time of an 8B step goes."""
-    step, pairs = prepare(a, "8B")
+    """Where the time of a step goes; as a table, and as a timeline that chrome://tracing shows.
+    Of the 8B, or of the 3B if the card is too small."""
+    shape = "3B" if too_large(a, "8B") else "8B"
+    step, pairs = prepare(a, shape)
     micro_batches, cuda = pairs.own_micro_batches()[:2], a.device == "cuda"
     for _ in range(2):
         step(*micro_batches)
     activity = getattr(torch.profiler.ProfilerActivity, a.device.upper())
     with torch.profiler.profile(activities=[activity]) as profiler:
         wall = step(*micro_batches)
+    trace = a.out.with_suffix(".trace.json.gz")
+    profiler.export_chrome_trace(str(trace))
     events = profiler.key_averages()
     if cuda:  # without the named regions that stand beside the kernels that run in them
         events = [event for event in events if "CUDA" in str(event.device_type)]
@@ -315,8 +332,8 @@ def profile(a: argparse.Namespace) -> None:
     tokens = sum(int(pairs.sizes[indexes].sum()) for indexes in micro_batches)
     say(
         a,
-        f"- 8B, a step of {tokens} tokens in {len(micro_batches)} micro-batches: {wall:.3f} s "
-        f"under the profiler, {busy:.3f} s of kernels\n\n"
+        f"- {shape}, a step of {tokens} tokens in {len(micro_batches)} micro-batches: {wall:.3f} s "
+        f"under the profiler, {busy:.3f} s of kernels; timeline: {trace.name}\n\n"
         "| kernels | s | share | calls |\n|---|---|---|---|",
     )
     for kind, spent in sorted(kinds.items(), key=lambda item: -item[1]):
@@ -344,7 +361,10 @@ def train(a: argparse.Namespace, *flags, until: float = math.inf) -> list[dict]:
     Returns the rows of metrics.jsonl. Raises ChildProcessError with the last lines of the output.
     """
     metrics = a.scratch / "out/metrics.jsonl"
-    process, log = start(a, train_command("--out", a.scratch / "out", *flags))
+    words = train_command("--out", a.scratch / "out", *flags)
+    if a.part in VARIANTS:
+        words[1:2] = [str(ROOT / "bench/variants.py"), VARIANTS[a.part]]
+    process, log = start(a, words)
     while process.poll() is None and len(read_rows(metrics)) < until:
         time.sleep(0.02)
     if process.poll() is None:
@@ -387,8 +407,12 @@ def step(a: argparse.Namespace) -> None:
         drawn = pairs[(row["step"] - 1) * row["pairs"] : row["step"] * row["pairs"]]
         assert sum(pair.packed_tokens(share) for pair in drawn) == row["tokens"]
         flops.append(3 * pair_flops(config, drawn, share)[:, :2].sum() / row["seconds"])
-    names = ("seconds", "tokens_per_s", "pairs_per_s", "peak_memory_gib", "pairs")
-    found = {name: statistics.median(row[name] for row in rows[WARMUP:]) for name in names}
+    names = ("seconds", "tokens_per_s", "pairs_per_s", "peak_memory_gib", "pairs", "hfu")
+    found = {
+        name: statistics.median(row[name] for row in rows[WARMUP:])
+        for name in names
+        if name in rows[0]
+    }
     found["mfu"] = statistics.median(flops) / (a.peak_tflops * 1e12)
     found["first_loss"] = rows[0]["loss"]
     every = [round(row["seconds"], 3) for row in rows]
@@ -399,13 +423,22 @@ def step(a: argparse.Namespace) -> None:
         f"MFU {found['mfu']:.2%}, peak {found['peak_memory_gib']:.2f} GiB; each step {every} s; "
         f"loss {rows[-1]['loss']:.4f}",
     )
+    chosen = json.loads((a.scratch / "out/config.json").read_text())["memory"]
+    say(
+        a,
+        f"  - {chosen['recomputed_blocks']} of {config.num_hidden_layers} blocks recomputed, "
+        f"at most {chosen['max_tokens_per_gpu']} tokens a micro-batch; HFU "
+        f"{found.get('hfu', 0):.2%}; the allocator emptied its cache "
+        f"{rows[-1].get('memory_retries', 0)} times",
+    )
     reference = a.scratch / "out/reference.safetensors"
     if reference.exists():
-        seconds = reference.stat().st_mtime - (a.scratch / "out/config.json").stat().st_mtime
+        # The lock is made just before the model is; config.json is written twice.
+        seconds = reference.stat().st_mtime - (a.scratch / "out/.lock").stat().st_mtime
         say(
             a,
-            f"  - log-probs of the reference: {seconds:.1f} s, once, for {len(pairs)} pairs, "
-            "compilation included",
+            f"  - the model loaded and the log-probs of the reference: {seconds:.1f} s, once, for "
+            f"{len(pairs)} pairs, compilation included",
         )
     compare(a, found, base)
     (a.scratch / f"{a.part}.json").write_text(json.dumps(found))
@@ -431,7 +464,7 @@ def missing_packages(part: str) -> list[str]:
     """The packages of a peer that are not installed."""
     if part not in PEERS:
         return []
-    needed = ["liger_kernel"] if PEERS[part][0] == "liger-orpo" else ["trl", "datasets"]
+    needed = ["liger_kernel"] * (PEERS[part][0] == "liger-orpo") + ["trl", "datasets"]
     return [name for name in needed if importlib.util.find_spec(name) is None]
 
 
@@ -453,7 +486,7 @@ def peer(a: argparse.Namespace) -> None:
         dtype = "bf16"
         words.append("--cuda")
     words = [job, home, data, dtype, steps, out, *words]
-    fitting = [n for n in MICRO_BATCHES if per_step % n == 0]
+    fitting = [n for n in MICRO_BATCHES if per_step % n == 0 and n <= a.micro_batch]
     for n in fitting:
         command = [sys.executable, ROOT / "bench/benchmark.py", "one", *words, "--micro-batch", n]
         try:
@@ -569,10 +602,40 @@ def generate(a: argparse.Namespace) -> None:
 
 # --------------------------------------------------------------------------------------- the parts
 
-PARTS = {"compile": compile_blocks, "step-uf-8192": step, "step-profile": profile}  # in this order
-PARTS |= dict.fromkeys(STEPS, step)
-PARTS |= {"end-to-end-example": example, "end-to-end-resume": resume, "end-to-end-8b": whole}
+# In this order. What the defaults reach comes first, then the peers, then the rest.
+PARTS = {"compile": compile_blocks, "step-3b-defaults": step, "step-uf-defaults": step}
+PARTS |= {"step-profile": profile, "step-3b-hh": step, "end-to-end-example": example, ORPO: step}
 PARTS |= dict.fromkeys(PEERS, peer)
+PARTS |= {"step-uf-one-pool": step, "step-uf-reduce-always": step, "step-uf-pinned": step}
+PARTS |= {"step-uf-recomputed": step, "step-3b-recomputed": step}
+PARTS |= dict.fromkeys(STEPS, step)
+PARTS |= {"end-to-end-resume": resume, "end-to-end-8b": whole}
+
+
+def parts_named(names: list[str]) -> list[str]:
+    """The parts of a command line, each once: a name itself, all parts that begin so, or "all"."""
+    found = []
+    for name in names:
+        found += [name] if name in PARTS else [p for p in PARTS if name in ("all", p[: len(name)])]
+    return list(dict.fromkeys(found))
+
+
+def too_large(a: argparse.Namespace, shape: str) -> bool:
+    """True if training this shape needs more memory than the card has: 16 bytes a parameter. (It
+    takes no memory of the GPU to ask.)"""
+    if a.device == "cpu":
+        return False
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    mebibytes = int(subprocess.check_output(query, text=True).split()[0])
+    parameters = sum(map(math.prod, expected_shapes(SHAPES[shape]).values()))
+    return 16 * parameters > mebibytes * 2**20
+
+
+def shape_trained(part: str) -> str | None:
+    """The shape that a part cannot do without."""
+    if part in STEPS:
+        return STEPS[part][0]
+    return "8B" if part == "end-to-end-8b" else None
 
 
 def run_part(a: argparse.Namespace, name: str, seconds: float) -> str | None:
@@ -597,27 +660,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", help=f"all, or how names of parts begin: {', '.join(PARTS)}")
+    parser.add_argument(
+        "what", nargs="+", help=f"all, or how names of parts begin: {', '.join(PARTS)}"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="then stop what runs")
     parser.add_argument("--small", action="store_true", help="tiny sizes")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/GPU_RESULTS.md")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/asft-gpu"))
+    parser.add_argument(
+        "--micro-batch", type=int, default=MICRO_BATCHES[0], help="a peer's first try, in pairs"
+    )
     parser.add_argument("--peak-tflops", type=float, default=989, help="for MFU [989: H100, H200]")
     a = parser.parse_args()
     a.device = "cuda" if torch.cuda.is_available() else "cpu"
     a.small, a.scratch, a.out = a.small or a.device == "cpu", a.scratch.resolve(), a.out.resolve()
     a.options = ["--scratch", str(a.scratch), "--out", str(a.out)]
-    a.options += ["--peak-tflops", str(a.peak_tflops), *["--small"] * a.small]
+    a.options += ["--peak-tflops", str(a.peak_tflops), "--micro-batch", str(a.micro_batch)]
+    a.options += ["--small"] * a.small
     a.scratch.mkdir(parents=True, exist_ok=True)
-    order, _, a.part = a.what.partition(":")  # this program calls itself as make:SHAPE, run:PART
+    order, _, a.part = a.what[0].partition(":")  # this program calls itself as make:SHAPE, run:PART
     if a.part:
         make_model(a, a.part) if order == "make" else PARTS[a.part](a)
         sys.stdout.flush()
         os._exit(0)  # as train.py ends, because a process group is open
 
-    chosen = [name for name in PARTS if a.what == "all" or name.startswith(a.what)]
-    if not chosen:
-        parser.error(f"no part begins with {a.what!r}")
+    for name in a.what:
+        if not parts_named([name]):
+            parser.error(f"no part begins with {name!r}")
     device = "CPU"
     if a.device == "cuda":  # asked of nvidia-smi, so that this process takes no memory of the GPU
         query = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
@@ -630,13 +699,15 @@ def main() -> int:
         f"    python bench/gpu.py {' '.join(sys.argv[1:])}\n",
     )
     deadline, failed = time.monotonic() + 60 * a.minutes, 0
-    for name in chosen:
+    for name in parts_named(a.what):
         done, left = a.scratch / f"{name}.done", deadline - time.monotonic()
         if done.exists():
             say(a, f"- {name}: measured by an earlier call")
         elif missing := missing_packages(name):
             pip = f"pip install {benchmark.PINNED['trl']}"
             say(a, f"- {name}: left out, {', '.join(missing)} not installed: {pip}")
+        elif (shape := shape_trained(name)) and too_large(a, shape):
+            say(a, f"- {name}: left out, a {shape} does not fit on this card")
         elif left < 1:
             say(a, f"- {name}: no time left")
         elif (error := run_part(a, name, left)) is not None:

@@ -136,6 +136,9 @@ def speed(run, drawn: list[int], started: float) -> dict[str, float]:
         blocks = [block.recompute for block in run.model.model["layers"]]
         share, available = sum(blocks) / len(blocks), dist.get_world_size() * peak_of_one * 1e12
         used = utilisation(*flops, share, seconds, available)
+    if run.pairs.device == "cuda":
+        # How often the allocator, out of memory, has emptied its cache: each time costs seconds.
+        used["memory_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
     return {
         "pairs": len(drawn),
         "tokens": tokens,

@@ -1,6 +1,7 @@
 """bench/gpu.py in its small sizes on the CPU: what it reports is what ran."""
 
 import argparse
+import gzip
 import json
 import math
 import os
@@ -41,10 +42,18 @@ def test_the_flops_of_a_pass_are_those_of_its_matrix_products_and_of_the_attenti
 
 
 def run_gpu(what, scratch):
-    """`python bench/gpu.py WHAT`, and what it has reported."""
+    """`python bench/gpu.py WHAT`, and what it has reported; WHAT may be several names."""
     results = scratch / "results.md"
     done = subprocess.run(
-        [sys.executable, ROOT / "bench/gpu.py", what, "--scratch", scratch, "--out", results],
+        [
+            sys.executable,
+            ROOT / "bench/gpu.py",
+            *what.split(),
+            "--scratch",
+            scratch,
+            "--out",
+            results,
+        ],
         capture_output=True,
         text=True,
         timeout=300,
@@ -56,9 +65,9 @@ def run_gpu(what, scratch):
 @pytest.fixture
 def options(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for train.py, which it starts
-    flags = {"small": True, "device": "cpu", "options": [], "peak_tflops": 1e-6}
+    flags = {"small": True, "device": "cpu", "options": [], "peak_tflops": 1e-6, "micro_batch": 32}
     paths = {"scratch": tmp_path, "out": tmp_path / "results.md"}
-    return argparse.Namespace(**flags, **paths, part="step-uf-8192-unshared")
+    return argparse.Namespace(**flags, **paths, part="step-uf-unshared")
 
 
 def test_pairs_have_the_mean_lengths_of_their_profile_and_padded_ones_the_groups_longest_sequence(
@@ -84,11 +93,11 @@ def test_pairs_have_the_mean_lengths_of_their_profile_and_padded_ones_the_groups
 def test_a_measured_step_is_the_median_of_what_train_py_logged_and_nothing_is_exported(options):
     gpu.make_model(options, "8B")
     base = {"pairs_per_s": 1e9, "peak_memory_gib": 1.0, "first_loss": 2.5}
-    (options.scratch / "step-uf-8192.json").write_text(json.dumps(base))
+    (options.scratch / "step-uf-defaults.json").write_text(json.dumps(base))
     gpu.step(options)
     logged = (options.scratch / "out/metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in logged][2:4]
-    found = json.loads((options.scratch / "step-uf-8192-unshared.json").read_text())
+    found = json.loads((options.scratch / "step-uf-unshared.json").read_text())
     assert found["seconds"] == statistics.median(row["seconds"] for row in rows)
     # 6 FLOPs for each token and parameter of the blocks (2 of 36,864), 6 D for each logit of the
     # head, and a little for attention.
@@ -101,6 +110,7 @@ def test_a_measured_step_is_the_median_of_what_train_py_logged_and_nothing_is_ex
     assert by_hand < found["mfu"] < 1.2 * by_hand
     assert f"has {1e9 / found['pairs_per_s']:.3f} x its pairs/s" in options.out.read_text()
     assert "first loss 2.5000" in options.out.read_text()
+    assert "0 of 2 blocks recomputed, at most 512 tokens a micro-batch" in options.out.read_text()
     assert not (options.scratch / "out/model").exists()
 
 
@@ -162,6 +172,10 @@ def test_a_peer_gets_the_largest_micro_batch_that_fits(options, monkeypatch):
     with pytest.raises(ChildProcessError, match=error):
         gpu.peer(options)
     assert tried[3:] == [4]
+    options.micro_batch = 2
+    with pytest.raises(ChildProcessError, match=error):
+        gpu.peer(options)
+    assert tried[4:] == [2]
 
 
 def test_a_peer_that_is_not_installed_is_left_out_with_the_pip_command(tmp_path, monkeypatch):
@@ -171,5 +185,60 @@ def test_a_peer_that_is_not_installed_is_left_out_with_the_pip_command(tmp_path,
     monkeypatch.setattr(sys, "argv", words)
     assert gpu.main() == 0
     said = results.read_text()
-    assert "peers-liger-orpo: left out, liger_kernel not installed: pip install trl==" in said
+    assert "peers-liger-orpo: left out, liger_kernel, trl, datasets not installed: pip" in said
     assert not list(tmp_path.glob("*.done"))
+
+
+def test_parts_are_measured_in_the_order_of_their_names_each_once_and_a_whole_name_is_that_part():
+    assert gpu.parts_named(["step-uf-defaults", "compile", "step-uf-defaults"]) == [
+        "step-uf-defaults",
+        "compile",
+    ]
+    assert gpu.parts_named(["step-3b-hh"]) == ["step-3b-hh"]
+    assert gpu.parts_named(["step-3b-h"]) == ["step-3b-hh", "step-3b-hh-unshared"]
+    assert gpu.parts_named(["all"]) == list(gpu.PARTS) and not gpu.parts_named(["nothing"])
+
+
+def test_what_does_not_fit_on_the_card_is_left_out_and_the_smaller_shape_is_profiled(
+    tmp_path, monkeypatch
+):
+    ran, a = [], argparse.Namespace(device="cuda")
+    for gigabytes, fits in ((80, ["3B"]), (141, ["8B", "3B"])):
+        mebibytes = f"{gigabytes * 10**9 // 2**20}\n"
+        monkeypatch.setattr(gpu.subprocess, "check_output", lambda *_, text, m=mebibytes: m)
+        assert [shape for shape in ("8B", "3B") if not gpu.too_large(a, shape)] == fits
+    monkeypatch.setattr(gpu, "too_large", lambda _, shape: shape == "8B")
+    monkeypatch.setattr(gpu, "run_part", lambda _, name, seconds: ran.append(name))
+    results = tmp_path / "results.md"
+    words = f"gpu.py end-to-end-8b step-uf-defaults step-3b-kept --small --scratch {tmp_path}"
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--out", str(results)])
+    assert gpu.main() == 0
+    assert ran == ["step-3b-kept"]
+    assert results.read_text().count("left out, a 8B does not fit on this card") == 2
+
+
+def test_the_profile_writes_a_timeline(options):
+    options.part = "step-profile"
+    done, said = run_gpu("step-profile", options.scratch)
+    assert done.returncode == 0, said
+    assert "timeline: results.trace.json.gz" in said
+    with gzip.open(options.scratch / "results.trace.json.gz") as file:
+        assert len(json.load(file)["traceEvents"]) > 100
+
+
+def test_variants_of_train_py_make_the_same_updates(tmp_path):
+    """In bf16, so that FSDP shards over one process; in several micro-batches."""
+    flags = "--max-steps 2 --samples 0 --eval-every 0 --pairs-per-step 8 --precision bf16"
+    flags += " --max-tokens-per-gpu 160 --save-every 0 --device cpu --out"
+    found = {}
+    for program in ("train.py", "bench/variants.py reduce-always", "bench/variants.py one-pool"):
+        out = tmp_path / str(len(found))
+        words = [sys.executable, *program.split(), *flags.split(), out]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "micro-batches a step" in done.stdout and " 1.0 micro-batches" not in done.stdout
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        found[program] = [(row["loss"], row["grad_norm"]) for row in rows]
+    expected, *others = found.values()
+    for rows in others:
+        assert rows == [pytest.approx(pair, rel=1e-4) for pair in expected]
