@@ -30,7 +30,7 @@ from torch import Tensor
 from model import Batch, Segments
 from support.bins import MicroBatch, fewest_bins
 from support.files import InputError
-from support.forms import Turns, parse_pair, repeats_prompt
+from support.forms import Turns, doubts, parse_pair
 from support.llama_config import generation_eos
 from support.records import read_records
 from support.tokenizer import load_tokenizer
@@ -73,9 +73,8 @@ def read_preferences(
     """Reads a whole file before anything is trained on; each record may have a form of its own.
 
     `counts` gains "read", "bad lines", "unequal prompts" (dropped: the two sides have different
-    prompts) and, if there are any, "repeat their prompt" (kept: all answers begin with the text of
-    their prompt, perhaps as a quotation). Unless skip_bad_lines, raises InputError
-    with the place and fault of the first 20 records that are not pairs. `read_records` says what is
+    prompts) and those of `doubts`, which are kept. Unless skip_bad_lines, raises InputError with
+    the place and fault of the first 20 records that are not pairs. `read_records` says what is
     never skipped.
     """
     counts = Counter() if counts is None else counts
@@ -94,8 +93,7 @@ def read_preferences(
         if pair is None:
             counts["unequal prompts"] += 1
         else:
-            if repeats_prompt(*pair):
-                counts["repeat their prompt"] += 1
+            counts.update(doubts(record, *pair))
             preferences.append(Preference(*pair, place))
     counts["bad lines"] += len(bad)
     if bad and not skip_bad_lines:

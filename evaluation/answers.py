@@ -140,6 +140,8 @@ def with_progress(answers: Answers, count: int, what: str = "") -> Answers:
 
 def run(flags: argparse.Namespace) -> None:
     """Answers --prompts. A call that was interrupted continues when it is made again."""
+    if not flags.temperature and (flags.top_p < 1 or flags.top_k):
+        raise InputError("--top-p and --top-k go with a --temperature above 0")
     prompts, out = read_prompts(flags.prompts, flags.raw), Path(flags.out)
     numbers = range(len(prompts))
     with torchrun_group():

@@ -19,6 +19,8 @@ from support.forms import (
     instruction_text,
     parse_pair,
     present,
+    refuse_left_out,
+    refuse_lost_parts,
     stored_messages,
     text,
     token_ids,
@@ -107,6 +109,8 @@ def find_prompt(row: dict, raw: bool) -> Turns | str | list[int]:
     (key,) = found
     if key == "prompt_ids":
         return token_ids(row, key)
+    refuse_left_out(row)
+    refuse_lost_parts(row)
     if not raw:
         if isinstance(row[key], str):
             row[key] = stored_messages(row[key], key)

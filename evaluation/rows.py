@@ -24,7 +24,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from support.files import InputError, naming, shown, write_whole
-from support.processes import join_group
+from support.processes import environment, join_group
 from support.records import read_records
 
 # ---------------------------------------------------------------------------------------- processes
@@ -32,7 +32,7 @@ from support.records import read_records
 
 def rank() -> int:
     """This process's number under torchrun, otherwise 0."""
-    return int(os.environ.get("RANK", 0))
+    return environment("RANK", 0)
 
 
 def is_first() -> bool:
@@ -42,7 +42,7 @@ def is_first() -> bool:
 
 def share(items: Sequence) -> Sequence:
     """This process's items: every n-th one under torchrun with n processes, otherwise all."""
-    return items[rank() :: int(os.environ.get("WORLD_SIZE", 1))]
+    return items[rank() :: environment("WORLD_SIZE", 1)]
 
 
 @contextlib.contextmanager

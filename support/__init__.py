@@ -21,6 +21,7 @@
 Nothing here imports model.py, data.py or train.py.
 """
 
+import importlib.util
 import os
 import signal
 import sys
@@ -29,6 +30,11 @@ from pathlib import Path
 
 if os.name == "nt":
     print("ASFT runs on Linux and macOS; on Windows, use WSL", file=sys.stderr)
+    sys.exit(2)
+
+needed = ("torch", "safetensors", "tokenizers", "numpy")
+if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+    print(f"no {', '.join(missing)}: pip install -r requirements.txt", file=sys.stderr)
     sys.exit(2)
 
 # Waiting OpenMP threads keep a CPU busy for milliseconds by default. Beside another busy process

@@ -103,7 +103,8 @@ def resolve_max_tokens(asked: int | None, limit: int) -> int:
 
 def check_answers(config, path: str, rows: list) -> None:
     """Raises InputError if the loss cannot train on these rows (data.Preference) of a file: some
-    have one answer and the loss compares two, or all are bad and it has no term for bad ones."""
+    have one answer and the loss compares two, or all are bad and it has no term for bad ones. Also
+    if --keep-best asks for the accuracy of rows that all have one answer."""
     ones = sum(len(row.answers) == 1 for row in rows)
     if ones and not config.loss_row.one_answer:
         others = " or ".join(name for name, row in asft.LOSSES.items() if row.one_answer)
@@ -115,6 +116,8 @@ def check_answers(config, path: str, rows: list) -> None:
     if ones and only_good and all(row.chosen is None for row in rows):
         flags = "--loss sft" if config.loss == "sft" else "--beta 0"
         raise InputError(f"{path}: no good answer, and {flags} has no term for bad ones")
+    if ones == len(rows) and config.keep_best == "accuracy" and path == config.eval_data:
+        raise InputError(f"{path}: no pair, and --keep-best accuracy compares two answers")
 
 
 class FlagParser(argparse.ArgumentParser):

@@ -6,7 +6,8 @@ In reading order
     prompt_key ... PROMPT_FORMS         where the prompt is: recognition, in one place
     parse_pair, parse_side              a record -> prompt, chosen, rejected
     read_label, answer_key              a record with one answer, good or bad
-    with_system, repeats_prompt         a system text or a prompt that is given twice
+    with_system                         a system text beside a system turn
+    doubts                              what is kept, but said in the header
     stored_messages, text, token_ids    checked values
 
 A function here raises ValueError that says what it found; its caller adds file and line.
@@ -45,8 +46,19 @@ def messages(value: object, key: str) -> Turns:
     return [parse_message(message, key) for message in value]
 
 
+# Keys of a record or a message that change what the model should see, and are not implemented.
+LEFT_OUT = ("tools", "tool_calls", "function_call", "images", "image", "videos", "audios")
+
+
+def refuse_left_out(found: dict) -> None:
+    for key in LEFT_OUT:
+        if found.get(key) not in (None, "", "[]", [], {}):
+            raise ValueError(f"{key} is {shown(found[key])}: tools and media are not implemented")
+
+
 def parse_message(message: object, key: str) -> tuple[str, str]:
     found = present(message) if isinstance(message, dict) else {}
+    refuse_left_out(found)
     said = set()
     for role_key, content_key in SPELLINGS:
         if role_key in found and content_key in found:
@@ -115,6 +127,16 @@ def instruction_key(record: dict) -> Turns:
     return [*turns, *question(instruction_text(record))]
 
 
+def refuse_lost_parts(record: dict) -> None:
+    """`input` and `history` belong to `instruction`: beside another prompt they would be lost. (An
+    `input` that is the prompt is not.)"""
+    for key in ("input", "history"):
+        value = record.get(key)
+        lost = value not in (None, "", []) and value != record.get("prompt")
+        if lost and "instruction" not in record:
+            raise ValueError(f"{key} is {shown(value)}, without the instruction that it belongs to")
+
+
 def instruction_text(record: dict) -> str:
     parts = [text(record[key], key) for key in ("instruction", "input") if key in record]
     return "\n".join(part for part in parts if part)
@@ -141,8 +163,8 @@ def parse_pair(record: object) -> tuple | None:
     with one answer has None in place of the other.
 
     None if the two sides have different prompts. ValueError if the record is neither a pair nor one
-    labelled answer, if a prompt has no user's turn or, given as messages under a key of its own,
-    does not end with one, or if two keys give different prompts.
+    labelled answer, if a prompt has no user's turn or, given as messages, does not end with one, if
+    two keys give different prompts, or if a key has tools or media.
     """
     if not isinstance(record, dict):
         raise ValueError(f"a record is a JSON object, found {shown(record)}")
@@ -156,6 +178,8 @@ def parse_pair(record: object) -> tuple | None:
     for key in keys:
         if key not in record:
             raise ValueError(f"key {key} is missing, found {shown(', '.join(sorted(record)))}")
+    refuse_left_out(record)
+    refuse_lost_parts(record)
     for key in (*keys, "prompt", "conversations", "messages"):
         if isinstance(record.get(key), str):
             record[key] = stored_messages(record[key], key)
@@ -170,12 +194,12 @@ def parse_pair(record: object) -> tuple | None:
             raise ValueError(f"{first} and {other} give different prompts, wanted one")
     prompt = prompts[first] if prompts else []
     asked, answers = zip(*(parse_side(prompt, record, key) for key in keys), strict=True)
-    if conversation and spoken(conversation) != spoken([*asked[0], ("assistant", answers[0])]):
+    if conversation and not same_conversation(conversation, [*asked[0], ("assistant", answers[0])]):
         raise ValueError(f"messages hold another conversation than {keys[0]}, wanted one")
     if asked[0] != asked[-1]:
         return None
-    role = asked[0][-1][0]
-    if role != "user" and isinstance(record.get(first), list):  # TRL would continue that turn
+    role, as_messages = asked[0][-1][0], isinstance(record[first or keys[0]], list)
+    if role != "user" and as_messages:  # TRL would continue that turn
         raise ValueError(f"the turn before the answer is the {role}'s, wanted the user's")
     return asked[0], *as_pair(answers, good)
 
@@ -221,8 +245,12 @@ def answer_key(record: dict) -> str | None:
     return next((key for key in (*own, *CONVERSATION_KEYS) if key in record), None)
 
 
-def spoken(turns: Turns) -> Turns:
-    return [turn for turn in turns if turn[0] != "system"]
+def same_conversation(repeated: Turns, turns: Turns) -> bool:
+    """True if `repeated` says what `turns` say. It may lack their system turn, not add one."""
+    systems = [content.split() for role, content in turns if role == "system"]
+    added = [turn for turn in repeated if turn[0] == "system" and turn[1].split() not in systems]
+    spoken, others = ([turn for turn in x if turn[0] != "system"] for x in (repeated, turns))
+    return spoken == others and not added
 
 
 def read_prompt_keys(record: dict) -> dict[str, Turns]:
@@ -274,10 +302,27 @@ def with_system(turns: Turns, record: dict) -> Turns:
         return turns
     if not given:
         return [("system", system), *turns]
-    same = [turn for turn in given if turn[1].split() == system.split()]
-    if not same:
-        raise ValueError(f"system is {shown(system)}, and a system turn is {shown(given[0][1])}")
-    return [("system", system) if turn in same else turn for turn in turns]
+    for turn in given:
+        if turn[1].split() != system.split():
+            raise ValueError(f"system is {shown(system)}, and a system turn is {shown(turn[1])}")
+    return [("system", system) if turn in given else turn for turn in turns]
+
+
+# Of the formats of Llama 2 and 3, ChatML, Alpaca and HH.
+MARKERS = ("<|eot_id|>", "<|start_header_id|>", "<|im_start|>", "<|im_end|>", "[/INST]")
+MARKERS += ("### Response:", "\n\nHuman:", "\n\nAssistant:")
+
+
+def doubts(record: dict, prompt, *answers) -> list[str]:
+    """What may be wrong with a pair that is kept, by the names of its counts."""
+    found = ["repeat their prompt"] * repeats_prompt(prompt, *answers)
+    if isinstance(prompt, list):
+        texts = [*(content for _, content in prompt), *filter(None, answers)]
+        found += ["hold chat markers"] * any(mark in text for text in texts for mark in MARKERS)
+    scores = [record.get(f"score_{side}") for side in PAIR_KEYS]
+    if all(isinstance(score, (int, float)) for score in scores) and scores[0] < scores[1]:
+        found.append("scored the other way")
+    return found
 
 
 def repeats_prompt(prompt, *answers) -> bool:

@@ -49,16 +49,15 @@ def checked_config(raw: dict, where: str | Path) -> dict:
     tie = raw.get("tie_word_embeddings", False)
     if not isinstance(tie, bool):
         raise InputError(f"{where}: tie_word_embeddings is {shown(tie)}, wanted true or false")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise InputError(
-            f"{where}: rope_parameters or rope_scaling is {shown(rope)}, wanted an object"
-        )
+    ropes = [raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key)] or [{}]
+    scalings = [_rope_scaling(rope, where) for rope in ropes]
+    if scalings[0] != scalings[-1]:
+        raise InputError(f"{where}: rope_parameters and rope_scaling differ, wanted one of them")
 
     def number(key: str, kind: type = int, default=None, source: dict = raw):
         return _positive(source, key, kind, where, default)
 
-    theta = raw if rope.get("rope_theta") is None else rope
+    theta = raw if ropes[0].get("rope_theta") is None else ropes[0]
     heads, width = number("num_attention_heads"), number("hidden_size")
     if raw.get("head_dim") is None and width % heads:
         raise InputError(
@@ -76,7 +75,7 @@ def checked_config(raw: dict, where: str | Path) -> dict:
         "max_position_embeddings": number("max_position_embeddings"),
         "rms_norm_eps": number("rms_norm_eps", float, 1e-6),
         "rope_theta": number("rope_theta", float, 10_000.0, theta),
-        "rope_scaling": _rope_scaling(rope, where),
+        "rope_scaling": scalings[0],
         "tie_word_embeddings": tie,
         "bos_token_id": next(iter(token_ids(raw, "bos_token_id", where)), None),
         "eos_token_id": token_ids(raw, "eos_token_id", where),
@@ -121,7 +120,12 @@ def token_ids(raw: dict, key: str, where: str | Path) -> tuple[int, ...]:
 
 
 def _rope_scaling(rope: dict, where: str | Path) -> dict | None:
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(rope, dict):
+        raise InputError(
+            f"{where}: rope_parameters or rope_scaling is {shown(rope)}, wanted an object"
+        )
+    plain = None if rope.keys() & ROPE_SCALING.keys() else "default"
+    rope_type = rope.get("rope_type", rope.get("type", plain))
     if rope_type not in ("default", "llama3"):
         raise InputError(
             f"{where}: rope type {shown(rope_type)} is not implemented; "

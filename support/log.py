@@ -49,6 +49,10 @@ def describe(counts: Counter) -> str:
     if repeats := counts["repeat their prompt"]:
         answers = "the answers begin" if good or bad else "both answers begin"
         text += f". In {repeats:,} {answers} with the prompt: left in by mistake?"
+    if marked := counts["hold chat markers"]:
+        text += f". In {marked:,} a text has markers of a chat format, trained on as text"
+    if reversed_scores := counts["scored the other way"]:
+        text += f". In {reversed_scores:,} score_chosen is below score_rejected"
     return text
 
 
@@ -62,6 +66,9 @@ def header(config, out: Path, model, parts: list, counts: list[Counter], chat: b
     held_out = "none (--eval-data)"
     if config.eval_data:
         held_out = f"{config.eval_data}: {describe(counts[-1])}"
+        seen = {hash(pair.prompt.tobytes()) for pair in pairs.pairs}
+        if again := sum(hash(pair.prompt.tobytes()) in seen for pair in parts[1].pairs):
+            held_out += f". The prompts of {again:,} are in the training data too"
     dtype = choose_device(config.device, config.precision)[1]
     products = "bf16" if dtype == torch.bfloat16 else "fp32"
     lines = {
@@ -73,8 +80,10 @@ def header(config, out: Path, model, parts: list, counts: list[Counter], chat: b
         "chat": describe_chat(config.model) if chat else "none: the pairs are token ids",
         "tokens": f"{pairs.sizes.sum():,} an epoch, {responses:,} of them in responses; "
         f"{pairs.sizes.mean():,.0f} a pair, at most {pairs.sizes.max():,}",
-        "steps": f"{pairs.steps:,} of {config.pairs_per_step} pairs; warm-up to {config.lr:g}, "
-        f"then cosine to {config.min_lr_ratio * config.lr:g}",
+        "steps": f"{pairs.steps:,} of {min(config.pairs_per_step, len(pairs.pairs))} pairs; "
+        f"warm-up to {config.lr:g}"
+        + f", then cosine to {config.min_lr_ratio * config.lr:g}"
+        * (config.warmup_ratio < 1),
         "precision": f"fp32 weights and moments, {products} products, fp32 losses",
         "devices": f"{dist.get_world_size()} x {device_name(config)}",
         "out": str(out),

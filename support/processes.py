@@ -1,7 +1,7 @@
 """Devices, agreement between processes, signals and exit codes.
 
 choose_device, out_of_memory, peak_memory_gib    the device and its memory
-start_processes, refuse_restart                  torchrun's process group, or one of one
+environment, start_processes, refuse_restart     torchrun's process group, or one of one
 together, on_first_process                       actions whose failure all processes learn of
 announced, every_two_seconds                     lines for what takes longer than 2 s
 StopRequest, StoppedError, stop_non_finite       a run that ends before its last step
@@ -18,6 +18,7 @@ import threading
 import time
 import typing
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from support.files import InputError
+from support.files import InputError, shown
 
 # -------------------------------------------------------------------------------------- devices
 
@@ -37,14 +38,14 @@ def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtyp
     auto is bf16 on CUDA and fp32 on the CPU. Makes the GPU the current one. Raises InputError if
     --device cuda is asked for and there are too few GPUs.
     """
-    found, needed = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    found, needed = torch.cuda.device_count(), environment("LOCAL_WORLD_SIZE", 1)
     cuda = device == "cuda" or (device == "auto" and found >= needed)
     if cuda and found < needed:
         raise InputError(f"--device cuda for {needed} processes, but torch finds {found} GPUs")
     half = precision == "bf16" or (precision == "auto" and cuda)
     here = torch.device("cpu")
     if cuda:
-        here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        here = torch.device("cuda", environment("LOCAL_RANK", 0))
         torch.cuda.set_device(here)
     return here, torch.bfloat16 if half else torch.float32
 
@@ -69,12 +70,35 @@ def peak_memory_gib() -> float:
 # ------------------------------------------------------------------------------------ agreement
 
 
+def environment(name: str, default: int | None = None) -> int:
+    """A whole number that torchrun sets. InputError if it is another text, or missing and without a
+    default."""
+    value = os.environ.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None or not (value.isascii() and value.isdigit()):
+        found = "missing" if value is None else repr(value)
+        raise InputError(
+            f"{name} is {found} in the environment, wanted a whole number: torchrun sets RANK, "
+            "WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without it, unset them"
+        )
+    return int(value)
+
+
 def join_group(backend: str, **options) -> None:
     """Joins the process group that torchrun made, or makes a group of one. Options as of
-    torch.distributed.init_process_group."""
+    torch.distributed.init_process_group. Raises InputError if the environment names only a part of
+    a group, or an address that is taken."""
     store, rank, world = dist.HashStore(), 0, 1
-    if "RANK" in os.environ:
-        store, rank, world = next(rendezvous("env://"))
+    if "RANK" in os.environ or environment("WORLD_SIZE", 1) > 1:
+        rank, world, port = (environment(x) for x in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+        address = os.environ.get("MASTER_ADDR") or "missing"
+        try:
+            with announced(f"waiting for all {world} processes") if rank == 0 else nullcontext():
+                store, rank, world = next(rendezvous("env://"))
+        except (ValueError, dist.DistNetworkError) as error:
+            first = shown(str(error).splitlines()[0], 150)
+            raise InputError(f"MASTER_ADDR {address}, MASTER_PORT {port}: {first}") from None
         # torchrun keeps its store when it restarts processes, with the dead ones' addresses in it.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, **options)
@@ -99,7 +123,7 @@ def start_processes(config) -> DeviceMesh:
 
 def refuse_restart(resume: bool) -> None:
     """Raises InputError if torchrun has restarted this program, which was not told to resume."""
-    if not resume and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    if not resume and environment("TORCHELASTIC_RESTART_COUNT", 0):
         raise InputError(
             "torchrun has started this run again, which needs --out DIR --resume; the reason is "
             "printed above"
@@ -242,7 +266,8 @@ class StopRequest:
 def complain(program: str, message: object) -> None:
     """Prints one line on stderr. Most mistakes are found by every process: other ranks wait, so
     that torchrun ends them once rank 0 has printed its line."""
-    if (rank := int(os.environ.get("RANK", 0))) > 0:
+    rank = os.environ.get("RANK", "0")
+    if rank.isdigit() and int(rank) > 0:
         time.sleep(10)
         program = f"{program}, process {rank}"
     print(f"{program}: {message}", file=sys.stderr, flush=True)
@@ -266,6 +291,8 @@ def exit_code(program: str, action: typing.Callable[[], None], memory_advice: ty
     finite. 128 + a signal's number: stopped by that signal.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # see support/__init__.py
+    if sys.stdout is None:  # closed by the shell: >&-
+        sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know a character
     try:

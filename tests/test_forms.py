@@ -20,6 +20,7 @@ from conftest import ROOT
 from data import ChatFormat, encode_preferences, read_preferences
 from evaluation.prompts import read_prompts
 from support.files import InputError
+from support.log import describe
 
 EXAMPLE = ROOT / "examples" / "model"
 FRUIT, ASK = "Name a fruit.", [("user", "Name a fruit.")]
@@ -174,6 +175,17 @@ READ = {
         {"prompt": FRUIT, "instruction": NAN, "system": NAN, "score": NAN} | TEXTS,
         ASK,
     ),
+    "empty tools, images, input and history": (
+        {"prompt": FRUIT, "tools": "[]", "images": [], "input": "", "history": []} | TEXTS,
+        ASK,
+    ),
+    "input that is the prompt": ({"prompt": FRUIT, "input": FRUIT} | TEXTS, ASK),
+    "a system turn in messages and in the prompt": (
+        {"prompt": messages("system: Be kind.", *TOLD)}
+        | {"messages": messages(SPACED, *TOLD, "assistant: An apple.")}
+        | TEXTS,
+        KIND,
+    ),
     "null input and history": ({"instruction": FRUIT, "input": None, "history": None} | TEXTS, ASK),
     "null within messages": (
         {"prompt": [{"role": None, "content": None, "from": "human", "value": FRUIT}]}
@@ -222,6 +234,10 @@ BAD = {
         {"prompt": messages(*TOLD, "system: Be brief.")} | REPLIES,
         "the turn before the answer is the system's, wanted the user's",
     ),
+    "conversations in which the assistant answers itself": (
+        answers(*TOLD, "assistant: Let me see."),
+        "the turn before the answer is the assistant's, wanted the user's",
+    ),
     "one side without": (WHOLE | {"rejected": REPLIES["rejected"]}, "no user's turn"),
     "messages that end with the assistant's": (
         {"messages": WHOLE["chosen"]} | REPLIES,
@@ -241,6 +257,14 @@ BAD = {
     "another system turn in conversations": (
         BESIDE | {"conversations": messages("system: Be brief.", *TOLD)} | TEXTS,
         "a system turn is",
+    ),
+    "another system turn beside an equal one": (
+        BESIDE | {"prompt": messages(SPACED, "system: Be brief.", *TOLD)} | TEXTS,
+        "a system turn is 'Be brief.'",
+    ),
+    "a system turn only in messages": (
+        {"prompt": FRUIT, "messages": messages(SPACED, *TOLD, "assistant: An apple.")} | WHOLE,
+        "messages hold another conversation than chosen",
     ),
     "prompt and instruction": (
         {"prompt": FRUIT, "instruction": "Name a colour."} | TEXTS,
@@ -313,6 +337,25 @@ BAD = {
         {"prompt": FRUIT} | stored(answers(chosen=messages("model: An apple."))),
         "the role 'model'",
     ),
+    # what would be lost
+    "input beside prompt": (
+        {"prompt": FRUIT, "input": "It should be red."} | TEXTS,
+        "input is 'It should be red.', without the instruction that it belongs to",
+    ),
+    "history beside messages": (
+        {"messages": messages(*TOLD), "history": [["Hi.", "Hello."]]} | REPLIES,
+        "history is [['Hi.', 'Hello.']], without",
+    ),
+    "tools": (
+        {"prompt": FRUIT, "tools": [{"name": "f"}]} | TEXTS,
+        "tools is [{'name': 'f'}]: tools",
+    ),
+    "images": ({"prompt": FRUIT, "images": ["a.png"]} | TEXTS, "images is ['a.png']: tools and"),
+    "a call of a tool": (
+        {"prompt": FRUIT, "chosen": [REPLIES["chosen"][0] | {"tool_calls": [{"name": "f"}]}]}
+        | {"rejected": REPLIES["rejected"]},
+        "tool_calls is [{'name': 'f'}]",
+    ),
     # null where a value is needed
     "null as an answer": (
         {"prompt": FRUIT, "chosen": None, "rejected": "No."},
@@ -332,6 +375,35 @@ def test_a_record_without_one_clear_prompt_and_answers_is_a_bad_line(name, tmp_p
     record, found = BAD[name]
     complaint, counts = read_one(record, tmp_path)
     assert found in complaint and counts == {"read": 1, "bad lines": 1}
+
+
+DOUBTS = {
+    "a template in the prompt": (
+        {"prompt": "<|start_header_id|>user<|end_header_id|>\n\nName a fruit.<|eot_id|>"},
+        "hold chat markers",
+    ),
+    "an end in an answer": ({"chosen": "An apple.<|im_end|>"}, "hold chat markers"),
+    "a transcript that began otherwise": (
+        {"prompt": "Be kind.\n\nHuman: Name a fruit.\n\nAssistant:"},
+        "hold chat markers",
+    ),
+    "scores": ({"score_chosen": 4.0, "score_rejected": 9}, "scored the other way"),
+    "equal scores": ({"score_chosen": 4.0, "score_rejected": 4.0}, None),
+    "scores as text": ({"score_chosen": "4", "score_rejected": "9"}, None),
+    "markup": ({"chosen": "<s>An</s> <|apple|> [INST]"}, None),
+}
+
+
+@pytest.mark.parametrize("name", DOUBTS)
+def test_what_may_be_wrong_is_kept_and_said(name, tmp_path):
+    more, count = DOUBTS[name]
+    pair, counts = read_one({"prompt": FRUIT} | TEXTS | more, tmp_path)
+    assert isinstance(pair, tuple)
+    assert counts == {"read": 1, "bad lines": 0} | ({count: 1} if count else {})
+    words = {"hold chat markers": "In 1 a text has markers of a chat format, trained on as text"}
+    words |= {"scored the other way": "In 1 score_chosen is below score_rejected"}
+    said = describe(counts)
+    assert words[count] in said if count else "In 1" not in said
 
 
 # Answers that look like stored messages, or like transcripts, and are not.
@@ -463,6 +535,11 @@ def test_a_prompt_to_answer_follows_the_rules_of_pairs(name, tmp_path):
 
 
 BAD_ROWS = {
+    "history beside a prompt": (
+        {"prompt": FRUIT, "history": [["a", "b"]]},
+        "history is [['a', 'b']]",
+    ),
+    "images": ({"prompt": FRUIT, "images": ["a.png"]}, "images is ['a.png']"),
     "another system turn": (
         BESIDE | {"messages": messages("system: Be brief.", *TOLD)},
         "a system turn is",

@@ -382,6 +382,13 @@ def command(prompts, out, *words):
     return ["generate", *map(str, paths), *WORDS, *map(str, words)]
 
 
+def test_limits_of_sampling_need_a_temperature(tmp_path, capsys):
+    for more in ("--top-p 0.5", "--top-k 5"):
+        given = command("p", "o", "--temperature", 0, "--top-p", 1, "--top-k", 0, *more.split())
+        assert program.main(given) == 2
+        assert "--top-p and --top-k go with a --temperature above 0" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def prompt_file(tmp_path_factory):
     """23 prompts of many lengths; number 20 is longer than the model's context."""

@@ -174,6 +174,11 @@ def test_a_model_of_pickles_is_refused_by_the_name_of_the_missing_safetensors(di
     assert not (tmp_path / "sentinel").exists()
 
 
+def test_an_adapter_beside_the_weights_is_refused(directory):
+    (directory / "adapter_config.json").write_text("{}")
+    assert "adapter_config.json: an adapter" in refusal(load_model, directory)
+
+
 def test_a_pickle_as_data_or_as_a_cache_is_refused(directory, tmp_path, pairs, complaint, capsys):
     bomb, cache = pickle.dumps(Planted(tmp_path / "sentinel")), tmp_path / "cache"
     cache.write_bytes(bomb)
@@ -342,6 +347,7 @@ WRONG_ROPES = [
     ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "rope type 'dynamic'"),
     ({"rope_type": None}, "rope type"),
     *[(text, "wanted an object") for text in ("linear", "llama3", "default", "\x1b[2J" * 10**4)],
+    ({"factor": 8.0}, "rope type None"),
     ({"rope_type": "llama3", "factor": 8.0}, "low_freq_factor"),
     (LLAMA3 | {"factor": "8"}, "factor is '8'"),
     (LLAMA3 | {"factor": float("nan")}, "factor is nan"),
@@ -357,6 +363,9 @@ WRONG_SUMS = [
     ({"num_key_value_heads": 3}, "num_key_value_heads (3)"),
     ({"num_key_value_heads": 8}, "num_key_value_heads (8)"),
     ({"num_hidden_layers": 10**9}, "wanted a positive whole number below 4,096"),
+    ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": LLAMA3}, "rope_scaling differ"),
+    ({"rope_parameters": LLAMA3, "rope_scaling": LLAMA3 | {"factor": 9.0}}, "rope_scaling differ"),
+    ({"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "yarn"}}, "type 'yarn'"),
 ]
 
 SHORT = json.dumps(RAW_CONFIG)[:-1]  # without its closing brace

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -136,6 +137,7 @@ MISTAKES = """
 --eval-data PAIRS --keep-best loss | --keep-best needs --eval-data and --eval-every
 --eval-data PAIRS --eval-every 2 --keep-best bleu | invalid choice: 'bleu'
 --eval-data PAIRS --eval-by sauce | --eval-by sauce: no row of
+--eval-data ONES --eval-every 2 --keep-best accuracy | no pair, and --keep-best accuracy compares
 --max-tokens 300 | --max-tokens 300 is above the model's max_position_embeddings 256
 --max-tokens 1 | no pair left to use
 --max-tokens-per-gpu 20 | a pair of 26 packed tokens exceeds --max-tokens-per-gpu 20
@@ -151,9 +153,79 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(start, tmp_path, complaint,
     given, said = mistake.split(" | ")
     if given.strip() == "--device cuda" and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    given = given.replace("PAIRS", str(start / "pairs.jsonl"))
+    ones = tmp_path / "ones.jsonl"
+    ones.write_text('{"prompt_ids": [1], "response_ids": [2], "label": true}\n')
+    given = given.replace("PAIRS", str(start / "pairs.jsonl")).replace("ONES", str(ones))
     assert said in complaint(*flags(start, tmp_path / "out", given))
     assert not (tmp_path / "out").exists()
+
+
+ENVIRONMENTS = [
+    ("RANK=0", "WORLD_SIZE is missing in the environment, wanted a whole number: torchrun sets"),
+    ("RANK=0 WORLD_SIZE=1", "MASTER_PORT is missing in the environment"),
+    ("RANK=0 WORLD_SIZE=1 MASTER_PORT=29700", "MASTER_ADDR missing, MASTER_PORT 29700: "),
+    ("RANK=x WORLD_SIZE=1", "RANK is 'x' in the environment"),
+    ("WORLD_SIZE=2", "RANK is missing in the environment"),
+    ("LOCAL_WORLD_SIZE=many", "LOCAL_WORLD_SIZE is 'many' in the environment"),
+    ("TORCHELASTIC_RESTART_COUNT=a", "TORCHELASTIC_RESTART_COUNT is 'a' in the environment"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), ENVIRONMENTS)
+def test_half_a_process_group_in_the_environment_is_refused(
+    start, tmp_path, complaint, monkeypatch, given, said
+):
+    for word in given.split():
+        monkeypatch.setenv(*word.split("="))
+    assert said in complaint(*flags(start, tmp_path / "out"))
+
+
+def test_a_port_that_is_taken_is_named(start, tmp_path, complaint, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        group = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+        for name, value in (group | {"MASTER_PORT": taken.getsockname()[1]}).items():
+            monkeypatch.setenv(name, str(value))
+        said = complaint(*flags(start, tmp_path / "out"))
+        assert f"MASTER_PORT {taken.getsockname()[1]}: " in said and "address" in said
+
+
+def test_a_process_that_waits_for_others_says_so(start, tmp_path):
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, ROOT / "train.py", *words(*flags(start, tmp_path / "out"))]
+    process = subprocess.Popen(command, env=os.environ | group, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() in ("importing torch\n", "waiting for all 2 processes\n")
+    process.kill()
+
+
+def test_a_missing_package_and_a_closed_standard_output_leave_no_traceback(start, tmp_path):
+    code = "import importlib.util as u; u.find_spec = lambda name: None; import support"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert (
+        done.stderr == "no torch, safetensors, tokenizers, numpy: pip install -r requirements.txt\n"
+    )
+    command = [sys.executable, ROOT / "train.py", *words(*flags(start, tmp_path / "out"))]
+    closed = ["sh", "-c", '"$@" >&-', "sh", *command, "--max-steps", "1"]
+    done = subprocess.run(closed, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "out/model").exists()
+
+
+def test_the_header_says_what_is_held_out_and_trained_on_and_how_large_a_step_is(
+    start, tmp_path, capsys
+):
+    pairs = start / "pairs.jsonl"
+    trained(start, tmp_path / "a", "--eval-data", pairs, "--max-steps 1 --pairs-per-step 32")
+    said = re.sub(r"\n +", " ", capsys.readouterr().out)
+    assert "The prompts of 10 are in the training data too" in said
+    assert "steps 1 of 10 pairs; warm-up to" in re.sub(" +", " ", said) and "cosine" in said
+    trained(start, tmp_path / "b", "--max-steps 2 --warmup-ratio 1")
+    said = capsys.readouterr().out
+    assert "cosine" not in said and "training data too" not in said
 
 
 def test_model_and_data_go_together(complaint):
