@@ -33,8 +33,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from asft import at_least_fp32
-from support.files import InputError, read_json, shown
-from support.llama_config import checked_config, config_json
+from support.files import InputError, shown
+from support.llama_config import checked_config, config_json, read_config
 from support.processes import announced
 from support.tensors import finite, local_rows, open_safetensors, tensor_headers
 
@@ -73,8 +73,7 @@ class LlamaConfig:
     @classmethod
     def load(cls, directory: str | Path) -> "LlamaConfig":
         """Reads directory/config.json. Raises InputError naming the file and the key."""
-        path = Path(directory) / "config.json"
-        return cls.from_dict(read_json(path), path)
+        return cls.from_dict(*read_config(directory))
 
     @classmethod
     def from_dict(cls, raw: dict, where: str | Path = "config") -> "LlamaConfig":

@@ -99,7 +99,7 @@ KEPT, RECOMPUTED = ("--checkpoint-blocks", "off"), ("--checkpoint-blocks", "on")
 # compare with. How many blocks are recomputed is train.py's choice unless a flag says it.
 STEPS = {
     "step-uf-defaults": ("8B", "uf", None, (), 6, None),
-    "step-uf-unshared": ("8B", "uf", 8192, UNSHARED, 4, "step-uf-defaults"),
+    "step-uf-unshared": ("8B", "uf", None, UNSHARED, 4, "step-uf-defaults"),
     "step-uf-padded": ("8B", "uf-padded", 8192, UNSHARED, 2, "step-uf-defaults"),
     "step-hh-8192": ("8B", "hh", 8192, (), 6, None),
     "step-hh-8192-unshared": ("8B", "hh", 8192, UNSHARED, 4, "step-hh-8192"),
@@ -108,7 +108,7 @@ STEPS = {
     "step-3b-dpo-live": ("3B", "uf", 8192, (*DPO, "live"), 6, "step-3b-asft"),
     "step-3b-dpo-precomputed": ("3B", "uf", 8192, (*DPO, "precompute"), 6, "step-3b-asft"),
     "step-3b-orpo": ("3B", "uf", 8192, ("--loss", "orpo"), 6, "step-3b-asft"),
-    "step-3b-defaults": ("3B", "uf", None, (), 6, "step-3b-asft"),
+    "step-3b-defaults": ("3B", "uf", None, (), 6, None),
     "step-3b-recomputed": ("3B", "uf", 8192, RECOMPUTED, 6, "step-3b-defaults"),
     "step-3b-recomputed-16384": ("3B", "uf", 16384, RECOMPUTED, 6, "step-3b-defaults"),
     "step-3b-kept": ("3B", "uf", 8192, KEPT, 6, "step-3b-defaults"),
@@ -427,9 +427,9 @@ def step(a: argparse.Namespace) -> None:
     say(
         a,
         f"  - {chosen['recomputed_blocks']} of {config.num_hidden_layers} blocks recomputed, "
-        f"at most {chosen['max_tokens_per_gpu']} tokens a micro-batch; HFU "
-        f"{found.get('hfu', 0):.2%}; the allocator emptied its cache "
-        f"{rows[-1].get('memory_retries', 0)} times",
+        f"at most {chosen['max_tokens_per_gpu']} tokens a micro-batch"
+        + f"; HFU {found.get('hfu', 0):.2%}" * ("hfu" in found)
+        + f"; the allocator emptied its cache {rows[-1].get('memory_retries', 0)} times",
     )
     reference = a.scratch / "out/reference.safetensors"
     if reference.exists():
@@ -602,12 +602,13 @@ def generate(a: argparse.Namespace) -> None:
 
 # --------------------------------------------------------------------------------------- the parts
 
-# In this order. What the defaults reach comes first, then the peers, then the rest.
+# In this order: today's defaults first, then the peers and what they are compared with, the rest.
 PARTS = {"compile": compile_blocks, "step-3b-defaults": step, "step-uf-defaults": step}
 PARTS |= {"step-profile": profile, "step-3b-hh": step, "end-to-end-example": example, ORPO: step}
+PARTS |= {"step-3b-recomputed": step, "step-3b-dpo-live": step}
 PARTS |= dict.fromkeys(PEERS, peer)
 PARTS |= {"step-uf-one-pool": step, "step-uf-reduce-always": step, "step-uf-pinned": step}
-PARTS |= {"step-uf-recomputed": step, "step-3b-recomputed": step}
+PARTS |= {"step-uf-recomputed": step}
 PARTS |= dict.fromkeys(STEPS, step)
 PARTS |= {"end-to-end-resume": resume, "end-to-end-8b": whole}
 
@@ -627,7 +628,7 @@ def too_large(a: argparse.Namespace, shape: str) -> bool:
         return False
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     mebibytes = int(subprocess.check_output(query, text=True).split()[0])
-    parameters = sum(map(math.prod, expected_shapes(SHAPES[shape]).values()))
+    parameters = sum(map(math.prod, expected_shapes(shape_of(a, shape)).values()))
     return 16 * parameters > mebibytes * 2**20
 
 
@@ -668,7 +669,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "bench/GPU_RESULTS.md")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/asft-gpu"))
     parser.add_argument(
-        "--micro-batch", type=int, default=MICRO_BATCHES[0], help="a peer's first try, in pairs"
+        "--micro-batch",
+        type=int,
+        default=MICRO_BATCHES[0],
+        choices=MICRO_BATCHES,
+        help="a peer's first try, in pairs [32]",
     )
     parser.add_argument("--peak-tflops", type=float, default=989, help="for MFU [989: H100, H200]")
     a = parser.parse_args()
@@ -707,7 +712,7 @@ def main() -> int:
             pip = f"pip install {benchmark.PINNED['trl']}"
             say(a, f"- {name}: left out, {', '.join(missing)} not installed: {pip}")
         elif (shape := shape_trained(name)) and too_large(a, shape):
-            say(a, f"- {name}: left out, a {shape} does not fit on this card")
+            say(a, f"- {name}: left out, its {shape} does not fit on this card")
         elif left < 1:
             say(a, f"- {name}: no time left")
         elif (error := run_part(a, name, left)) is not None:

@@ -74,5 +74,7 @@ def pinned(pack=train.pack) -> None:
 VARIANTS = {"reduce-always": reduce_always, "one-pool": one_pool, "pinned": pinned}
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == [] or sys.argv[1] not in VARIANTS:
+        sys.exit(f"variants.py: wanted one of {', '.join(VARIANTS)} before train.py's flags")
     VARIANTS[sys.argv[1]]()
     train.leave(train.main(sys.argv[2:]))

@@ -110,11 +110,12 @@ def find_prompt(row: dict, raw: bool) -> Turns | str | list[int]:
     if key == "prompt_ids":
         return token_ids(row, key)
     refuse_left_out(row)
-    refuse_lost_parts(row)
     if not raw:
         if isinstance(row[key], str):
             row[key] = stored_messages(row[key], key)
-        return with_system(PROMPT_FORMS[key](row), row)
+        turns = with_system(PROMPT_FORMS[key](row), row)
+        refuse_lost_parts(row, turns)
+        return turns
     turns = row.get("system") or row.get("history") or key == "messages"
     if turns or not isinstance(row[key], str):
         raise ValueError("found turns, and --raw wants plain text")

@@ -16,7 +16,6 @@ import contextlib
 import glob
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from support.files import InputError, naming, shown, write_whole
-from support.processes import environment, join_group
+from support.processes import environment, in_a_group, join_group
 from support.records import read_records
 
 # ---------------------------------------------------------------------------------------- processes
@@ -51,7 +50,7 @@ def torchrun_group() -> Iterator[None]:
 
     One process may have to wait for another that still has hours of answers to make.
     """
-    if "RANK" in os.environ:
+    if in_a_group():
         join_group("gloo", timeout=timedelta(days=30))
     try:
         yield

@@ -116,7 +116,7 @@ def check_answers(config, path: str, rows: list) -> None:
     if ones and only_good and all(row.chosen is None for row in rows):
         flags = "--loss sft" if config.loss == "sft" else "--beta 0"
         raise InputError(f"{path}: no good answer, and {flags} has no term for bad ones")
-    if ones == len(rows) and config.keep_best == "accuracy" and path == config.eval_data:
+    if ones and ones == len(rows) and config.keep_best == "accuracy" and path == config.eval_data:
         raise InputError(f"{path}: no pair, and --keep-best accuracy compares two answers")
 
 

@@ -47,13 +47,23 @@ def messages(value: object, key: str) -> Turns:
 
 
 # Keys of a record or a message that change what the model should see, and are not implemented.
-LEFT_OUT = ("tools", "tool_calls", "function_call", "images", "image", "videos", "audios")
+LEFT_OUT = ("tools", "tool_calls", "function_call")
+LEFT_OUT += ("image", "images", "video", "videos", "audio", "audios")
 
 
 def refuse_left_out(found: dict) -> None:
     for key in LEFT_OUT:
-        if found.get(key) not in (None, "", "[]", [], {}):
+        if not blank(found.get(key)):
             raise ValueError(f"{key} is {shown(found[key])}: tools and media are not implemented")
+
+
+def blank(value: object) -> bool:
+    """True if a value says nothing, as columns do under which a row has nothing."""
+    if isinstance(value, (list, dict)):
+        return all(map(blank, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    return value is None or value is False
 
 
 def parse_message(message: object, key: str) -> tuple[str, str]:
@@ -127,13 +137,14 @@ def instruction_key(record: dict) -> Turns:
     return [*turns, *question(instruction_text(record))]
 
 
-def refuse_lost_parts(record: dict) -> None:
-    """`input` and `history` belong to `instruction`: beside another prompt they would be lost. (An
-    `input` that is the prompt is not.)"""
+def refuse_lost_parts(record: dict, prompt: Turns) -> None:
+    """`input` and `history` belong to `instruction`. Beside another prompt they would be lost,
+    unless they are the text of one of its turns."""
+    said = {content for _, content in prompt}
     for key in ("input", "history"):
         value = record.get(key)
-        lost = value not in (None, "", []) and value != record.get("prompt")
-        if lost and "instruction" not in record:
+        kept = "instruction" in record or (isinstance(value, str) and value.strip() in said)
+        if not kept and not blank(value):
             raise ValueError(f"{key} is {shown(value)}, without the instruction that it belongs to")
 
 
@@ -179,7 +190,6 @@ def parse_pair(record: object) -> tuple | None:
         if key not in record:
             raise ValueError(f"key {key} is missing, found {shown(', '.join(sorted(record)))}")
     refuse_left_out(record)
-    refuse_lost_parts(record)
     for key in (*keys, "prompt", "conversations", "messages"):
         if isinstance(record.get(key), str):
             record[key] = stored_messages(record[key], key)
@@ -198,7 +208,9 @@ def parse_pair(record: object) -> tuple | None:
         raise ValueError(f"messages hold another conversation than {keys[0]}, wanted one")
     if asked[0] != asked[-1]:
         return None
-    role, as_messages = asked[0][-1][0], isinstance(record[first or keys[0]], list)
+    refuse_lost_parts(record, asked[0])
+    role = asked[0][-1][0]
+    as_messages = any(isinstance(record.get(key), list) for key in (first, *keys))
     if role != "user" and as_messages:  # TRL would continue that turn
         raise ValueError(f"the turn before the answer is the {role}'s, wanted the user's")
     return asked[0], *as_pair(answers, good)
@@ -246,8 +258,9 @@ def answer_key(record: dict) -> str | None:
 
 
 def same_conversation(repeated: Turns, turns: Turns) -> bool:
-    """True if `repeated` says what `turns` say. It may lack their system turn, not add one."""
-    systems = [content.split() for role, content in turns if role == "system"]
+    """True if `repeated` says what `turns` say. It may lack their system turn, not add one that
+    says something."""
+    systems = [[], *(content.split() for role, content in turns if role == "system")]
     added = [turn for turn in repeated if turn[0] == "system" and turn[1].split() not in systems]
     spoken, others = ([turn for turn in x if turn[0] != "system"] for x in (repeated, turns))
     return spoken == others and not added

@@ -1,6 +1,7 @@
 """config.json of a Llama, checked key by key: whatever this project does not implement is refused
 by name. model.LlamaConfig holds the result.
 
+    read_config       config.json of a model directory, parsed
     checked_config    a parsed config.json -> the fields of LlamaConfig
     config_json       the fields of LlamaConfig -> a config.json
     token_ids         the ids under a key such as eos_token_id
@@ -33,6 +34,18 @@ ROPE_SCALING = {
 }
 
 
+def read_config(directory: str | Path) -> tuple[dict, Path]:
+    """The parsed config.json of a model directory, and its path. Raises InputError if a LoRA
+    adapter lies there, which transformers would add to the weights."""
+    path, adapter = (Path(directory) / name for name in ("config.json", "adapter_config.json"))
+    if adapter.exists():
+        raise InputError(
+            f"{adapter}: an adapter, which is not implemented; merge it into the weights "
+            "(merge_and_unload of peft), or move it away"
+        )
+    return read_json(path), path
+
+
 def checked_config(raw: dict, where: str | Path) -> dict:
     """The fields of LlamaConfig in a parsed config.json, of transformers 4 (rope_theta,
     rope_scaling) or 5 (rope_parameters). Missing keys have transformers' defaults. Raises
@@ -51,13 +64,14 @@ def checked_config(raw: dict, where: str | Path) -> dict:
         raise InputError(f"{where}: tie_word_embeddings is {shown(tie)}, wanted true or false")
     ropes = [raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key)] or [{}]
     scalings = [_rope_scaling(rope, where) for rope in ropes]
-    if scalings[0] != scalings[-1]:
-        raise InputError(f"{where}: rope_parameters and rope_scaling differ, wanted one of them")
 
     def number(key: str, kind: type = int, default=None, source: dict = raw):
         return _positive(source, key, kind, where, default)
 
-    theta = raw if ropes[0].get("rope_theta") is None else ropes[0]
+    sources = [raw if rope.get("rope_theta") is None else rope for rope in ropes]
+    thetas = [number("rope_theta", float, 10_000.0, source) for source in sources]
+    if (scalings[0], thetas[0]) != (scalings[-1], thetas[-1]):
+        raise InputError(f"{where}: rope_parameters and rope_scaling differ, wanted one of them")
     heads, width = number("num_attention_heads"), number("hidden_size")
     if raw.get("head_dim") is None and width % heads:
         raise InputError(
@@ -74,7 +88,7 @@ def checked_config(raw: dict, where: str | Path) -> dict:
         "head_dim": number("head_dim", default=width // heads),
         "max_position_embeddings": number("max_position_embeddings"),
         "rms_norm_eps": number("rms_norm_eps", float, 1e-6),
-        "rope_theta": number("rope_theta", float, 10_000.0, theta),
+        "rope_theta": thetas[0],
         "rope_scaling": scalings[0],
         "tie_word_embeddings": tie,
         "bos_token_id": next(iter(token_ids(raw, "bos_token_id", where)), None),

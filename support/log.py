@@ -50,7 +50,7 @@ def describe(counts: Counter) -> str:
         answers = "the answers begin" if good or bad else "both answers begin"
         text += f". In {repeats:,} {answers} with the prompt: left in by mistake?"
     if marked := counts["hold chat markers"]:
-        text += f". In {marked:,} a text has markers of a chat format, trained on as text"
+        text += f". In {marked:,} a text holds markers of a chat format, which stay text"
     if reversed_scores := counts["scored the other way"]:
         text += f". In {reversed_scores:,} score_chosen is below score_rejected"
     return text

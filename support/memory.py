@@ -15,7 +15,6 @@ and 6% by micro-batches twice as large.
 import contextlib
 import functools
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -34,6 +33,7 @@ from support.processes import (
     announced,
     choose_device,
     every_two_seconds,
+    in_a_group,
     out_of_memory,
 )
 
@@ -415,7 +415,7 @@ def print_plan(pairs, llama, parameters: int, build: Build) -> None:
 def init_fake_group(gpus: int) -> None:
     """Makes this process the first of `gpus` processes that do not exist. Raises InputError if it
     is one of torchrun's."""
-    if "RANK" in os.environ:
+    if in_a_group():
         raise InputError("--plan runs in one process: python train.py, without torchrun")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

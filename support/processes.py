@@ -18,7 +18,6 @@ import threading
 import time
 import typing
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -73,7 +72,7 @@ def peak_memory_gib() -> float:
 def environment(name: str, default: int | None = None) -> int:
     """A whole number that torchrun sets. InputError if it is another text, or missing and without a
     default."""
-    value = os.environ.get(name)
+    value = os.environ.get(name) or None
     if value is None and default is not None:
         return default
     if value is None or not (value.isascii() and value.isdigit()):
@@ -85,19 +84,28 @@ def environment(name: str, default: int | None = None) -> int:
     return int(value)
 
 
+def in_a_group() -> bool:
+    """True if the environment says that this is one process of a group."""
+    return bool(os.environ.get("RANK")) or environment("WORLD_SIZE", 1) > 1
+
+
 def join_group(backend: str, **options) -> None:
     """Joins the process group that torchrun made, or makes a group of one. Options as of
     torch.distributed.init_process_group. Raises InputError if the environment names only a part of
     a group, or an address that is taken."""
     store, rank, world = dist.HashStore(), 0, 1
-    if "RANK" in os.environ or environment("WORLD_SIZE", 1) > 1:
+    if in_a_group():
         rank, world, port = (environment(x) for x in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
         address = os.environ.get("MASTER_ADDR") or "missing"
         try:
-            with announced(f"waiting for all {world} processes") if rank == 0 else nullcontext():
+            with (
+                announced(f"waiting for all {world} processes")
+                if rank == 0
+                else contextlib.nullcontext()
+            ):
                 store, rank, world = next(rendezvous("env://"))
-        except (ValueError, dist.DistNetworkError) as error:
-            first = shown(str(error).splitlines()[0], 150)
+        except (ValueError, dist.DistNetworkError, dist.DistStoreError) as error:
+            first = shown(str(error).splitlines()[0], 250)
             raise InputError(f"MASTER_ADDR {address}, MASTER_PORT {port}: {first}") from None
         # torchrun keeps its store when it restarts processes, with the dead ones' addresses in it.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
@@ -266,7 +274,7 @@ class StopRequest:
 def complain(program: str, message: object) -> None:
     """Prints one line on stderr. Most mistakes are found by every process: other ranks wait, so
     that torchrun ends them once rank 0 has printed its line."""
-    rank = os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK", "")
     if rank.isdigit() and int(rank) > 0:
         time.sleep(10)
         program = f"{program}, process {rank}"

@@ -74,13 +74,7 @@ class Header(NamedTuple):
 
 def tensor_headers(directory: Path) -> dict[str, Header]:
     """Key -> header of all tensors of a Hugging Face directory: of model.safetensors, or of the
-    files that model.safetensors.index.json names. Raises InputError if index and files differ, and
-    if a LoRA adapter lies beside them, which transformers would add to the weights."""
-    if (adapter := directory / "adapter_config.json").exists():
-        raise InputError(
-            f"{adapter}: an adapter, which is not implemented; merge it into the weights "
-            "(merge_and_unload of peft), or move it away"
-        )
+    files that model.safetensors.index.json names. Raises InputError if index and files differ."""
     found = {}
     for path, keys in _weight_files(directory).items():
         with open_safetensors(path) as file:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, words
 
 from data import ChatFormat, encode_preferences, read_preferences
 from evaluation.prompts import read_prompts
@@ -175,11 +175,35 @@ READ = {
         {"prompt": FRUIT, "instruction": NAN, "system": NAN, "score": NAN} | TEXTS,
         ASK,
     ),
-    "empty tools, images, input and history": (
-        {"prompt": FRUIT, "tools": "[]", "images": [], "input": "", "history": []} | TEXTS,
+    "empty tools and media": (
+        {
+            "prompt": FRUIT,
+            "tools": "[]",
+            "images": [None, ""],
+            "tool_calls": False,
+            "videos": "null",
+        }
+        | {"image": {"bytes": None, "path": None}, "audios": {}, "function_call": "{}"}
+        | TEXTS,
         ASK,
     ),
-    "input that is the prompt": ({"prompt": FRUIT, "input": FRUIT} | TEXTS, ASK),
+    "empty input and history": ({"prompt": FRUIT, "input": " ", "history": "[]"} | TEXTS, ASK),
+    "input and history that are the prompt": (
+        {"messages": messages(*TOLD), "input": f" {FRUIT}", "history": FRUIT} | REPLIES,
+        ASK,
+    ),
+    "history beside its transcript": (
+        {"prompt": f"\n\nHuman: {FRUIT}\n\nAssistant:", "history": FRUIT} | TEXTS,
+        ASK,
+    ),
+    "a transcript in which the assistant speaks twice": (
+        transcripts(f"\n\nHuman: {FRUIT}\n\nAssistant: Let me see.\n\nAssistant:"),
+        [*ASK, ("assistant", "Let me see.")],
+    ),
+    "an empty system turn in messages": (
+        {"prompt": FRUIT, "messages": messages("system: ", *TOLD, "assistant: An apple.")} | WHOLE,
+        ASK,
+    ),
     "a system turn in messages and in the prompt": (
         {"prompt": messages("system: Be kind.", *TOLD)}
         | {"messages": messages(SPACED, *TOLD, "assistant: An apple.")}
@@ -236,6 +260,10 @@ BAD = {
     ),
     "conversations in which the assistant answers itself": (
         answers(*TOLD, "assistant: Let me see."),
+        "the turn before the answer is the assistant's, wanted the user's",
+    ),
+    "answers in which the assistant answers itself, after a prompt": (
+        {"prompt": FRUIT} | answers("assistant: Let me see."),
         "the turn before the answer is the assistant's, wanted the user's",
     ),
     "one side without": (WHOLE | {"rejected": REPLIES["rejected"]}, "no user's turn"),
@@ -346,11 +374,17 @@ BAD = {
         {"messages": messages(*TOLD), "history": [["Hi.", "Hello."]]} | REPLIES,
         "history is [['Hi.', 'Hello.']], without",
     ),
-    "tools": (
-        {"prompt": FRUIT, "tools": [{"name": "f"}]} | TEXTS,
-        "tools is [{'name': 'f'}]: tools",
+    "input that is another text": (
+        {"messages": messages(*TOLD), "input": "Name a colour."} | REPLIES,
+        "input is 'Name a colour.', without the instruction",
     ),
-    "images": ({"prompt": FRUIT, "images": ["a.png"]} | TEXTS, "images is ['a.png']: tools and"),
+    **{
+        key: (
+            {"prompt": FRUIT, key: [{"name": "f"}]} | TEXTS,
+            f"{key} is [{{'name': 'f'}}]: tools and media are not implemented",
+        )
+        for key in words("tools image images video videos audio audios function_call tool_calls")
+    },
     "a call of a tool": (
         {"prompt": FRUIT, "chosen": [REPLIES["chosen"][0] | {"tool_calls": [{"name": "f"}]}]}
         | {"rejected": REPLIES["rejected"]},
@@ -382,7 +416,17 @@ DOUBTS = {
         {"prompt": "<|start_header_id|>user<|end_header_id|>\n\nName a fruit.<|eot_id|>"},
         "hold chat markers",
     ),
-    "an end in an answer": ({"chosen": "An apple.<|im_end|>"}, "hold chat markers"),
+    "markers in another turn": (
+        {"prompt": messages("user: <|im_start|>", "assistant: Yes?", *TOLD)},
+        "hold chat markers",
+    ),
+    **{
+        f"{marker!r} in an answer": ({"rejected": f"No.{marker} x"}, "hold chat markers")
+        for marker in (
+            *("<|eot_id|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "[/INST]"),
+            *("### Response:", "\n\nHuman:", "\n\nAssistant:"),
+        )
+    },
     "a transcript that began otherwise": (
         {"prompt": "Be kind.\n\nHuman: Name a fruit.\n\nAssistant:"},
         "hold chat markers",
@@ -400,10 +444,10 @@ def test_what_may_be_wrong_is_kept_and_said(name, tmp_path):
     pair, counts = read_one({"prompt": FRUIT} | TEXTS | more, tmp_path)
     assert isinstance(pair, tuple)
     assert counts == {"read": 1, "bad lines": 0} | ({count: 1} if count else {})
-    words = {"hold chat markers": "In 1 a text has markers of a chat format, trained on as text"}
-    words |= {"scored the other way": "In 1 score_chosen is below score_rejected"}
+    sentences = {"hold chat markers": "In 1 a text holds markers of a chat format, which stay text"}
+    sentences |= {"scored the other way": "In 1 score_chosen is below score_rejected"}
     said = describe(counts)
-    assert words[count] in said if count else "In 1" not in said
+    assert sentences[count] in said if count else "In 1" not in said
 
 
 # Answers that look like stored messages, or like transcripts, and are not.

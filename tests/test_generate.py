@@ -382,6 +382,15 @@ def command(prompts, out, *words):
     return ["generate", *map(str, paths), *WORDS, *map(str, words)]
 
 
+def test_half_a_group_in_the_environment_does_not_answer_half_of_the_prompts(
+    tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "p.jsonl").write_text('"Hi."\n"Ho."\n')
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert program.main(command(tmp_path / "p.jsonl", tmp_path / "o.jsonl")) == 2
+    assert "RANK is missing in the environment" in capsys.readouterr().err
+
+
 def test_limits_of_sampling_need_a_temperature(tmp_path, capsys):
     for more in ("--top-p 0.5", "--top-k 5"):
         given = command("p", "o", "--temperature", 0, "--top-p", 1, "--top-k", 0, *more.split())

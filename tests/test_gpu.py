@@ -13,9 +13,11 @@ import sys
 import gpu
 import pytest
 import torch
-from conftest import ROOT, random_pairs, tiny_model
+import variants
+from conftest import ROOT, flags, main, random_pairs, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
+import train
 from data import pack
 from support.flops import pair_flops
 
@@ -65,9 +67,9 @@ def run_gpu(what, scratch):
 @pytest.fixture
 def options(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for train.py, which it starts
-    flags = {"small": True, "device": "cpu", "options": [], "peak_tflops": 1e-6, "micro_batch": 32}
+    given = {"small": True, "device": "cpu", "options": [], "peak_tflops": 1e-6, "micro_batch": 32}
     paths = {"scratch": tmp_path, "out": tmp_path / "results.md"}
-    return argparse.Namespace(**flags, **paths, part="step-uf-unshared")
+    return argparse.Namespace(**given, **paths, part="step-uf-unshared")
 
 
 def test_pairs_have_the_mean_lengths_of_their_profile_and_padded_ones_the_groups_longest_sequence(
@@ -110,7 +112,7 @@ def test_a_measured_step_is_the_median_of_what_train_py_logged_and_nothing_is_ex
     assert by_hand < found["mfu"] < 1.2 * by_hand
     assert f"has {1e9 / found['pairs_per_s']:.3f} x its pairs/s" in options.out.read_text()
     assert "first loss 2.5000" in options.out.read_text()
-    assert "0 of 2 blocks recomputed, at most 512 tokens a micro-batch" in options.out.read_text()
+    assert "0 of 2 blocks recomputed, at most 8192 tokens a micro-batch" in options.out.read_text()
     assert not (options.scratch / "out/model").exists()
 
 
@@ -206,15 +208,25 @@ def test_what_does_not_fit_on_the_card_is_left_out_and_the_smaller_shape_is_prof
     for gigabytes, fits in ((80, ["3B"]), (141, ["8B", "3B"])):
         mebibytes = f"{gigabytes * 10**9 // 2**20}\n"
         monkeypatch.setattr(gpu.subprocess, "check_output", lambda *_, text, m=mebibytes: m)
+        a.small = False
         assert [shape for shape in ("8B", "3B") if not gpu.too_large(a, shape)] == fits
+        a.small = True
+        assert not gpu.too_large(a, "8B")
     monkeypatch.setattr(gpu, "too_large", lambda _, shape: shape == "8B")
-    monkeypatch.setattr(gpu, "run_part", lambda _, name, seconds: ran.append(name))
+    monkeypatch.setattr(gpu, "run_part", lambda a, name, seconds: ran.append((name, a.options)))
     results = tmp_path / "results.md"
     words = f"gpu.py end-to-end-8b step-uf-defaults step-3b-kept --small --scratch {tmp_path}"
-    monkeypatch.setattr(sys, "argv", [*words.split(), "--out", str(results)])
+    words += f" --micro-batch 8 --out {results}"
+    monkeypatch.setattr(sys, "argv", words.split())
     assert gpu.main() == 0
-    assert ran == ["step-3b-kept"]
-    assert results.read_text().count("left out, a 8B does not fit on this card") == 2
+    [(name, passed)] = ran
+    assert name == "step-3b-kept" and passed[passed.index("--micro-batch") + 1] == "8"
+    assert results.read_text().count("left out, its 8B does not fit on this card") == 2
+    shapes = []
+    monkeypatch.setattr(gpu, "prepare", lambda _, shape: shapes.append(shape) or (None, 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        gpu.profile(a)
+    assert shapes == ["3B"]
 
 
 def test_the_profile_writes_a_timeline(options):
@@ -226,14 +238,50 @@ def test_the_profile_writes_a_timeline(options):
         assert len(json.load(file)["traceEvents"]) > 100
 
 
+def test_peers_come_after_what_they_are_compared_with():
+    order = list(gpu.PARTS)
+    for peer, (_, _, bases) in gpu.PEERS.items():
+        assert all(order.index(base) < order.index(peer) for base in bases)
+
+
+def test_a_variants_part_runs_that_variant(options, monkeypatch):
+    started = []
+    monkeypatch.setattr(gpu, "start", lambda _, words: started.append(words) or 1 / 0)
+    for options.part in ("step-uf-one-pool", "step-uf-defaults"):
+        with pytest.raises(ZeroDivisionError):
+            gpu.train(options, "--lr", 1)
+    variant, plain = started
+    assert variant[1:3] == [str(ROOT / "bench/variants.py"), "one-pool"]
+    assert plain[1] == str(ROOT / "train.py") and variant[3:] == plain[2:]
+
+
+def test_variants_change_what_they_say(start, tmp_path, monkeypatch):
+    for name in ("shard", "reduce_gradients"):  # put back after the test
+        monkeypatch.setattr(train, name, getattr(train, name))
+    calls, allocate = [], variants.OnDefaultStream.allocate
+
+    def counted(*args, **options):
+        calls.append(args)
+        return allocate(*args, **options)
+
+    monkeypatch.setattr(variants.OnDefaultStream, "allocate", counted)
+    more = "--precision bf16 --max-steps 1"
+    assert main(*flags(start, tmp_path / "a", more)) == 0 and not calls
+    variants.one_pool()
+    assert main(*flags(start, tmp_path / "b", more)) == 0 and calls
+    before = train.reduce_gradients
+    variants.reduce_always()
+    assert train.reduce_gradients is not before
+
+
 def test_variants_of_train_py_make_the_same_updates(tmp_path):
     """In bf16, so that FSDP shards over one process; in several micro-batches."""
-    flags = "--max-steps 2 --samples 0 --eval-every 0 --pairs-per-step 8 --precision bf16"
-    flags += " --max-tokens-per-gpu 160 --save-every 0 --device cpu --out"
+    small = "--max-steps 2 --samples 0 --eval-every 0 --pairs-per-step 8 --precision bf16"
+    small += " --max-tokens-per-gpu 160 --save-every 0 --device cpu --out"
     found = {}
     for program in ("train.py", "bench/variants.py reduce-always", "bench/variants.py one-pool"):
         out = tmp_path / str(len(found))
-        words = [sys.executable, *program.split(), *flags.split(), out]
+        words = [sys.executable, *program.split(), *small.split(), out]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "micro-batches a step" in done.stdout and " 1.0 micro-batches" not in done.stdout

@@ -176,7 +176,9 @@ def test_a_model_of_pickles_is_refused_by_the_name_of_the_missing_safetensors(di
 
 def test_an_adapter_beside_the_weights_is_refused(directory):
     (directory / "adapter_config.json").write_text("{}")
-    assert "adapter_config.json: an adapter" in refusal(load_model, directory)
+    for name in ("model.safetensors", "config.json"):  # also if there is nothing else
+        assert "adapter_config.json: an adapter" in refusal(load_model, directory)
+        (directory / name).unlink()
 
 
 def test_a_pickle_as_data_or_as_a_cache_is_refused(directory, tmp_path, pairs, complaint, capsys):
@@ -366,6 +368,15 @@ WRONG_SUMS = [
     ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": LLAMA3}, "rope_scaling differ"),
     ({"rope_parameters": LLAMA3, "rope_scaling": LLAMA3 | {"factor": 9.0}}, "rope_scaling differ"),
     ({"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "yarn"}}, "type 'yarn'"),
+    (
+        {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}, "rope_scaling": LLAMA3},
+        "rope_scaling differ",
+    ),
+    (
+        {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "default"}}
+        | {"rope_theta": 5e5},
+        "rope_scaling differ",
+    ),
 ]
 
 SHORT = json.dumps(RAW_CONFIG)[:-1]  # without its closing brace

@@ -116,10 +116,10 @@ def test_plain_rope_of_transformers_4_and_of_5_is_the_same_config():
     new = RAW | {"rope_parameters": {"rope_type": "default", "rope_theta": 250000.0}}
     config = LlamaConfig.from_dict(new)
     assert (config.rope_theta, config.rope_scaling) == (250000.0, None)
-    # If both are there, rope_parameters counts, as in transformers 5.
+    # The rope_theta of rope_parameters counts, as in transformers 5.
     for same in (old, new | {"rope_theta": None}, new | {"rope_theta": 500000.0}):
         assert LlamaConfig.from_dict(same) == config
-    llama3 = SCALED | {"rope_type": "llama3"}
+    llama3 = SCALED | {"rope_type": "llama3"}  # said twice
     both = LlamaConfig.from_dict(RAW | {"rope_scaling": llama3, "rope_parameters": llama3})
     assert both.rope_scaling == RopeScaling(**SCALED)
     half = LlamaConfig.from_dict(old | {"rope_parameters": {"rope_theta": None}})

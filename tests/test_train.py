@@ -188,7 +188,7 @@ def test_a_port_that_is_taken_is_named(start, tmp_path, complaint, monkeypatch):
         for name, value in (group | {"MASTER_PORT": taken.getsockname()[1]}).items():
             monkeypatch.setenv(name, str(value))
         said = complaint(*flags(start, tmp_path / "out"))
-        assert f"MASTER_PORT {taken.getsockname()[1]}: " in said and "address" in said
+        assert f"MASTER_PORT {taken.getsockname()[1]}: " in said and "already in use" in said
 
 
 def test_a_process_that_waits_for_others_says_so(start, tmp_path):
@@ -198,8 +198,12 @@ def test_a_process_that_waits_for_others_says_so(start, tmp_path):
     group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, ROOT / "train.py", *words(*flags(start, tmp_path / "out"))]
     process = subprocess.Popen(command, env=os.environ | group, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() in ("importing torch\n", "waiting for all 2 processes\n")
+    killer = threading.Timer(60, process.kill)
+    killer.start()
+    lines = (line for line in process.stdout if line != "importing torch\n")
+    assert next(lines, None) == "waiting for all 2 processes\n"
     process.kill()
+    killer.cancel()
 
 
 def test_a_missing_package_and_a_closed_standard_output_leave_no_traceback(start, tmp_path):
@@ -218,14 +222,22 @@ def test_a_missing_package_and_a_closed_standard_output_leave_no_traceback(start
 def test_the_header_says_what_is_held_out_and_trained_on_and_how_large_a_step_is(
     start, tmp_path, capsys
 ):
-    pairs = start / "pairs.jsonl"
-    trained(start, tmp_path / "a", "--eval-data", pairs, "--max-steps 1 --pairs-per-step 32")
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((start / "pairs.jsonl").read_text().splitlines(keepends=True)[:3]))
+    trained(start, tmp_path / "a", "--eval-data", few, "--max-steps 1 --pairs-per-step 32")
     said = re.sub(r"\n +", " ", capsys.readouterr().out)
-    assert "The prompts of 10 are in the training data too" in said
+    assert "The prompts of 3 are in the training data too" in said
     assert "steps 1 of 10 pairs; warm-up to" in re.sub(" +", " ", said) and "cosine" in said
     trained(start, tmp_path / "b", "--max-steps 2 --warmup-ratio 1")
     said = capsys.readouterr().out
     assert "cosine" not in said and "training data too" not in said
+
+
+def test_single_answers_may_be_trained_on_while_pairs_choose_the_best(start, tmp_path):
+    ones = tmp_path / "ones.jsonl"
+    ones.write_text('{"prompt_ids": [1], "response_ids": [2], "label": true}\n')
+    more = ("--data", ones, "--eval-data", start / "pairs.jsonl", "--eval-every 1 --max-steps 1")
+    trained(start, tmp_path / "out", *more, "--keep-best accuracy")
 
 
 def test_model_and_data_go_together(complaint):
