@@ -168,9 +168,7 @@ class Config:
         "packed tokens of a micro-batch on one process: bounds memory, same update (default: 8192; "
         "16384 where --checkpoint-blocks auto finds room for it)",
     )
-    share_prompt: bool = flag(
-        True, "compute each prompt once for both answers; same up to rounding"
-    )
+    share_prompt: bool = flag(True, "compute a prompt once for both answers; same up to rounding")
 
     # devices
     device: str = flag("auto", "cuda if each process has a GPU", ("auto", "cpu", "cuda"))
@@ -424,9 +422,9 @@ class Pairs:
         return self.reference[indexes].flatten(0, 1).unbind(-1)
 
 
+ROWS = ("rows", "rows_chosen", "rows_rejected", "rows_both")
 # A pair may be one answer, good (chosen) or bad (rejected). The means of these metrics are over the
 # pairs that have what they measure; all others, such as the loss, are over all pairs.
-ROWS = ("rows", "rows_chosen", "rows_rejected", "rows_both")
 MEASURED = {
     **dict.fromkeys(("sft", "logp_w", "sum_logp_w", "align_w"), "rows_chosen"),
     **dict.fromkeys(("logp_l", "sum_logp_l", "align_l", "rejected_weight"), "rows_rejected"),

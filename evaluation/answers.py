@@ -21,7 +21,6 @@ from evaluation.rows import (
     add_model_flags,
     append_row,
     between,
-    is_first,
     join_parts,
     read_rows,
     share,
@@ -31,7 +30,7 @@ from evaluation.rows import (
 from model import Llama, LlamaConfig, check_weights, load_model
 from support.files import InputError, files_checksum, naming, read_json, write_json
 from support.llama_config import generation_eos
-from support.processes import choose_device, on_first_process
+from support.processes import choose_device, is_first, on_first_process
 from support.tokenizer import load_tokenizer
 
 Answers = Iterator[tuple[int, list[int], str]]  # as `generate` yields them

@@ -18,6 +18,7 @@ from evaluation.answers import add_generation_flags, claim_rows, load_generator,
 from evaluation.generate import Request, generate
 from evaluation.prompts import Prompt, encode_prompts
 from support.files import InputError, shown
+from support.processes import is_first
 
 # A category's temperature, as FastChat has it; in the order of the questions' ids.
 MT_TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "reasoning": 0.0, "math": 0.0}
@@ -159,7 +160,7 @@ def run(flags: argparse.Namespace) -> None:
             rows.append_row(out, row)
             counts["answered"] += 1
         rows.wait_for_all()
-        if rows.is_first():
+        if is_first():
             rows.join_parts(out, "question_id", ids)
     print(
         f"{out}: {counts['answered']} of {len(ids)} questions answered by {flags.model_id}, "

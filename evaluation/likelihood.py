@@ -29,11 +29,11 @@ from data import (
     split_pairs,
 )
 from evaluation.intervals import RESAMPLES, bootstrap
-from evaluation.rows import add_model_flags, between, is_first, share, torchrun_group
+from evaluation.rows import add_model_flags, between, share, torchrun_group
 from model import Llama, LlamaConfig, load_model
 from support.files import InputError, naming, write_json
 from support.flags import resolve_max_tokens
-from support.processes import choose_device, every_two_seconds
+from support.processes import choose_device, every_two_seconds, is_first
 
 # Each line of the table, in the order of the rows' columns.
 MEASURES = {

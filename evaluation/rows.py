@@ -34,11 +34,6 @@ def rank() -> int:
     return environment("RANK", 0)
 
 
-def is_first() -> bool:
-    """True on process 0, which prints and joins."""
-    return rank() == 0
-
-
 def share(items: Sequence) -> Sequence:
     """This process's items: every n-th one under torchrun with n processes, otherwise all."""
     return items[rank() :: environment("WORLD_SIZE", 1)]

@@ -69,6 +69,9 @@ def header(config, out: Path, model, parts: list, counts: list[Counter], chat: b
         seen = {hash(pair.prompt.tobytes()) for pair in pairs.pairs}
         if again := sum(hash(pair.prompt.tobytes()) in seen for pair in parts[1].pairs):
             held_out += f". The prompts of {again:,} are in the training data too"
+    cosine = f", then cosine to {config.min_lr_ratio * config.lr:g}"
+    if config.warmup_ratio == 1:
+        cosine = ""
     dtype = choose_device(config.device, config.precision)[1]
     products = "bf16" if dtype == torch.bfloat16 else "fp32"
     lines = {
@@ -81,9 +84,7 @@ def header(config, out: Path, model, parts: list, counts: list[Counter], chat: b
         "tokens": f"{pairs.sizes.sum():,} an epoch, {responses:,} of them in responses; "
         f"{pairs.sizes.mean():,.0f} a pair, at most {pairs.sizes.max():,}",
         "steps": f"{pairs.steps:,} of {min(config.pairs_per_step, len(pairs.pairs))} pairs; "
-        f"warm-up to {config.lr:g}"
-        + f", then cosine to {config.min_lr_ratio * config.lr:g}"
-        * (config.warmup_ratio < 1),
+        f"warm-up to {config.lr:g}{cosine}",
         "precision": f"fp32 weights and moments, {products} products, fp32 losses",
         "devices": f"{dist.get_world_size()} x {device_name(config)}",
         "out": str(out),

@@ -84,6 +84,11 @@ def environment(name: str, default: int | None = None) -> int:
     return int(value)
 
 
+def is_first() -> bool:
+    """True on process 0, which prints; also before it has joined its group."""
+    return (dist.get_rank() if dist.is_initialized() else environment("RANK", 0)) == 0
+
+
 def in_a_group() -> bool:
     """True if the environment says that this is one process of a group."""
     return bool(os.environ.get("RANK")) or environment("WORLD_SIZE", 1) > 1
@@ -98,11 +103,7 @@ def join_group(backend: str, **options) -> None:
         rank, world, port = (environment(x) for x in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
         address = os.environ.get("MASTER_ADDR") or "missing"
         try:
-            with (
-                announced(f"waiting for all {world} processes")
-                if rank == 0
-                else contextlib.nullcontext()
-            ):
+            with announced(f"waiting for all {world} processes"):
                 store, rank, world = next(rendezvous("env://"))
         except (ValueError, dist.DistNetworkError, dist.DistStoreError) as error:
             first = shown(str(error).splitlines()[0], 250)
@@ -177,7 +178,7 @@ def announced(text: str) -> Iterator[None]:
     decorator."""
     timer = threading.Timer(2, print, [erase_line() + text], {"flush": True})
     timer.daemon = True
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_first():
         timer.start()
     try:
         yield
@@ -192,8 +193,7 @@ def every_two_seconds() -> typing.Callable[[str], None]:
 
     def progress(line: str) -> None:
         nonlocal printed
-        first = not dist.is_initialized() or dist.get_rank() == 0
-        if first and time.monotonic() - printed > 2:
+        if is_first() and time.monotonic() - printed > 2:
             printed = time.monotonic()
             print(erase_line() + line, flush=True)
 

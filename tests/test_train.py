@@ -237,7 +237,8 @@ def test_single_answers_may_be_trained_on_while_pairs_choose_the_best(start, tmp
     ones = tmp_path / "ones.jsonl"
     ones.write_text('{"prompt_ids": [1], "response_ids": [2], "label": true}\n')
     more = ("--data", ones, "--eval-data", start / "pairs.jsonl", "--eval-every 1 --max-steps 1")
-    trained(start, tmp_path / "out", *more, "--keep-best accuracy")
+    [row] = trained(start, tmp_path / "out", *more, "--keep-best accuracy")
+    assert "eval_accuracy" in row and "accuracy" not in row
 
 
 def test_model_and_data_go_together(complaint):
