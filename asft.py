@@ -29,7 +29,7 @@ Shape letters. A name ends in the letters of its tensor's axes.
     D width   V vocabulary
     H query heads   G key/value heads   K head size   1 an axis of size 1
 
-Not here: computing the reference's log-probs (train.py), and the mean over a batch.
+Not here: computing the reference's log-probs (support/reference.py), and the mean over a batch.
 """
 
 import inspect

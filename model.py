@@ -316,7 +316,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, *inputs) -> Tensor:
-        """Runs `layer`. With `recompute`, backward runs it again."""
+        """Runs `compute`. With `recompute`, backward runs it again."""
         if torch.is_grad_enabled() and self.recompute:
             # Inside the block, so that the compiler sees both passes: around the compiled block,
             # down_proj would be recomputed too, although backward does not need its output.

@@ -9,8 +9,8 @@
 In reading order
     Config                           every setting: its flag, its default, its line of help
     step_loss, Run, train            the step and the loop
-    learning_rate, Pairs, Sums       warm-up and cosine; what a step draws; its metrics
-    evaluate, answer                 held-out figures; answers to a few held-out prompts
+    learning_rate, Pairs             warm-up and cosine; what a step draws
+    evaluate                         held-out figures
     attach_reference                 log-probs of the starting model, for dpo, dpo-norm and ipo
     shard ... make_optimizer         one process and many, on a CPU and on GPUs (FSDP2); AdamW
     read_pairs, fine_tune, plan      what is trained on; a whole run; what it would need
@@ -78,8 +78,9 @@ from support.best import Best
 from support.export import save_model
 from support.files import InputError
 from support.flags import check_answers, check_flags, flag, parse, resolve_max_tokens
-from support.groups import read_groups
+from support.held_out import answer, read_groups
 from support.log import Log, describe, header, run_facts, speed
+from support.metrics import Sums
 from support.processes import (
     StopRequest,
     announced,
@@ -92,6 +93,7 @@ from support.processes import (
     start_processes,
     stop_non_finite,
 )
+from support.reference import cached_logps
 
 # ------------------------------------------------------------------------------- configuration
 
@@ -422,40 +424,6 @@ class Pairs:
         return self.reference[indexes].flatten(0, 1).unbind(-1)
 
 
-ROWS = ("rows", "rows_chosen", "rows_rejected", "rows_both")
-# A pair may be one answer, good (chosen) or bad (rejected). The means of these metrics are over the
-# pairs that have what they measure; all others, such as the loss, are over all pairs.
-MEASURED = {
-    **dict.fromkeys(("sft", "logp_w", "sum_logp_w", "align_w"), "rows_chosen"),
-    **dict.fromkeys(("logp_l", "sum_logp_l", "align_l", "rejected_weight"), "rows_rejected"),
-    **dict.fromkeys(("margin", "accuracy"), "rows_both"),
-}
-
-
-class Sums(dict):
-    """Per-pair metrics summed over micro-batches, then over processes: each pair counts once."""
-
-    def add(self, metrics: dict[str, Tensor], within_B: Tensor | float = 1.0) -> None:
-        """Adds a micro-batch's metrics, of those pairs for which within_B is 1."""
-        for name, value_B in metrics.items():
-            counts_B = within_B * metrics[MEASURED.get(name, "rows")]
-            self[name] = self.get(name, 0) + value_B.where(counts_B > 0, 0).sum()
-
-    def mean_over_processes(self) -> dict[str, float]:
-        """Means, equal on all processes. Those of MEASURED are left out if no pair has what they
-        measure. If any lacks an answer, also rows_chosen, rows_rejected and rows_both, the numbers
-        of pairs that have it."""
-        total = torch.stack([value.double() for value in self.values()])
-        dist.all_reduce(total)
-        sums = dict(zip(self, total.tolist(), strict=True))
-        rows = {name: int(sums.pop(name)) for name in ROWS}
-        means = {}
-        for name, value in sums.items():
-            if count := rows[MEASURED.get(name, "rows")]:
-                means[name] = value / count
-        return means if rows.pop("rows") == rows["rows_both"] else means | rows
-
-
 # ----------------------------------------------------------------------- evaluation, reference
 
 
@@ -486,24 +454,6 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     return row
 
 
-@torch.no_grad()
-def answer(
-    model: Llama, chat: ChatFormat, prompt: np.ndarray, device: str, max_new_tokens: int = 64
-) -> str:
-    """A greedy answer; every process calls this. Each token is a fresh pass over all before it,
-    which is simple and enough for a few samples. eval.py generates with a cache."""
-    ids = prompt.tolist()
-    for _ in range(min(max_new_tokens, model.config.max_position_embeddings - len(ids))):
-        best = model.logits(torch.tensor(ids, device=device))[-1].argmax()
-        dist.broadcast(best, 0)  # so that every process stops at the same token
-        if int(best) in chat.stop_ids:
-            break
-        ids.append(int(best))
-    reshard(model)
-    return chat.decode(ids[len(prompt) :])
-
-
-@announced("computing the log-probs of the starting model")
 def attach_reference(
     config: Config, mesh: DeviceMesh, model: Llama, parts: list[Pairs], out: Path, fingerprint: dict
 ) -> None:
@@ -514,28 +464,13 @@ def attach_reference(
     fingerprint: the run's, of weights and pairs.
     """
     if config.reference == "live":
-        live = build_model(config, mesh).requires_grad_(False)
-        for part in parts:
-            part.reference = live
-        return
-    everything = Pairs([pair for part in parts for pair in part.pairs], config, mesh.device_type)
-
-    @torch.no_grad()
-    def compute() -> Tensor:
-        # [pair, chosen or rejected, mean or sum]
-        logps = torch.zeros(len(everything.pairs), 2, 2, device=mesh.device_type)
-        for indexes in everything.own_micro_batches():
-            logps_B22 = torch.stack(model(everything.batch(indexes)), -1).unflatten(0, (-1, 2))
-            logps[indexes] = logps_B22[: len(indexes)]  # none of a stand-in
+        references = [build_model(config, mesh).requires_grad_(False)] * len(parts)
+    else:
+        cache = Path(config.reference_cache or out / "reference.safetensors")
+        references = cached_logps(cache, fingerprint, model, parts)
         reshard(model)
-        dist.all_reduce(logps)
-        return logps
-
-    cache = Path(config.reference_cache or out / "reference.safetensors")
-    logps = run_directory.cached_logps(cache, fingerprint, len(everything.pairs), compute)
-    of_parts = logps.to(mesh.device_type).split([len(part.pairs) for part in parts])
-    for part, of_part in zip(parts, of_parts, strict=True):
-        part.reference = of_part
+    for part, reference in zip(parts, references, strict=True):
+        part.reference = reference
 
 
 # ---------------------------------------------------------------- sharding, model, optimizer

@@ -12,8 +12,10 @@
     export.py          a model directory that transformers and vLLM load
     checkpoints.py     OUT/checkpoints: written whole, checked, resumed
     best.py            the weights of the best evaluation (--keep-best)
-    groups.py          held-out pairs by the value of a key of their rows (--eval-by)
-    run_directory.py   OUT itself: its lock, what a run is made of, the cache of a reference
+    metrics.py         sums and means of the metrics of pairs
+    held_out.py        answers to held-out prompts (--samples); groups of pairs (--eval-by)
+    reference.py       log-probs of the starting model, kept in a file, for dpo, dpo-norm, ipo
+    run_directory.py   OUT itself: its lock, what a run is made of
     log.py             the header, the line per step, metrics.jsonl and eval.jsonl
     memory.py          trying the costliest micro-batches; what is recomputed; simulation (--plan)
     flops.py           what a step computes, and its share of the GPUs' peak

@@ -1,11 +1,9 @@
-"""OUT, the directory of a run: its lock, its fingerprint, the cache of a reference.
+"""OUT, the directory of a run: its lock, its fingerprint, config.json.
 
 fingerprint              hashes of all that a run's numbers depend on, besides its flags
 identity                 a hash of that and of the flags that a resumed run must share
 open_run, claim_out      create OUT, or check that it holds the run to resume; lock it
 check_shared, record     whether every process sees OUT; OUT/config.json
-cached_logps, cache_key, the reference's log-probs, computed once and kept
-read_cache, write_cache
 """
 
 import errno
@@ -13,18 +11,16 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
-from torch import Tensor
 
-from support.files import InputError, checksum, files_checksum, read_json, shown, write_whole
+from support.files import InputError, checksum, files_checksum, read_json, write_whole
 from support.flags import MAY_CHANGE
-from support.processes import StoppedError, announced, choose_device, on_first_process, together
-from support.tensors import finite, open_safetensors
+from support.processes import announced, choose_device, on_first_process, together
+from support.reference import cache_key, read_cache
 
 
 def fingerprint(
@@ -111,62 +107,3 @@ def record(out: Path, facts: dict, replace: bool = True) -> None:
     on every process."""
     path, text = out / "config.json", json.dumps(facts, indent=2) + "\n"
     on_first_process(lambda: (path.exists() and not replace) or write_whole(path, text))
-
-
-def cached_logps(
-    cache: Path, marks: dict[str, str], pairs: int, compute: Callable[[], Tensor]
-) -> Tensor:
-    """The reference log-probs (see `read_cache`) in `cache`; without that file they are computed,
-    checked and written. To be called on every process. Raises StoppedError if they are not finite.
-    """
-    key = cache_key(marks)
-    if (logps := on_first_process(lambda: read_cache(cache, key, pairs))) is not None:
-        return logps
-    if not finite(logps := compute()):
-        raise StoppedError("the starting model's log-probs are not finite, and the loss needs them")
-    on_first_process(lambda: write_cache(cache, key, logps))
-    return logps
-
-
-def cache_key(marks: dict[str, str]) -> str:
-    """Names what a cache of reference log-probs was made from. marks: of `fingerprint`."""
-    return " ".join(marks.values())
-
-
-def read_cache(cache: Path, key: str, pairs: int) -> Tensor | None:
-    """The reference log-probs of all pairs, (pairs, 2, 2): [pair, chosen or rejected, mean or sum].
-
-    None if the file does not exist yet. Raises InputError for the cache of another key, a file
-    that is not a cache, and a directory that cannot be written.
-    """
-    if not cache.exists():
-        if not os.access(cache.parent, os.W_OK):
-            raise InputError(
-                f"--reference-cache {cache}: {cache.parent} is not a directory that can be written"
-            )
-        return None
-    with open_safetensors(cache) as file:
-        metadata = file.metadata() or {}
-        found = metadata.get("key")
-        if found != key:
-            raise InputError(
-                f"{cache}: was made from other weights, pairs or precision (key {shown(found)}, "
-                f"wanted {shown(key)}); name another --reference-cache"
-            )
-        shape = [pairs, 2, 2]
-        if set(file.keys()) != {"logps"} or file.get_slice("logps").get_shape() != shape:
-            raise InputError(
-                f"{cache}: not a cache of reference log-probs (wanted logps of shape {shape})"
-            )
-        logps = file.get_tensor("logps")
-    if metadata.get("checksum") != checksum({"logps": logps.tolist()}):
-        raise InputError(
-            f"{cache}: damaged (its checksum differs); delete it, and it is computed again"
-        )
-    return logps
-
-
-def write_cache(cache: Path, key: str, logps: Tensor) -> None:
-    """Writes what `read_cache` reads."""
-    metadata = {"key": key, "checksum": checksum({"logps": logps.tolist()})}
-    write_whole(cache, save({"logps": logps.cpu()}, metadata))

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from data import ChatFormat
 from model import load_model
-from support.groups import read_groups
+from support.held_out import read_groups
 from support.log import one_line
 
 HELD_OUT = random_pairs(LENGTHS, seed=2)

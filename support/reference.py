@@ -1,0 +1,99 @@
+"""The log-probs of the frozen starting model, computed once and kept in a file: the reference of
+dpo, dpo-norm and ipo.
+
+cached_logps, compute         those of all parts of a run, from the file or from the model
+cache_key                     names what they were made from
+read_cache, write_cache       the file
+"""
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from support.files import InputError, checksum, shown, write_whole
+from support.processes import StoppedError, announced, on_first_process
+from support.tensors import finite, open_safetensors
+
+
+@announced("computing the log-probs of the starting model")
+def cached_logps(
+    cache: Path, marks: dict[str, str], model: nn.Module, parts: list
+) -> tuple[Tensor, ...]:
+    """The reference log-probs of each part (see `read_cache`), from `cache`; without that file they
+    are computed, checked and written. To be called on every process. Raises StoppedError if they
+    are not finite.
+
+    marks: of run_directory.fingerprint; model: model.Llama, with the starting weights; parts:
+    train.Pairs.
+    """
+    key, counts = cache_key(marks), [len(part.pairs) for part in parts]
+    logps = on_first_process(lambda: read_cache(cache, key, sum(counts)))
+    if logps is None:
+        logps = torch.cat([compute(model, part) for part in parts])
+        if not finite(logps):
+            raise StoppedError(
+                "the starting model's log-probs are not finite, and the loss needs them"
+            )
+        on_first_process(lambda: write_cache(cache, key, logps))
+    return logps.to(parts[0].device).split(counts)
+
+
+@torch.no_grad()
+def compute(model: nn.Module, part) -> Tensor:
+    """The log-probs of a part (train.Pairs), (pairs, 2, 2): [pair, chosen or rejected, mean or
+    sum], equal on all processes."""
+    logps = torch.zeros(len(part.pairs), 2, 2, device=part.device)
+    for indexes in part.own_micro_batches():
+        logps_B22 = torch.stack(model(part.batch(indexes)), -1).unflatten(0, (-1, 2))
+        logps[indexes] = logps_B22[: len(indexes)]  # none of a stand-in
+    dist.all_reduce(logps)
+    return logps
+
+
+def cache_key(marks: dict[str, str]) -> str:
+    """Names what a cache of reference log-probs was made from. marks: of
+    run_directory.fingerprint."""
+    return " ".join(marks.values())
+
+
+def read_cache(cache: Path, key: str, pairs: int) -> Tensor | None:
+    """The reference log-probs of all pairs, (pairs, 2, 2): [pair, chosen or rejected, mean or sum].
+
+    None if the file does not exist yet. Raises InputError for the cache of another key, a file
+    that is not a cache, and a directory that cannot be written.
+    """
+    if not cache.exists():
+        if not os.access(cache.parent, os.W_OK):
+            raise InputError(
+                f"--reference-cache {cache}: {cache.parent} is not a directory that can be written"
+            )
+        return None
+    with open_safetensors(cache) as file:
+        metadata = file.metadata() or {}
+        found = metadata.get("key")
+        if found != key:
+            raise InputError(
+                f"{cache}: was made from other weights, pairs or precision (key {shown(found)}, "
+                f"wanted {shown(key)}); name another --reference-cache"
+            )
+        shape = [pairs, 2, 2]
+        if set(file.keys()) != {"logps"} or file.get_slice("logps").get_shape() != shape:
+            raise InputError(
+                f"{cache}: not a cache of reference log-probs (wanted logps of shape {shape})"
+            )
+        logps = file.get_tensor("logps")
+    if metadata.get("checksum") != checksum({"logps": logps.tolist()}):
+        raise InputError(
+            f"{cache}: damaged (its checksum differs); delete it, and it is computed again"
+        )
+    return logps
+
+
+def write_cache(cache: Path, key: str, logps: Tensor) -> None:
+    """Writes what `read_cache` reads."""
+    metadata = {"key": key, "checksum": checksum({"logps": logps.tolist()})}
+    write_whole(cache, save({"logps": logps.cpu()}, metadata))
