@@ -9,7 +9,8 @@ The equations are reconstructed from the paper's Appendix B and its prose; their
 paper's.
 
 In reading order
-    log1mexp, log_odds      the two numerically delicate functions
+    log1mexp, log_odds      the two numerically delicate functions; `_bounded` keeps them finite
+    comparison              margin and accuracy of a pair
     sft_loss, asft_loss     the SFT term alone; equation 14, which adds the align term
     orpo_loss, simpo_loss   baselines without a reference model
     dpo_loss, ipo_loss      baselines with one
@@ -18,7 +19,7 @@ In reading order
 
 Notation, here and in the other files. x is a prompt, y_w the chosen and y_l the rejected response
 (w: winner, l: loser), |y| a response's number of tokens, its closing <|eot_id|> included unless it
-was cut. Log is natural, log-probs are in nats.
+was cut. Answer is another word for response. Log is natural, log-probs are in nats.
     l(y) = 1/|y| sum_t log pi(y_t | x, y_<t)    mean log-prob      logp_w_B, logp_l_B
     s(y) = |y| l(y)                             summed log-prob    metrics sum_logp_w, sum_logp_l
     p(y) = exp(l(y))                            geometric-mean token probability, in (0, 1]
@@ -26,7 +27,7 @@ was cut. Log is natural, log-probs are in nats.
 Shape letters. A name ends in the letters of its tensor's axes.
     B pairs   R responses (2B)   T tokens, packed (padded in response_logps)
     S scored tokens (those of responses)   C a chunk of S   N keys of packed attention
-    D width   V vocabulary
+    D width   F width of the MLP   V vocabulary
     H query heads   G key/value heads   K head size   1 an axis of size 1
 
 Not here: computing the reference's log-probs (support/reference.py), and the mean over a batch.
@@ -43,6 +44,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Metrics = dict[str, Tensor]
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in fp32 if it is of a half type, unchanged otherwise."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -64,6 +70,28 @@ def log_odds(logp: Tensor) -> Tensor:
     """log(p / (1-p)) of p = exp(logp), logp < 0: the argument of the sigmoids in equations 10 to
     13. asft_loss needs it only for its tempered form and a metric."""
     return logp - log1mexp(logp)
+
+
+def _bounded(logp: Tensor, eps: float) -> Tensor:
+    """logp, or -eps if it is larger, with gradient 1 everywhere: `clamp` would have gradient 0
+    above -eps."""
+    return torch.where(logp > -eps, logp - logp.detach() - eps, logp)
+
+
+def _same_shape(*logps: Tensor) -> list[Tensor]:
+    """All in at least fp32. Raises ValueError for unequal shapes: (B,) and (B, 1) would broadcast
+    to (B, B) in silence."""
+    if len({x.shape for x in logps}) > 1:
+        raise ValueError(f"log-probs of unequal shapes: {[tuple(x.shape) for x in logps]}")
+    return [at_least_fp32(x) for x in logps]
+
+
+def comparison(logp_w_B: Tensor, logp_l_B: Tensor) -> Metrics:
+    """margin = l_w - l_l in nats, and accuracy: 1 if the chosen response is likelier per token; a
+    tie counts 0."""
+    logp_w_B, logp_l_B = _same_shape(logp_w_B, logp_l_B)
+    margin_B = (logp_w_B - logp_l_B).detach()
+    return {"margin": margin_B, "accuracy": (margin_B > 0).to(margin_B.dtype)}
 
 
 def sft_loss(logp_w_B: Tensor, logp_l_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
@@ -107,9 +135,10 @@ def asft_loss(
     which is what runs at temperature 1: no odds, no cancellation, and no trouble at logp_w = 0.
     (With sft_weight, 1 + beta is sft_weight + beta.)
 
-    Each answer has its own terms, so none needs a partner: with logp_w = 0 the chosen terms vanish,
-    with logp_l = -inf (p_l = 0) the rejected one, exactly, at every temperature and eps. train.py
-    passes these for a row that has only a bad or only a good answer.
+    Each answer has its own terms, so none needs a partner. At logp_w = 0 the chosen terms are
+    exactly 0, at logp_l = -inf (p_l = 0) the rejected one, at every temperature and eps. train.py
+    passes these for a row that has only a bad or only a good answer. (The gradient with respect to
+    logp_w is not 0 there: pass a constant, or as train.py does a 0 that depends on no token.)
 
     Args:
         logp_w_B, logp_l_B: mean log-probs in nats, at most 0, of equal shape. Half types are
@@ -194,6 +223,13 @@ def orpo_loss(
     return sft_B + beta * align_B, metrics | comparison(logp_w_B, logp_l_B)
 
 
+def _rewards(reward_w_B: Tensor, reward_l_B: Tensor) -> Metrics:
+    """Implicit rewards, of the losses that have them."""
+    margin_B = reward_w_B - reward_l_B
+    rewards = {"reward_w": reward_w_B, "reward_l": reward_l_B, "reward_margin": margin_B}
+    return {name: value_B.detach() for name, value_B in rewards.items()}
+
+
 def simpo_loss(
     logp_w_B: Tensor, logp_l_B: Tensor, *, beta: float = 2.0, gamma: float = 1.0
 ) -> tuple[Tensor, Metrics]:
@@ -209,10 +245,18 @@ def simpo_loss(
     return loss_B, {"align": loss_B.detach()} | rewards | comparison(logp_w_B, logp_l_B)
 
 
+def _log_ratios(
+    logp_w_B: Tensor, logp_l_B: Tensor, ref_w_B: Tensor, ref_l_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of the model less that of the reference, of both responses."""
+    logp_w_B, logp_l_B, ref_w_B, ref_l_B = _same_shape(logp_w_B, logp_l_B, ref_w_B, ref_l_B)
+    return logp_w_B - ref_w_B, logp_l_B - ref_l_B
+
+
 def dpo_loss(
     logp_w_B: Tensor, logp_l_B: Tensor, ref_w_B: Tensor, ref_l_B: Tensor, *, beta: float = 0.1
 ) -> tuple[Tensor, Metrics]:
-    """DPO (arXiv 2305.18290; equations 1 to 3):
+    """DPO (arXiv 2305.18290; equations 1 to 3 of the ASFT paper):
     -logsigmoid(beta * ((s_w - s_w_ref) - (s_l - s_l_ref))).
 
     Takes *summed* log-probs of the model and of the reference ("dpo", TRL's loss_type "sigmoid"),
@@ -220,7 +264,7 @@ def dpo_loss(
     the reward scale; it shares only its name with ASFT's weight. With means it is larger: Tülu 3
     (arXiv 2411.15124) has 5, which is dpo-norm's default; TRL's is 0.1 for both.
     """
-    ratio_w_B, ratio_l_B = _ratios(logp_w_B, logp_l_B, ref_w_B, ref_l_B)
+    ratio_w_B, ratio_l_B = _log_ratios(logp_w_B, logp_l_B, ref_w_B, ref_l_B)
     loss_B = -F.logsigmoid(beta * (ratio_w_B - ratio_l_B))
     return loss_B, {"align": loss_B.detach()} | _rewards(beta * ratio_w_B, beta * ratio_l_B)
 
@@ -235,7 +279,7 @@ def ipo_loss(
     reference code), the same kind for model and reference. They are different losses: with sums, h
     grows with the length.
     """
-    ratio_w_B, ratio_l_B = _ratios(logp_w_B, logp_l_B, ref_w_B, ref_l_B)
+    ratio_w_B, ratio_l_B = _log_ratios(logp_w_B, logp_l_B, ref_w_B, ref_l_B)
     loss_B = (ratio_w_B - ratio_l_B - 1 / (2 * beta)) ** 2
     return loss_B, {"align": loss_B.detach()} | _rewards(beta * ratio_w_B, beta * ratio_l_B)
 
@@ -303,45 +347,3 @@ def response_logps(
         sums.append(logp_S.sum())
         means.append(logp_S.mean())
     return torch.stack(means), torch.stack(sums)
-
-
-def comparison(logp_w_B: Tensor, logp_l_B: Tensor) -> Metrics:
-    """margin = l_w - l_l in nats, and accuracy: 1 if the chosen response is likelier per token; a
-    tie counts 0."""
-    logp_w_B, logp_l_B = _same_shape(logp_w_B, logp_l_B)
-    margin_B = (logp_w_B - logp_l_B).detach()
-    return {"margin": margin_B, "accuracy": (margin_B > 0).to(margin_B.dtype)}
-
-
-def _rewards(reward_w_B: Tensor, reward_l_B: Tensor) -> Metrics:
-    """Implicit rewards, of the losses that have them."""
-    margin_B = reward_w_B - reward_l_B
-    rewards = {"reward_w": reward_w_B, "reward_l": reward_l_B, "reward_margin": margin_B}
-    return {name: value_B.detach() for name, value_B in rewards.items()}
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """x in fp32 if it is of a half type, unchanged otherwise."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _same_shape(*logps: Tensor) -> list[Tensor]:
-    """All in at least fp32. Raises ValueError for unequal shapes: (B,) and (B, 1) would broadcast
-    to (B, B) in silence."""
-    if len({x.shape for x in logps}) > 1:
-        raise ValueError(f"log-probs of unequal shapes: {[tuple(x.shape) for x in logps]}")
-    return [at_least_fp32(x) for x in logps]
-
-
-def _ratios(
-    logp_w_B: Tensor, logp_l_B: Tensor, ref_w_B: Tensor, ref_l_B: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Log-prob of the model less that of the reference, of both responses."""
-    logp_w_B, logp_l_B, ref_w_B, ref_l_B = _same_shape(logp_w_B, logp_l_B, ref_w_B, ref_l_B)
-    return logp_w_B - ref_w_B, logp_l_B - ref_l_B
-
-
-def _bounded(logp: Tensor, eps: float) -> Tensor:
-    """logp, or -eps if it is larger, with gradient 1 everywhere: `clamp` would have gradient 0
-    above -eps."""
-    return torch.where(logp > -eps, logp - logp.detach() - eps, logp)

@@ -9,7 +9,9 @@ In reading order
 
 Rules. Only the last assistant turn is scored; all turns before it are prompt. Both responses share
 one prompt, or the pair is dropped. Text never becomes a control token. What is scored is built
-together with the ids, never inferred later.
+together with the ids, never inferred later. A row of a file is a pair or one labelled answer, good
+or bad; Preference and Pair hold either. An absent answer is None in a Preference, no ids in a Pair,
+length 0 in a Batch; to a loss it is logp_w = 0 or logp_l = -inf.
 
 In support/: records.py unpacks and parses a file, forms.py recognises the forms of a record
 (docs/data-formats.md shows them), tokenizer.py reads the tokenizer, bins.py fills micro-batches.
@@ -45,8 +47,7 @@ CHUNK = 1000
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """A prompt with a chosen and a rejected response: turns and texts, or token ids (int32). In a
-    row with one answer, good or bad, the other is None."""
+    """A prompt with a chosen and a rejected response: turns and texts, or token ids (int32)."""
 
     prompt: Turns | np.ndarray
     chosen: str | np.ndarray | None
@@ -73,9 +74,9 @@ def read_preferences(
     """Reads a whole file before anything is trained on; each record may have a form of its own.
 
     `counts` gains "read", "bad lines", "unequal prompts" (dropped: the two sides have different
-    prompts) and those of `doubts`, which are kept. Unless skip_bad_lines, raises InputError with
-    the place and fault of the first 20 records that are not pairs. `read_records` says what is
-    never skipped.
+    prompts), and what `doubts` finds in rows that are kept. Unless skip_bad_lines, raises
+    InputError with the place and fault of the first 20 records that are neither a pair nor a
+    labelled answer. `read_records` says what is never skipped.
     """
     counts = Counter() if counts is None else counts
     preferences, bad = [], []
@@ -84,17 +85,17 @@ def read_preferences(
         if counts["read"] % CHUNK == 0:
             progress(f"read {counts['read']:,} records of {path}")
         try:
-            if isinstance(record, ValueError):  # a line that is not JSON
+            if isinstance(record, ValueError):  # read_records' word for a line that is not JSON
                 raise record
-            pair = parse_pair(record)
-        except (ValueError, RecursionError) as error:
+            parts = parse_pair(record)
+        except (ValueError, RecursionError) as error:  # the second if lists are nested too deep
             bad.append(f"{place}: {error}")
             continue
-        if pair is None:
+        if parts is None:
             counts["unequal prompts"] += 1
         else:
-            counts.update(doubts(record, *pair))
-            preferences.append(Preference(*pair, place))
+            counts.update(doubts(record, *parts))
+            preferences.append(Preference(*parts, place))
     counts["bad lines"] += len(bad)
     if bad and not skip_bad_lines:
         lines = bad[:BAD_LINES_SHOWN]
@@ -188,7 +189,7 @@ class ChatFormat:
 @dataclass(frozen=True, slots=True)
 class Pair:
     """Token ids of a pair, int32. Its sequences are prompt + chosen and prompt + rejected; all
-    response tokens are scored. In a row with one answer, the other is empty."""
+    response tokens are scored."""
 
     prompt: np.ndarray
     chosen: np.ndarray
@@ -240,7 +241,8 @@ def encode_preferences(
             room = max_tokens - len(prompt)  # 0 or less: no room at all
             too_long = max(len(chosen), len(rejected)) > room
             answers = [ids for ids in (chosen, rejected) if len(ids)]
-            if not len(prompt) or len(answers) < len(p.answers):
+            emptied = len(answers) < len(p.answers)  # a text without ids
+            if not len(prompt) or emptied:
                 counts["empty"] += 1
             elif room <= 0 or (too_long and overlong == "drop"):
                 counts["overlong"] += 1

@@ -26,6 +26,7 @@ from evaluation.benchmarks import ARENA_HARD, MT_BENCH
 from support.flags import FlagParser, spell
 from support.processes import exit_code, leave
 
+# Each module has `add_flags`, which gives a parser its flags, and `run`, which takes them.
 COMMANDS = {
     "generate": (answers, "a model's answers to prompts"),
     "likelihood": (likelihood, "log-probs of preference pairs"),
@@ -75,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         flags.command(flags)
 
     def memory_advice() -> str | None:
-        for name in ("cache_tokens", "max_tokens_per_gpu"):
+        for name in ("cache_tokens", "max_tokens_per_gpu"):  # what bounds a command's memory
             if name in flags:
                 now = getattr(flags, name)
                 return (

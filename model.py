@@ -20,7 +20,7 @@ quantised weights, Meta's own consolidated.*.pth layout (its q and k rows are in
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,10 +33,10 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from asft import at_least_fp32
-from support.files import InputError, shown
+from support.files import InputError
 from support.llama_config import checked_config, config_json, read_config
 from support.processes import announced
-from support.tensors import finite, local_rows, open_safetensors, tensor_headers
+from support.tensors import check_headers, finite, local_rows, open_safetensors, tensor_headers
 
 # ------------------------------------------------------------------------------- configuration
 
@@ -142,7 +142,8 @@ class Batch:
         return Batch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
 
 
-# torch 2.11 groups query heads unasked; 2.13 refuses unequal head counts without this argument.
+# torch 2.13 refuses unequal head counts without this argument; 2.11, which the GPU figures are of,
+# does not know it.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
@@ -243,8 +244,8 @@ class _RMSNorm(torch.autograd.Function):
         product_TD = grad_TD * normed_TD
         mean_T1 = (product_TD * weight_D).mean(-1, keepdim=True)
         # product_TD is fp32 already; grad * weight would be of a half type.
-        gradient_TD = (grad_TD * at_least_fp32(weight_D) - normed_TD * mean_T1) * scale_T1
-        return gradient_TD.to(x_TD.dtype), product_TD.sum(0).to(weight_D.dtype), None
+        grad_x_TD = (grad_TD * at_least_fp32(weight_D) - normed_TD * mean_T1) * scale_T1
+        return grad_x_TD.to(x_TD.dtype), product_TD.sum(0).to(weight_D.dtype), None
 
 
 class RMSNorm(nn.Module):
@@ -261,7 +262,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: H query heads share G key/value heads."""
+    """Grouped-query attention: H query heads share G key/value heads. `attend` takes (q_THK, k_TGK,
+    v_TGK, segments) and returns (T, H, K)."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -318,9 +320,9 @@ class Block(nn.Module):
     def forward(self, *inputs) -> Tensor:
         """Runs `compute`. With `recompute`, backward runs it again."""
         if torch.is_grad_enabled() and self.recompute:
-            # Inside the block, so that the compiler sees both passes: around the compiled block,
-            # down_proj would be recomputed too, although backward does not need its output.
-            # Nothing is drawn at random here, and saving a GPU's random state would wait for it.
+            # Inside the compiled block: around it, backward would recompute down_proj too, whose
+            # output it does not need. Nothing here is random, and to save a GPU's random state the
+            # CPU would have to wait for it.
             return checkpoint(self.compute, *inputs, use_reentrant=False, preserve_rng_state=False)
         return self.compute(*inputs)
 
@@ -372,9 +374,9 @@ class _TargetLogps(torch.autograd.Function):
         for logits_CV, target_C in zip(logits_SV.split(chunk), target_S.split(chunk), strict=True):
             exp_CV = at_least_fp32(logits_CV)  # a copy of half types; else the logits themselves
             logp_C, Z_C1 = _exp_in_place(exp_CV, target_C)
-            # From here on it, and so logits_SV, is exp - Z onehot: the gradient, up to the factor.
+            # Now exp - Z onehot: the gradient, up to the factor.
             exp_CV.scatter_add_(-1, target_C[:, None], -Z_C1)
-            if exp_CV.dtype != logits_CV.dtype:
+            if exp_CV.dtype != logits_CV.dtype:  # else they are one tensor
                 logits_CV.copy_(exp_CV)
             logps.append(logp_C)
             factors.append(-1 / Z_C1[:, 0])
@@ -384,10 +386,11 @@ class _TargetLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_S: Tensor):
-        hidden_SD, weight_VD, gradient_SV, factor_S = ctx.saved_tensors
+        hidden_SD, weight_VD, unscaled_SV, factor_S = ctx.saved_tensors
         factor_S1 = (grad_S * factor_S)[:, None]
-        grad_SD = ((gradient_SV @ weight_VD) * factor_S1).to(hidden_SD.dtype)
-        return grad_SD, gradient_SV.T @ (hidden_SD * factor_S1).to(hidden_SD.dtype), None
+        grad_hidden_SD = ((unscaled_SV @ weight_VD) * factor_S1).to(hidden_SD.dtype)
+        grad_weight_VD = unscaled_SV.T @ (hidden_SD * factor_S1).to(hidden_SD.dtype)
+        return grad_hidden_SD, grad_weight_VD, None
 
 
 def target_logps(hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor) -> Tensor:
@@ -486,7 +489,8 @@ class Llama(nn.Module):
         x_TD = self.model["embed_tokens"](tokens_T)
         rope = rope_tables(self.config, positions_T)
         layers = self.model["layers"]
-        for block, attend in zip(layers, attends or [attention] * len(layers), strict=True):
+        attends = attends or [attention] * len(layers)
+        for block, attend in zip(layers, attends, strict=True):
             x_TD = block(x_TD, rope, segments, attend)
         return x_TD
 
@@ -502,8 +506,6 @@ class Llama(nn.Module):
 
 
 # ------------------------------------------------------------------------------------ loading
-
-FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the dtypes that weights may have
 
 
 def load_model(
@@ -542,43 +544,16 @@ def check_weights(directory: str | Path, config: LlamaConfig) -> dict[str, Path]
     exports, which is computed here, and a tied model's spare `lm_head.weight`, in the embedding's
     shape and a floating dtype (`load_weights` compares it).
     """
-    headers = tensor_headers(Path(directory))
-    found = {key: x for key, x in headers.items() if not key.endswith("rotary_emb.inv_freq")}
+    found = {
+        key: header
+        for key, header in tensor_headers(Path(directory)).items()
+        if not key.endswith("rotary_emb.inv_freq")
+    }
     expected = expected_shapes(config)
     if config.tie_word_embeddings and "lm_head.weight" in found:
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
-    layers = len({key.split(".")[2] for key in found if key.startswith("model.layers.")})
-    if layers and layers != config.num_hidden_layers:
-        raise InputError(
-            f"{directory}: config.json says num_hidden_layers {config.num_hidden_layers}, "
-            f"the weights have model.layers of {layers}"
-        )
-    for key, shape in expected.items():
-        if key not in found:
-            names = ", ".join(sorted({header.path.name for header in headers.values()})[:4])
-            names = names or "files that hold no tensor"
-            raise InputError(f"{directory}: key {key} is missing from {names}{_alike(key, found)}")
-        path, found_shape, dtype = found[key]
-        if found_shape != shape:
-            raise InputError(
-                f"{path}: key {key} has shape {shown(found_shape)}, config.json says {shape}"
-            )
-        if dtype not in FLOATS:
-            floats = ", ".join(sorted(FLOATS))
-            raise InputError(f"{path}: key {key} is stored as {dtype}, wanted one of {floats}")
-    if extra := sorted(found.keys() - expected.keys()):
-        path, key = found[extra[0]].path, shown(extra[0])
-        raise InputError(f"{path}: key {key} is not one of this model's ({len(extra)} such)")
+    check_headers(directory, found, expected, config.num_hidden_layers)
     return {key: header.path for key, header in found.items()}
-
-
-def _alike(key: str, found: Iterable[str]) -> str:
-    """For a message: a found key that differs from `key` only by a prefix, as wrappers of models
-    write them."""
-    for other in sorted(found):
-        if other.endswith(key) or key.endswith(other):
-            return f", which has {shown(other)} instead: give the keys their own names"
-    return ""
 
 
 @announced("reading the weights")

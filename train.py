@@ -8,8 +8,8 @@
 
 In reading order
     Config                           every setting: its flag, its default, its line of help
-    step_loss, Run, train            the step and the loop
-    learning_rate, Pairs             warm-up and cosine; what a step draws
+    Pairs, step_loss                 what a step draws; the forward pass and loss of a micro-batch
+    Run, train, learning_rate        the loop; warm-up and cosine
     evaluate                         held-out figures
     attach_reference                 log-probs of the starting model, for dpo, dpo-norm and ipo
     shard ... make_optimizer         one process and many, on a CPU and on GPUs (FSDP2); AdamW
@@ -75,11 +75,12 @@ from model import (
 )
 from support import checkpoints, memory, run_directory
 from support.best import Best
+from support.bins import MicroBatch
 from support.export import save_model
 from support.files import InputError
 from support.flags import check_answers, check_flags, flag, parse, resolve_max_tokens
 from support.held_out import answer, read_groups
-from support.log import Log, describe, header, run_facts, speed
+from support.log import Log, describe, header, run_facts, size_and_speed
 from support.metrics import Sums
 from support.processes import (
     StopRequest,
@@ -126,7 +127,7 @@ class Config:
     beta: float = flag(0.1, "weight of the align term (asft, orpo) or reward scale. PAPER: 0.1")
     sft_weight: float = flag(1.0, "asft: weight of the SFT term; 0: only the align term. PAPER: 1")
     temperature: float = flag(1.0, "asft: inside the align term (arXiv 2502.01237). PAPER: 1")
-    eps: float = flag(1e-6, "asft, orpo: in 1-p and odds, log-probs above -eps are -eps. OPEN")
+    eps: float = flag(1e-6, "asft, orpo: in 1-p and in odds, log-probs above -eps are -eps. OPEN")
     gamma: float = flag(1.0, "simpo: target margin of the rewards")
     ipo_sum: bool = flag(False, "ipo: summed log-probs. OPEN: public code has both; TRL has means")
     reference: str = flag(
@@ -147,7 +148,7 @@ class Config:
     pairs_per_step: int = flag(
         32,
         "pairs (or labelled answers) of one update, over all GPUs. OPEN: PAPER says batch size 4; "
-        "here 4 on 8 GPUs",
+        "32 are 4 on each of 8 GPUs",
     )
     weight_decay: float = flag(0.0, "AdamW's. OPEN: 0, as usual in preference tuning")
     adam_beta1: float = flag(0.9, "AdamW's. OPEN: torch's default")
@@ -220,7 +221,7 @@ class Config:
 
     @property
     def loss_row(self) -> asft.Loss:
-        """The row of asft.LOSSES."""
+        """The row of asft.LOSSES; with --ipo-sum, of log-probs that are sums."""
         row = asft.LOSSES[self.loss]
         return row._replace(logps="sum") if self.ipo_sum else row
 
@@ -230,46 +231,102 @@ class Config:
         return {name: getattr(self, name) for name in self.loss_row.options}
 
 
-# ---------------------------------------------------------------------------- step and loop
+# ------------------------------------------------------------------------- pairs, step and loop
 
 
-def step_loss(model: Llama, pairs: "Pairs", indexes: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+class Pairs:
+    """Encoded pairs, how steps draw and batch them, and the reference's log-probs of them if the
+    loss needs those."""
+
+    def __init__(self, pairs: list[Pair], config: Config, device: str):
+        self.pairs, self.config, self.device = pairs, config, device
+        self.sizes = np.array([pair.packed_tokens(config.share_prompt) for pair in pairs])
+        self.max_tokens_per_gpu = config.max_tokens_per_gpu or 8192  # memory.rehearse may raise it
+        # A live copy, or numbers of shape (pairs, 2, 2): [pair, chosen or rejected, mean or sum].
+        self.reference: Llama | Tensor | None = None
+        check_longest(self.sizes, self.max_tokens_per_gpu)
+        self.stand_in = [int(self.sizes.argmin())]  # see `batch`
+        # Name -> indexes that are evaluated together. None: all; else a value of --eval-by.
+        self.groups: dict[str | None, range | set[int]] = {None: range(len(pairs))}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates of an epoch. The last one may have fewer pairs."""
+        return -(-len(self.pairs) // self.config.pairs_per_step)
+
+    @property
+    def steps(self) -> int:
+        """Updates of the whole run."""
+        steps = self.config.epochs * self.steps_per_epoch
+        return min(steps, self.config.max_steps or steps)
+
+    def micro_batches(self, step: int, processes: int) -> list[list[MicroBatch]]:
+        """[process][micro-batch] -> indexes of the pairs of update `step` (from 0)."""
+        c = self.config
+        seed, most = c.seed if c.shuffle else None, self.max_tokens_per_gpu
+        return plan_step(self.sizes, c.pairs_per_step, seed, step, processes, most)
+
+    def own_micro_batches(self) -> list[MicroBatch]:
+        """All pairs once: this process's micro-batches of them."""
+        everything = np.arange(len(self.pairs))
+        world = dist.get_world_size()
+        return split_pairs(everything, self.sizes, world, self.max_tokens_per_gpu)[dist.get_rank()]
+
+    def batch(self, indexes: MicroBatch) -> Batch:
+        """The packed batch of these pairs.
+
+        A process without a pair in this micro-batch must still take part in the collectives of the
+        sharded model: it computes a stand-in, the shortest pair, which then counts 0.
+        """
+        drawn = [self.pairs[i] for i in indexes or self.stand_in]
+        return pack(drawn, self.config.share_prompt, self.config.max_tokens).to(self.device)
+
+    @torch.no_grad()
+    def reference_logps(self, indexes: MicroBatch, batch: Batch) -> tuple[Tensor, Tensor]:
+        """mean_R and sum_R of the batch's responses under the reference."""
+        if isinstance(self.reference, Llama):
+            return self.reference(batch)
+        indexes = torch.tensor(indexes or self.stand_in).to(self.device, non_blocking=True)
+        return self.reference[indexes].flatten(0, 1).unbind(-1)
+
+
+def step_loss(model: Llama, pairs: Pairs, indexes: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """Forward pass of one micro-batch: packed pairs -> one loss per pair.
 
-    Returns loss_B, and metrics per pair, detached: those that every loss has, and the loss's own. A
-    row may have one answer. rows, rows_chosen, rows_rejected and rows_both are 1 where a row has
+    Returns loss_B, and metrics per pair, detached: the loss's own, and those that every loss has. A
+    row may have one answer. rows, rows_chosen, rows_rejected and rows_both are 1 if the row has
     what they name (all are 0 of a stand-in, see Pairs.batch), and Sums takes means over such rows.
     """
     loss = pairs.config.loss_row
     batch = pairs.batch(indexes)
     mean_R, sum_R = model(batch)  # responses 2i and 2i+1: chosen and rejected of pair i
     logp_R = mean_R if loss.logps == "mean" else sum_R
-    chosen_B, rejected_B = batch.length_R[0::2] > 0, batch.length_R[1::2] > 0
+    has_chosen_B, has_rejected_B = batch.length_R[0::2] > 0, batch.length_R[1::2] > 0
     # The term of an absent answer vanishes: l_w = 0, which the model gives, or p_l = 0.
-    inputs = [logp_R[0::2], logp_R[1::2].masked_fill(~rejected_B, -math.inf)]
+    inputs = [logp_R[0::2], logp_R[1::2].masked_fill(~has_rejected_B, -math.inf)]
     if loss.reference:
         mean_ref_R, sum_ref_R = pairs.reference_logps(indexes, batch)
         reference_R = mean_ref_R if loss.logps == "mean" else sum_ref_R
         inputs += [reference_R[0::2], reference_R[1::2]]
     loss_B, metrics = loss.function(*inputs, **pairs.config.loss_options)
 
-    rows_B = torch.full_like(chosen_B, bool(indexes))
+    counts_B = torch.full_like(has_chosen_B, bool(indexes))
     mean_R, sum_R = mean_R.detach(), sum_R.detach()
     logp_w_B, logp_l_B = mean_R[0::2], mean_R[1::2]
     common = {
-        "loss": loss_B.detach(),
         "sft": -logp_w_B,
         "logp_w": logp_w_B,
         "logp_l": logp_l_B,
         "sum_logp_w": sum_R[0::2],
         "sum_logp_l": sum_R[1::2],
         **asft.comparison(logp_w_B, logp_l_B),
-        "rows": rows_B.float(),
-        "rows_chosen": (rows_B & chosen_B).float(),
-        "rows_rejected": (rows_B & rejected_B).float(),
-        "rows_both": (rows_B & chosen_B & rejected_B).float(),
+        "rows": counts_B.float(),
+        "rows_chosen": (counts_B & has_chosen_B).float(),
+        "rows_rejected": (counts_B & has_rejected_B).float(),
+        "rows_both": (counts_B & has_chosen_B & has_rejected_B).float(),
     }
-    return loss_B, common | metrics
+    # Of equal names the common ones stay: in them an absent answer has no -inf.
+    return loss_B, {"loss": loss_B.detach()} | metrics | common
 
 
 @dataclass
@@ -280,8 +337,8 @@ class Run:
     mesh: DeviceMesh
     model: Llama
     optimizer: torch.optim.AdamW
-    pairs: "Pairs"
-    held_out: "Pairs | None"
+    pairs: Pairs
+    held_out: Pairs | None
     chat: ChatFormat | None  # None: all pairs are token ids
     log: Log
     best: Best
@@ -298,12 +355,12 @@ def train(run: Run, done: int) -> None:
     """
     config, model, pairs, optimizer = run.config, run.model, run.pairs, run.optimizer
     rank, world = dist.get_rank(), dist.get_world_size()
-    for step in range(done + 1, pairs.steps + 1):  # as it is logged
+    for step in range(done + 1, pairs.steps + 1):  # counted from 1, as it is logged
         started = time.perf_counter()
         micro_batches = pairs.micro_batches(step - 1, world)  # [process][micro-batch] -> indexes
         drawn = [i for by_rank in micro_batches for indexes in by_rank for i in indexes]
 
-        sums, losses = Sums(), {}
+        sums, losses = Sums(), []
         for i, indexes in enumerate(micro_batches[rank]):
             reduce_gradients(model, run.mesh, last=i + 1 == len(micro_batches[rank]))
             loss_B, metrics = step_loss(model, pairs, indexes)
@@ -311,7 +368,7 @@ def train(run: Run, done: int) -> None:
             # gradients over processes, hence `world`.
             ((loss_B * metrics["rows"]).sum() * (world / config.pairs_per_step)).backward()
             sums.add(metrics)
-            losses |= zip(indexes, loss_B.detach(), strict=False)  # a stand-in has no index
+            losses.append((indexes, loss_B.detach()))
 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
@@ -329,7 +386,7 @@ def train(run: Run, done: int) -> None:
 
         # `means` are of the weights before this update, eval_* of those after it.
         row = {"step": step, "epoch": round(step / pairs.steps_per_epoch, 4), **means, "lr": rate}
-        row |= {"grad_norm": norm} | speed(run, drawn, started)
+        row |= {"grad_norm": norm} | size_and_speed(run, drawn, started)
         run.log.step(row, pairs.steps)
         last = step == pairs.steps
         if run.held_out and (last or due(config.eval_every, step)):
@@ -366,62 +423,6 @@ def learning_rate(
         return peak * (step + 1) / warmup
     progress = (step + 1 - warmup) / (steps - warmup)
     return peak * (min_lr_ratio + (1 - min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2)
-
-
-class Pairs:
-    """Encoded pairs, how steps draw and batch them, and the reference's log-probs of them if the
-    loss needs those."""
-
-    def __init__(self, pairs: list[Pair], config: Config, device: str):
-        self.pairs, self.config, self.device = pairs, config, device
-        self.sizes = np.array([pair.packed_tokens(config.share_prompt) for pair in pairs])
-        self.max_tokens_per_gpu = config.max_tokens_per_gpu or 8192  # memory.rehearse may raise it
-        # A live copy, or numbers of shape (pairs, 2, 2): [pair, chosen or rejected, mean or sum].
-        self.reference: Llama | Tensor | None = None
-        check_longest(self.sizes, self.max_tokens_per_gpu)
-        self.stand_in = [int(self.sizes.argmin())]  # see `batch`
-        # Name -> indexes that are evaluated together. None: all; else a value of --eval-by.
-        self.groups: dict[str | None, range | set[int]] = {None: range(len(pairs))}
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Updates of an epoch. The last one may have fewer pairs."""
-        return -(-len(self.pairs) // self.config.pairs_per_step)
-
-    @property
-    def steps(self) -> int:
-        """Updates of the whole run."""
-        steps = self.config.epochs * self.steps_per_epoch
-        return min(steps, self.config.max_steps or steps)
-
-    def micro_batches(self, step: int, processes: int) -> list[list[list[int]]]:
-        """[process][micro-batch] -> indexes of the pairs of update `step` (from 0)."""
-        c = self.config
-        seed, most = c.seed if c.shuffle else None, self.max_tokens_per_gpu
-        return plan_step(self.sizes, c.pairs_per_step, seed, step, processes, most)
-
-    def own_micro_batches(self) -> list[list[int]]:
-        """All pairs once: this process's micro-batches of them."""
-        everything = np.arange(len(self.pairs))
-        world = dist.get_world_size()
-        return split_pairs(everything, self.sizes, world, self.max_tokens_per_gpu)[dist.get_rank()]
-
-    def batch(self, indexes: list[int]) -> Batch:
-        """The packed batch of these pairs.
-
-        A process without a pair in this micro-batch must still take part in the collectives of the
-        sharded model: it computes a stand-in, the shortest pair, which then counts 0.
-        """
-        drawn = [self.pairs[i] for i in indexes or self.stand_in]
-        return pack(drawn, self.config.share_prompt, self.config.max_tokens).to(self.device)
-
-    @torch.no_grad()
-    def reference_logps(self, indexes: list[int], batch: Batch) -> tuple[Tensor, Tensor]:
-        """mean_R and sum_R of the batch's responses under the reference."""
-        if isinstance(self.reference, Llama):
-            return self.reference(batch)
-        indexes = torch.tensor(indexes or self.stand_in).to(self.device, non_blocking=True)
-        return self.reference[indexes].flatten(0, 1).unbind(-1)
 
 
 # ----------------------------------------------------------------------- evaluation, reference
@@ -499,6 +500,10 @@ def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
         split([model.model["norm"], model.lm_head], reshard_after_forward=False)
     split(model)
     register_fsdp_forward_method(model, "logits")
+    if mesh.size() == 1:  # or reduced gradients would take memory of a stream of their own
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_reduce_scatter(memory.OnePool())
 
 
 def reduce_gradients(model: Llama, mesh: DeviceMesh, last: bool) -> None:
@@ -506,7 +511,7 @@ def reduce_gradients(model: Llama, mesh: DeviceMesh, last: bool) -> None:
 
     On several processes they are reduced in every micro-batch: otherwise each process would hold
     those of the whole model. On one process waiting costs no memory, so they are reduced once per
-    step; across replicas too.
+    step. Replicas exchange theirs once per step too.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or mesh.size() > 1)
@@ -528,12 +533,13 @@ def build_model(config: Config, mesh: DeviceMesh) -> Llama:
     """The starting model in fp32, sharded. Each process reads only its own rows of the files."""
     with torch.device("meta"):
         model = Llama(LlamaConfig.load(config.model))
-    worthwhile = sum(p.numel() for p in model.parameters()) >= COMPILE_PARAMETERS
-    auto = mesh.device_type == "cuda" and worthwhile
-    if config.compile == "on" or (config.compile == "auto" and auto):
+    large = sum(parameter.numel() for parameter in model.parameters()) >= COMPILE_PARAMETERS
+    worthwhile = large and mesh.device_type == "cuda"
+    if config.compile == "on" or (config.compile == "auto" and worthwhile):
         for block in model.model["layers"]:
             block.compile(dynamic=True)
-    shard(model, mesh, choose_device(config.device, config.precision)[1])
+    _, compute_dtype = choose_device(config.device, config.precision)
+    shard(model, mesh, compute_dtype)
     model.to_empty(device=mesh.device_type)
     load_weights(model, config.model)
     return model
@@ -603,11 +609,12 @@ def fine_tune(config: Config) -> None:
     memory.recomputed_blocks(config.checkpoint_blocks, llama.num_hidden_layers)  # checks the flag
     if config.plan:
         return plan(config, llama)
-    weights = check_weights(config.model, llama)
+    weight_files = check_weights(config.model, llama)
     mesh = start_processes(config)
     parts, counts, chat = read_pairs(config, llama, mesh.device_type)
-    pairs, held_out = parts[0], parts[1] if config.eval_data else None
-    out, fingerprint = run_directory.open_run(config, weights, parts)
+    pairs = parts[0]
+    held_out = parts[1] if config.eval_data else None
+    out, fingerprint = run_directory.open_run(config, weight_files, parts)
     log = Log(out)
     if on_first_process((out / "model").exists):
         log.say(f"{out} is finished: its model is {out / 'model'}")
@@ -621,11 +628,12 @@ def fine_tune(config: Config) -> None:
         attach_reference(config, mesh, model, parts, out, fingerprint)
     optimizer = make_optimizer(config, model)
 
-    def losses_of(indexes: list[int], last: bool) -> Tensor:
+    def losses_of(indexes: MicroBatch, last: bool) -> Tensor:
         reduce_gradients(model, mesh, last=last)
         return step_loss(model, pairs, indexes)[0]
 
     gpu = memory.Gpu() if mesh.device_type == "cuda" else None
+    # Also sets how many blocks are recomputed, and how many tokens a micro-batch may have.
     with announced("trying the run's costliest micro-batches"):
         facts["memory"] = memory.rehearse(model, pairs, losses_of, log.say, gpu)
 
@@ -663,7 +671,7 @@ def fine_tune(config: Config) -> None:
 def plan(config: Config, llama: LlamaConfig) -> None:
     """Prints the steps, FLOPs and memory of the run on --plan CUDA devices."""
     memory.init_fake_group(config.plan)
-    pairs = read_pairs(config, llama, "cpu")[0][0]
+    (pairs, *_), _, _ = read_pairs(config, llama, "cpu")
 
     def build(mesh: DeviceMesh, recomputed: int) -> tuple:
         with torch.device("meta"):

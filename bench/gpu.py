@@ -124,7 +124,7 @@ STEPS = {
 VARIANTS = {  # parts that run bench/variants.py, with this name, instead of train.py
     f"step-{pairs}-{name}": name
     for pairs in ("uf", "3b")
-    for name in ("reduce-always", "one-pool", "pinned")
+    for name in ("reduce-always", "two-pools", "pinned")
 }
 for _part in VARIANTS:
     _base = "step-uf-defaults" if _part.startswith("step-uf") else "step-3b-defaults"
@@ -424,12 +424,14 @@ def step(a: argparse.Namespace) -> None:
         f"loss {rows[-1]['loss']:.4f}",
     )
     chosen = json.loads((a.scratch / "out/config.json").read_text())["memory"]
+    emptied = [rows[i].get("memory_retries", 0) for i in (WARMUP - 1, -1)]
+    hfu = f"; HFU {found['hfu']:.2%}" if "hfu" in found else ""
     say(
         a,
         f"  - {chosen['recomputed_blocks']} of {config.num_hidden_layers} blocks recomputed, "
-        f"at most {chosen['max_tokens_per_gpu']} tokens a micro-batch"
-        + f"; HFU {found.get('hfu', 0):.2%}" * ("hfu" in found)
-        + f"; the allocator emptied its cache {rows[-1].get('memory_retries', 0)} times",
+        f"at most {chosen['max_tokens_per_gpu']} tokens a micro-batch{hfu}"
+        f"; the allocator emptied its cache {emptied[1] - emptied[0]} times in these steps and "
+        f"{emptied[0]} times before",
     )
     reference = a.scratch / "out/reference.safetensors"
     if reference.exists():
@@ -607,7 +609,7 @@ PARTS = {"compile": compile_blocks, "step-3b-defaults": step, "step-uf-defaults"
 PARTS |= {"step-profile": profile, "step-3b-hh": step, "end-to-end-example": example, ORPO: step}
 PARTS |= {"step-3b-recomputed": step, "step-3b-dpo-live": step}
 PARTS |= dict.fromkeys(PEERS, peer)
-PARTS |= {"step-uf-one-pool": step, "step-uf-reduce-always": step, "step-uf-pinned": step}
+PARTS |= {"step-uf-two-pools": step, "step-uf-reduce-always": step, "step-uf-pinned": step}
 PARTS |= {"step-uf-recomputed": step}
 PARTS |= dict.fromkeys(STEPS, step)
 PARTS |= {"end-to-end-resume": resume, "end-to-end-8b": whole}

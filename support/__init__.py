@@ -1,4 +1,4 @@
-"""Protections and checks around a run: a reader of the method may skip them.
+"""What surrounds the method: checks, protections, logs. Its reader may skip all of this.
 
     files.py           reading files that may hold anything; writing files whole
     llama_config.py    config.json of a Llama, checked key by key

@@ -1,4 +1,4 @@
-"""What the evaluations of a run show besides means: --samples and --eval-by.
+"""Answers to held-out prompts (--samples), and groups of held-out pairs (--eval-by).
 
 answer         a greedy answer to a held-out prompt
 read_groups    held-out pairs by the value of a key in their rows
@@ -24,9 +24,12 @@ MOST = 20  # groups
 def answer(
     model: nn.Module, chat, prompt: np.ndarray, device: str, max_new_tokens: int = 64
 ) -> str:
-    """A greedy answer to one of --samples prompts; every process calls this. Each token is a fresh
-    pass over all before it, which is simple and enough for a few samples. eval.py generates with a
-    cache. model: model.Llama; chat: data.ChatFormat; prompt: token ids."""
+    """A greedy answer to a prompt; every process calls this. Each token is a fresh pass over all
+    before it, which is simple and enough for a few samples. eval.py generates with a cache.
+
+    model: model.Llama, whose weights are left gathered: the caller reshards; chat: data.ChatFormat;
+    prompt: token ids.
+    """
     ids = prompt.tolist()
     for _ in range(min(max_new_tokens, model.config.max_position_embeddings - len(ids))):
         best = model.logits(torch.tensor(ids, device=device))[-1].argmax()

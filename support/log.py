@@ -130,7 +130,7 @@ def device_name(config) -> str:
     return f"CPU ({torch.get_num_threads()} threads)"
 
 
-def speed(run, drawn: list[int], started: float) -> dict[str, float]:
+def size_and_speed(run, drawn: list[int], started: float) -> dict[str, float]:
     """Size, speed, utilisation and peak memory (the largest of all processes) of a step. To be
     called on every process. run: train.Run; drawn: indexes of the step's pairs; started: when it
     began, by time.perf_counter."""

@@ -2,6 +2,7 @@
 
 In reading order
     pair_bytes ... enlarge      the micro-batches that take most memory over the whole run
+    OnePool                     gradients without a second pool of memory, on one process
     measure, rehearse           runs them before the first step, so that too little memory shows
                                 there; chooses how many blocks are recomputed
     fewest_recomputed           the same choice by simulation
@@ -152,6 +153,28 @@ def enlarge(
     return found
 
 
+class OnePool:
+    """Gives FSDP, on one process, the memory for the gradients that it reduces.
+
+    FSDP reduces on a stream of its own, and CUDA's allocator keeps the free memory of each stream
+    in a pool of its own. So what a step's summed gradients leave free could not hold their reduced
+    copies, and a step would need 4 bytes a parameter more. Here both come from the pool of the
+    stream that computes. (The gaps fit only in segments that can grow: support/__init__.py.)
+    """
+
+    def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if device.type != "cuda":
+            return torch.empty(size, dtype=dtype, device=device)
+        user = torch.cuda.current_stream()
+        with torch.cuda.stream(torch.cuda.default_stream()):
+            tensor = torch.empty(size, dtype=dtype, device=device)
+        tensor.record_stream(user)  # not reused before that stream is done with it
+        return tensor
+
+    def __call__(self, *_args, **_options):
+        raise NotImplementedError("one process has nothing to send")
+
+
 # ----------------------------------------------------------------------------------- rehearsal
 
 
@@ -201,6 +224,7 @@ def measure(
                 loss = losses_of(indexes, i + 1 == len(step)).sum() * 0
                 held.append(gpu.allocated() if gpu else 0)
                 loss.backward()
+                loss.item()  # waits, as the loop does for the norm, before gradients are freed
                 del loss
         peak = max(peak, gpu.peak() if gpu else 0)
         model.zero_grad()

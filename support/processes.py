@@ -215,15 +215,19 @@ def stop_non_finite(
     step: int,
     loss: float,
     norm: float,
-    losses: dict[int, Tensor],
+    losses: list[tuple[list[int], Tensor]],
     drawn: list[int],
     pairs: list,
 ) -> typing.NoReturn:
     """Raises StoppedError on all processes. It names the pairs (of data.Pair) whose loss is not
     finite, or all pairs of the step if only the gradient is not.
 
-    losses: of the pairs that this process computed, by index; drawn: the indexes of all."""
-    bad = [i for i, value in losses.items() if not math.isfinite(value)]
+    losses: of each micro-batch of this process, the indexes of its pairs (none of a stand-in) and
+    their losses; drawn: the indexes of all processes."""
+    bad = []
+    for indexes, loss_B in losses:
+        values = zip(indexes, loss_B.tolist(), strict=False)
+        bad += [i for i, value in values if not math.isfinite(value)]
     bad = [i for of_process in together(lambda: bad) for i in of_process] or drawn
     places = ", ".join(pairs[i].place for i in bad[:20])
     more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""

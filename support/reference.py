@@ -1,7 +1,8 @@
 """The log-probs of the frozen starting model, computed once and kept in a file: the reference of
 dpo, dpo-norm and ipo.
 
-cached_logps, compute         those of all parts of a run, from the file or from the model
+cached_logps                  those of all parts of a run, from the file or computed
+compute                       those of one part
 cache_key                     names what they were made from
 read_cache, write_cache       the file
 """
@@ -27,8 +28,8 @@ def cached_logps(
     are computed, checked and written. To be called on every process. Raises StoppedError if they
     are not finite.
 
-    marks: of run_directory.fingerprint; model: model.Llama, with the starting weights; parts:
-    train.Pairs.
+    marks: of run_directory.fingerprint; parts: train.Pairs; model: model.Llama with the starting
+    weights, which are left gathered: the caller reshards.
     """
     key, counts = cache_key(marks), [len(part.pairs) for part in parts]
     logps = on_first_process(lambda: read_cache(cache, key, sum(counts)))

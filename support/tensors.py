@@ -1,8 +1,9 @@
-"""Safetensors files, and which rows of a sharded tensor a process holds."""
+"""Safetensors files: their headers, checked; and which rows of a sharded tensor a process holds."""
 
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,6 +88,50 @@ def tensor_headers(directory: Path) -> dict[str, Header]:
                 tensor = file.get_slice(key)
                 found[key] = Header(path, tuple(tensor.get_shape()), tensor.get_dtype())
     return found
+
+
+FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the dtypes that weights may have
+
+
+def check_headers(
+    directory: str | Path,
+    found: dict[str, Header],
+    expected: dict[str, tuple[int, ...]],
+    layers: int,
+) -> None:
+    """Raises InputError unless the tensors found in a Llama's directory are those expected (key ->
+    shape), in a floating dtype, and no others. layers: as config.json says."""
+    there = len({key.split(".")[2] for key in found if key.startswith("model.layers.")})
+    if there and there != layers:
+        raise InputError(
+            f"{directory}: config.json says num_hidden_layers {layers}, "
+            f"the weights have model.layers of {there}"
+        )
+    for key, shape in expected.items():
+        if key not in found:
+            names = ", ".join(sorted({header.path.name for header in found.values()})[:4])
+            names = names or "files that hold no tensor"
+            raise InputError(f"{directory}: key {key} is missing from {names}{_alike(key, found)}")
+        path, found_shape, dtype = found[key]
+        if found_shape != shape:
+            raise InputError(
+                f"{path}: key {key} has shape {shown(found_shape)}, config.json says {shape}"
+            )
+        if dtype not in FLOATS:
+            floats = ", ".join(sorted(FLOATS))
+            raise InputError(f"{path}: key {key} is stored as {dtype}, wanted one of {floats}")
+    if extra := sorted(found.keys() - expected.keys()):
+        path, key = found[extra[0]].path, shown(extra[0])
+        raise InputError(f"{path}: key {key} is not one of this model's ({len(extra)} such)")
+
+
+def _alike(key: str, found: Iterable[str]) -> str:
+    """For a message: a found key that differs from `key` only by a prefix, as wrappers of models
+    write them."""
+    for other in sorted(found):
+        if other.endswith(key) or key.endswith(other):
+            return f", which has {shown(other)} instead: give the keys their own names"
+    return ""
 
 
 def _weight_files(directory: Path) -> dict[Path, set[str] | None]:

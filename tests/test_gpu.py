@@ -15,11 +15,13 @@ import pytest
 import torch
 import variants
 from conftest import ROOT, flags, main, random_pairs, tiny_model
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from data import pack
 from support.flops import pair_flops
+from support.memory import OnePool
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])
@@ -247,28 +249,31 @@ def test_peers_come_after_what_they_are_compared_with():
 def test_a_variants_part_runs_that_variant(options, monkeypatch):
     started = []
     monkeypatch.setattr(gpu, "start", lambda _, words: started.append(words) or 1 / 0)
-    for options.part in ("step-uf-one-pool", "step-uf-defaults"):
+    for options.part in ("step-uf-two-pools", "step-uf-defaults"):
         with pytest.raises(ZeroDivisionError):
             gpu.train(options, "--lr", 1)
     variant, plain = started
-    assert variant[1:3] == [str(ROOT / "bench/variants.py"), "one-pool"]
+    assert variant[1:3] == [str(ROOT / "bench/variants.py"), "two-pools"]
     assert plain[1] == str(ROOT / "train.py") and variant[3:] == plain[2:]
 
 
 def test_variants_change_what_they_say(start, tmp_path, monkeypatch):
-    for name in ("shard", "reduce_gradients"):  # put back after the test
-        monkeypatch.setattr(train, name, getattr(train, name))
-    calls, allocate = [], variants.OnDefaultStream.allocate
+    for place, name in [(train, "reduce_gradients"), (FSDPModule, "set_custom_reduce_scatter")]:
+        monkeypatch.setattr(place, name, getattr(place, name))  # put back after the test
+    sizes, allocate = [], OnePool.allocate
 
-    def counted(*args, **options):
-        calls.append(args)
-        return allocate(*args, **options)
+    def counted(pool, size, **options):
+        sizes.append(math.prod(size))
+        return allocate(pool, size, **options)
 
-    monkeypatch.setattr(variants.OnDefaultStream, "allocate", counted)
+    monkeypatch.setattr(OnePool, "allocate", counted)
     more = "--precision bf16 --max-steps 1"
-    assert main(*flags(start, tmp_path / "a", more)) == 0 and not calls
-    variants.one_pool()
-    assert main(*flags(start, tmp_path / "b", more)) == 0 and calls
+    assert main(*flags(start, tmp_path / "a", more)) == 0
+    # Once in the rehearsal and once in the step, all gradients and their reduced copies.
+    assert sum(sizes) == 2 * 2 * sum(p.numel() for p in tiny_model().parameters())
+    sizes.clear()
+    variants.two_pools()
+    assert main(*flags(start, tmp_path / "b", more)) == 0 and not sizes
     before = train.reduce_gradients
     variants.reduce_always()
     assert train.reduce_gradients is not before
@@ -279,7 +284,7 @@ def test_variants_of_train_py_make_the_same_updates(tmp_path):
     small = "--max-steps 2 --samples 0 --eval-every 0 --pairs-per-step 8 --precision bf16"
     small += " --max-tokens-per-gpu 160 --save-every 0 --device cpu --out"
     found = {}
-    for program in ("train.py", "bench/variants.py reduce-always", "bench/variants.py one-pool"):
+    for program in ("train.py", "bench/variants.py reduce-always", "bench/variants.py two-pools"):
         out = tmp_path / str(len(found))
         words = [sys.executable, *program.split(), *small.split(), out]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
