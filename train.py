@@ -73,7 +73,7 @@ from model import (
     expected_shapes,
     load_weights,
 )
-from support import checkpoints, memory, run_directory
+from support import checkpoints, memory, processes, run_directory
 from support.best import Best
 from support.bins import MicroBatch
 from support.export import save_model
@@ -82,18 +82,6 @@ from support.flags import check_answers, check_flags, flag, parse, resolve_max_t
 from support.held_out import answer, read_groups
 from support.log import Log, describe, header, run_facts, size_and_speed
 from support.metrics import Sums
-from support.processes import (
-    StopRequest,
-    announced,
-    choose_device,
-    every_two_seconds,
-    exit_code,
-    leave,
-    on_first_process,
-    refuse_restart,
-    start_processes,
-    stop_non_finite,
-)
 from support.reference import cached_logps
 
 # ------------------------------------------------------------------------------- configuration
@@ -342,7 +330,7 @@ class Run:
     chat: ChatFormat | None  # None: all pairs are token ids
     log: Log
     best: Best
-    stop: StopRequest
+    stop: processes.StopRequest
     identity: str  # hash of all that a resumed run must share with this one
 
 
@@ -374,7 +362,7 @@ def train(run: Run, done: int) -> None:
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         means = sums.mean_over_processes()
         if not math.isfinite(means["loss"]) or not math.isfinite(norm):
-            stop_non_finite(step, means["loss"], norm, losses, drawn, pairs.pairs)
+            processes.stop_non_finite(step, means["loss"], norm, losses, drawn, pairs.pairs)
 
         rate = learning_rate(
             step - 1, pairs.steps, config.lr, config.warmup_ratio, config.min_lr_ratio
@@ -538,7 +526,7 @@ def build_model(config: Config, mesh: DeviceMesh) -> Llama:
     if config.compile == "on" or (config.compile == "auto" and worthwhile):
         for block in model.model["layers"]:
             block.compile(dynamic=True)
-    _, compute_dtype = choose_device(config.device, config.precision)
+    _, compute_dtype = processes.choose_device(config.device, config.precision)
     shard(model, mesh, compute_dtype)
     model.to_empty(device=mesh.device_type)
     load_weights(model, config.model)
@@ -573,7 +561,7 @@ def read_pairs(
 ) -> tuple[list[Pairs], list[Counter], ChatFormat | None]:
     """The training pairs and, if asked for, the held-out ones, checked; their counts; and the chat
     format, unless all pairs are token ids."""
-    progress = every_two_seconds()
+    progress = processes.every_two_seconds()
     files = [config.data, config.eval_data] if config.eval_data else [config.data]
     counts = [Counter() for _ in files]
     preferences = [
@@ -602,7 +590,7 @@ def read_pairs(
 def fine_tune(config: Config) -> None:
     """A whole run: checks, training, export. Flags, data and the headers of the weights are checked
     before OUT is made, the values of the weights before the first step."""
-    refuse_restart(config.resume is not None)
+    processes.refuse_restart(config.resume is not None)
     llama = LlamaConfig.load(config.model)
     max_tokens = resolve_max_tokens(config.max_tokens, llama.max_position_embeddings)
     config = dataclasses.replace(config, max_tokens=max_tokens)
@@ -610,13 +598,13 @@ def fine_tune(config: Config) -> None:
     if config.plan:
         return plan(config, llama)
     weight_files = check_weights(config.model, llama)
-    mesh = start_processes(config)
+    mesh = processes.start(config)
     parts, counts, chat = read_pairs(config, llama, mesh.device_type)
     pairs = parts[0]
     held_out = parts[1] if config.eval_data else None
     out, fingerprint = run_directory.open_run(config, weight_files, parts)
     log = Log(out)
-    if on_first_process((out / "model").exists):
+    if processes.on_first_process((out / "model").exists):
         log.say(f"{out} is finished: its model is {out / 'model'}")
         return
 
@@ -634,16 +622,17 @@ def fine_tune(config: Config) -> None:
 
     gpu = memory.Gpu() if mesh.device_type == "cuda" else None
     # Also sets how many blocks are recomputed, and how many tokens a micro-batch may have.
-    with announced("trying the run's costliest micro-batches"):
+    with processes.announced("trying the run's costliest micro-batches"):
         facts["memory"] = memory.rehearse(model, pairs, losses_of, log.say, gpu)
 
     identity = run_directory.identity(config, fingerprint)
     checkpoint, state = checkpoints.newest_checkpoint(out, identity, log.say)
     if config.resume is not None:
-        on_first_process(lambda: log.rewind(state["step"]))
+        processes.on_first_process(lambda: log.rewind(state["step"]))
         log.say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint: from step 1")
     run_directory.record(out, facts)
-    best, stop = Best(config.keep_best, out, identity, model, mesh, log.say), StopRequest()
+    best = Best(config.keep_best, out, identity, model, mesh, log.say)
+    stop = processes.StopRequest()
     run = Run(config, mesh, model, optimizer, pairs, held_out, chat, log, best, stop, identity)
     if checkpoint:
         checkpoints.load_checkpoint(checkpoint, state, model, optimizer)
@@ -687,7 +676,7 @@ def plan(config: Config, llama: LlamaConfig) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code (support.processes.exit_code)."""
-    return exit_code(
+    return processes.exit_code(
         "train.py",
         lambda: fine_tune(parse(Config, arguments, EXAMPLE, __doc__)),
         lambda: memory.ADVICE,
@@ -695,4 +684,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    processes.leave(main())

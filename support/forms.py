@@ -324,6 +324,7 @@ def with_system(turns: Turns, record: dict) -> Turns:
 # Of the formats of Llama 2 and 3, ChatML, Alpaca and HH.
 MARKERS = ("<|eot_id|>", "<|start_header_id|>", "<|im_start|>", "<|im_end|>", "[/INST]")
 MARKERS += ("### Response:", "\n\nHuman:", "\n\nAssistant:")
+NOTHING = ("nan", "NaN", "None", "null", "<NA>")  # missing values, written as texts
 
 
 def doubts(record: dict, prompt, *answers) -> list[str]:
@@ -332,6 +333,7 @@ def doubts(record: dict, prompt, *answers) -> list[str]:
     if isinstance(prompt, list):
         texts = [*(content for _, content in prompt), *filter(None, answers)]
         found += ["hold chat markers"] * any(mark in text for text in texts for mark in MARKERS)
+        found += ["hold a word for nothing"] * any(text.strip() in NOTHING for text in texts)
     scores = [record.get(f"score_{side}") for side in PAIR_KEYS]
     if all(isinstance(score, (int, float)) for score in scores) and scores[0] < scores[1]:
         found.append("scored the other way")

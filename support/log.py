@@ -5,6 +5,7 @@ Log                  the step line, the held-out line, the files; `rewind` when 
 """
 
 import json
+import os
 import platform
 import shutil
 import signal
@@ -53,6 +54,25 @@ def describe(counts: Counter) -> str:
         text += f". In {marked:,} a text holds markers of a chat format, which stay text"
     if reversed_scores := counts["scored the other way"]:
         text += f". In {reversed_scores:,} score_chosen is below score_rejected"
+    if nothing := counts["hold a word for nothing"]:
+        text += f". In {nothing:,} a text is nan, None or null: missing values?"
+    return text
+
+
+def describe_repeats(pairs: list) -> str:
+    """How many of these pairs (data.Pair) are there more than once, and how many with chosen and
+    rejected swapped (of single answers: labelled both good and bad), if any."""
+
+    def key(*parts: np.ndarray) -> int:
+        return hash(tuple(ids.tobytes() for ids in parts))
+
+    seen = {key(pair.prompt, pair.chosen, pair.rejected) for pair in pairs}
+    swapped = sum(key(pair.prompt, pair.rejected, pair.chosen) in seen for pair in pairs)
+    text = ""
+    if repeats := len(pairs) - len(seen):
+        text += f". {repeats:,} of them repeat an earlier row"
+    if swapped:
+        text += f". {swapped:,} are there with chosen and rejected swapped too"
     return text
 
 
@@ -65,7 +85,7 @@ def header(config, out: Path, model, parts: list, counts: list[Counter], chat: b
     options = " ".join(f"{name} {value:g}" for name, value in config.loss_options.items())
     held_out = "none (--eval-data)"
     if config.eval_data:
-        held_out = f"{config.eval_data}: {describe(counts[-1])}"
+        held_out = f"{config.eval_data}: {describe(counts[-1])}{describe_repeats(parts[1].pairs)}"
         seen = {hash(pair.prompt.tobytes()) for pair in pairs.pairs}
         if again := sum(hash(pair.prompt.tobytes()) in seen for pair in parts[1].pairs):
             held_out += f". The prompts of {again:,} are in the training data too"
@@ -78,7 +98,7 @@ def header(config, out: Path, model, parts: list, counts: list[Counter], chat: b
         "model": f"{config.model}: {parameters:,} parameters, {llama.num_hidden_layers} layers, "
         f"width {llama.hidden_size}, vocabulary {llama.vocab_size:,}",
         "loss": f"{config.loss} {options}".rstrip(),
-        "data": f"{config.data}: {describe(counts[0])}",
+        "data": f"{config.data}: {describe(counts[0])}{describe_repeats(pairs.pairs)}",
         "held out": held_out,
         "chat": describe_chat(config.model) if chat else "none: the pairs are token ids",
         "tokens": f"{pairs.sizes.sum():,} an epoch, {responses:,} of them in responses; "
@@ -86,7 +106,7 @@ def header(config, out: Path, model, parts: list, counts: list[Counter], chat: b
         "steps": f"{pairs.steps:,} of {min(config.pairs_per_step, len(pairs.pairs))} pairs; "
         f"warm-up to {config.lr:g}{cosine}",
         "precision": f"fp32 weights and moments, {products} products, fp32 losses",
-        "devices": f"{dist.get_world_size()} x {device_name(config)}",
+        "devices": f"{dist.get_world_size()} x {device_name(config)}{describe_tasks()}",
         "out": str(out),
         "flags": command_line(config),
     }
@@ -104,6 +124,15 @@ def describe_chat(model: str) -> str:
     if template is not None and template != CHAT_TEMPLATE:
         text += f" instead of {model}'s own, which is another text"
     return text
+
+
+def describe_tasks() -> str:
+    """Says if srun or mpirun started several processes, which do not know of each other."""
+    for launcher, name in (("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE")):
+        tasks = os.environ.get(name, "1")
+        if dist.get_world_size() == 1 and tasks != "1":
+            return f". {launcher} started {tasks} processes: only torchrun would join them"
+    return ""
 
 
 def run_facts(config, model, counts: list[Counter], steps: int, fingerprint: dict) -> dict:

@@ -1,7 +1,7 @@
 """Devices, agreement between processes, signals and exit codes.
 
 choose_device, out_of_memory, peak_memory_gib    the device and its memory
-environment, start_processes, refuse_restart     torchrun's process group, or one of one
+environment, start, refuse_restart               torchrun's process group, or one of one
 together, on_first_process                       actions whose failure all processes learn of
 announced, every_two_seconds                     lines for what takes longer than 2 s
 StopRequest, StoppedError, stop_non_finite       a run that ends before its last step
@@ -113,7 +113,7 @@ def join_group(backend: str, **options) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, **options)
 
 
-def start_processes(config) -> DeviceMesh:
+def start(config) -> DeviceMesh:
     """Joins the process group that torchrun made, or a group of one. Returns the mesh to shard
     over: one axis, or with --replicas (replicate, shard). config: train.Config. Raises InputError
     if --replicas does not divide the number of processes."""

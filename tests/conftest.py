@@ -165,8 +165,8 @@ JOINED = """
 import json, os, sys, train
 for os.environ["MASTER_PORT"], words in json.loads(sys.argv[1]):
     if code := train.main(words):
-        train.leave(code)
-train.leave(0)
+        train.processes.leave(code)
+train.processes.leave(0)
 """
 
 

@@ -431,6 +431,11 @@ DOUBTS = {
         {"prompt": "Be kind.\n\nHuman: Name a fruit.\n\nAssistant:"},
         "hold chat markers",
     ),
+    **{
+        f"{text!r} as a text": ({key: text}, "hold a word for nothing")
+        for key, text in [("chosen", "nan"), ("rejected", "None"), ("prompt", "null ")]
+    },
+    "a word for nothing in a sentence": ({"chosen": "None of them.", "rejected": "nan nan"}, None),
     "scores": ({"score_chosen": 4.0, "score_rejected": 9}, "scored the other way"),
     "equal scores": ({"score_chosen": 4.0, "score_rejected": 4.0}, None),
     "scores as text": ({"score_chosen": "4", "score_rejected": "9"}, None),
@@ -446,6 +451,7 @@ def test_what_may_be_wrong_is_kept_and_said(name, tmp_path):
     assert counts == {"read": 1, "bad lines": 0} | ({count: 1} if count else {})
     sentences = {"hold chat markers": "In 1 a text holds markers of a chat format, which stay text"}
     sentences |= {"scored the other way": "In 1 score_chosen is below score_rejected"}
+    sentences |= {"hold a word for nothing": "In 1 a text is nan, None or null: missing values?"}
     said = describe(counts)
     assert sentences[count] in said if count else "In 1" not in said
 
@@ -661,7 +667,7 @@ CONVERTED = {
     "UTF-16 ": (GOOD.encode("utf-16-le"), "iconv "),
     "UTF-16  ": (GOOD.encode("utf-16-be"), "iconv "),
     "UTF-32": (GOOD.encode("utf-32"), "iconv "),
-    "UTF-16, gzipped": (gzip.compress(GOOD.encode("utf-16")), "gzip "),
+    "UTF-16, gzipped": (gzip.compress(GOOD.encode("utf-16"), mtime=0), "gzip "),
 }
 NAMED = {
     "zstd": (b"\x28\xb5\x2f\xfd....", "zstd -dc "),

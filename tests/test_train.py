@@ -234,6 +234,39 @@ def test_the_header_says_what_is_held_out_and_trained_on_and_how_large_a_step_is
     assert "cosine" not in said and "training data too" not in said
 
 
+def test_the_header_says_which_rows_are_there_twice_or_with_their_answers_swapped(
+    start, tmp_path, capsys
+):
+    chosen, rejected = [2, 3], [4, 5, 6]
+    pairs = [(9, chosen, rejected), (9, chosen, rejected), (9, rejected, chosen), (8, chosen, [7])]
+    rows = [{"prompt_ids": [p], "chosen_ids": c, "rejected_ids": r} for p, c, r in pairs]
+    rows += [{"prompt_ids": [7], "response_ids": [2], "label": label} for label in (True, False)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ("--data", data, "--eval-data", start / "pairs.jsonl", "--max-steps 1")
+    trained(start, tmp_path / "a", *more)
+    said = re.sub(r"\n +", " ", capsys.readouterr().out)
+    # The first two and the third; the last two.
+    expected = "1 of them repeat an earlier row. 5 are there with chosen and rejected swapped too"
+    assert f". {expected} held out" in said
+    assert said.count("repeat an earlier") == 1  # not of the held-out pairs
+
+
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+def test_the_header_says_if_srun_or_mpirun_started_processes_that_do_not_know_each_other(
+    start, tmp_path, capsys, monkeypatch, launcher
+):
+    name = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE"}[launcher]
+    words = "started 8 processes: only torchrun would join them"
+    for tasks in ("8", "1"):
+        monkeypatch.setenv(name, tasks)
+        trained(start, tmp_path / tasks, "--max-steps 1")
+        assert (f"{launcher} {words}" in capsys.readouterr().out) == (tasks == "8")
+    monkeypatch.setenv(name, "8")
+    done = run_joined(flags(start, tmp_path / "two", "--max-steps 1"))
+    assert "2 x CPU" in done and words not in done
+
+
 def test_single_answers_may_be_trained_on_while_pairs_choose_the_best(start, tmp_path):
     ones = tmp_path / "ones.jsonl"
     ones.write_text('{"prompt_ids": [1], "response_ids": [2], "label": true}\n')
