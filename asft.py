@@ -78,9 +78,9 @@ def _bounded(logp: Tensor, eps: float) -> Tensor:
     return torch.where(logp > -eps, logp - logp.detach() - eps, logp)
 
 
-def _same_shape(*logps: Tensor) -> list[Tensor]:
-    """All in at least fp32. Raises ValueError for unequal shapes: (B,) and (B, 1) would broadcast
-    to (B, B) in silence."""
+def _checked(*logps: Tensor) -> list[Tensor]:
+    """The log-probs in at least fp32. Raises ValueError for unequal shapes: (B,) and (B, 1) would
+    broadcast to (B, B) in silence."""
     if len({x.shape for x in logps}) > 1:
         raise ValueError(f"log-probs of unequal shapes: {[tuple(x.shape) for x in logps]}")
     return [at_least_fp32(x) for x in logps]
@@ -89,7 +89,7 @@ def _same_shape(*logps: Tensor) -> list[Tensor]:
 def comparison(logp_w_B: Tensor, logp_l_B: Tensor) -> Metrics:
     """margin = l_w - l_l in nats, and accuracy: 1 if the chosen response is likelier per token; a
     tie counts 0."""
-    logp_w_B, logp_l_B = _same_shape(logp_w_B, logp_l_B)
+    logp_w_B, logp_l_B = _checked(logp_w_B, logp_l_B)
     margin_B = (logp_w_B - logp_l_B).detach()
     return {"margin": margin_B, "accuracy": (margin_B > 0).to(margin_B.dtype)}
 
@@ -135,10 +135,9 @@ def asft_loss(
     which is what runs at temperature 1: no odds, no cancellation, and no trouble at logp_w = 0.
     (With sft_weight, 1 + beta is sft_weight + beta.)
 
-    Each answer has its own terms, so none needs a partner. At logp_w = 0 the chosen terms are
-    exactly 0, at logp_l = -inf (p_l = 0) the rejected one, at every temperature and eps. train.py
-    passes these for a row that has only a bad or only a good answer. (The gradient with respect to
-    logp_w is not 0 there: pass a constant, or as train.py does a 0 that depends on no token.)
+    Each answer has its own terms, so none needs a partner. For a missing one pass logp_w = 0 or
+    logp_l = -inf (p_l = 0), as train.py does: its terms are then exactly 0, at every temperature
+    and eps. Pass the 0 as a constant, since the gradient with respect to logp_w is not 0 there.
 
     Args:
         logp_w_B, logp_l_B: mean log-probs in nats, at most 0, of equal shape. Half types are
@@ -157,8 +156,8 @@ def asft_loss(
     Returns:
         loss_B, and per-pair metrics, detached: sft, align (both unweighted), align_w and align_l
         (its chosen and rejected half), rejected_weight (the loss's gradient with respect to
-        logp_l, at temperature 1 beta * p_l / (1 - p_l); with respect to logp_w it is then
-        -(sft_weight + beta)), clamped (1 if eps acted), margin, accuracy.
+        logp_l; at temperature 1 it is beta * p_l / (1 - p_l)), clamped (1 if eps acted), margin,
+        accuracy.
 
     Raises ValueError for unequal shapes and for beta < 0, sft_weight < 0, temperature <= 0,
     eps <= 0.
@@ -168,7 +167,7 @@ def asft_loss(
             "asft_loss needs beta >= 0, sft_weight >= 0, temperature > 0, eps > 0; "
             f"found {beta=}, {sft_weight=}, {temperature=}, {eps=}"
         )
-    logp_w_B, logp_l_B = _same_shape(logp_w_B, logp_l_B)
+    logp_w_B, logp_l_B = _checked(logp_w_B, logp_l_B)
     bounded_l_B = _bounded(logp_l_B, eps)
     sft_B = -logp_w_B
     if temperature == 1:
@@ -213,7 +212,7 @@ def orpo_loss(
     """
     if eps <= 0:
         raise ValueError(f"orpo_loss needs eps > 0; found {eps=}")
-    logp_w_B, logp_l_B = _same_shape(logp_w_B, logp_l_B)
+    logp_w_B, logp_l_B = _checked(logp_w_B, logp_l_B)
     sft_B = -logp_w_B
     log_odds_w_B = log_odds(_bounded(logp_w_B, eps))
     log_odds_l_B = log_odds(_bounded(logp_l_B, eps))
@@ -239,7 +238,7 @@ def simpo_loss(
     `gamma` is the target margin in units of the reward beta * l, as TRL's `simpo_gamma`. TRL's CPO
     trainer adds an SFT term unless cpo_alpha is 0. There is no SFT term here.
     """
-    logp_w_B, logp_l_B = _same_shape(logp_w_B, logp_l_B)
+    logp_w_B, logp_l_B = _checked(logp_w_B, logp_l_B)
     loss_B = -F.logsigmoid(beta * (logp_w_B - logp_l_B) - gamma)
     rewards = _rewards(beta * logp_w_B, beta * logp_l_B)
     return loss_B, {"align": loss_B.detach()} | rewards | comparison(logp_w_B, logp_l_B)
@@ -249,7 +248,7 @@ def _log_ratios(
     logp_w_B: Tensor, logp_l_B: Tensor, ref_w_B: Tensor, ref_l_B: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of the model less that of the reference, of both responses."""
-    logp_w_B, logp_l_B, ref_w_B, ref_l_B = _same_shape(logp_w_B, logp_l_B, ref_w_B, ref_l_B)
+    logp_w_B, logp_l_B, ref_w_B, ref_l_B = _checked(logp_w_B, logp_l_B, ref_w_B, ref_l_B)
     return logp_w_B - ref_w_B, logp_l_B - ref_l_B
 
 

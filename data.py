@@ -175,13 +175,6 @@ class ChatFormat:
         ids = encoded[content.strip()]
         return [*ids, self.end_of_turn] if ids else []
 
-    def last_turn(self, prompt: np.ndarray) -> str:
-        """The content of the last message in a prompt's ids, for display."""
-        ids = prompt.tolist()
-        ends = [i for i, token in enumerate(ids) if token in (self.end_header, self.end_of_turn)]
-        # The last three end the message's header, the message, and the assistant's header.
-        return self.decode(ids[ends[-3] + 1 : ends[-2]]).strip() if len(ends) > 2 else ""
-
 
 # ----------------------------------------------------------------------------------------- encoding
 

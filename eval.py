@@ -44,8 +44,8 @@ STEPS = {
 def parse(
     arguments: list[str] | None = None, flags: argparse.Namespace | None = None
 ) -> argparse.Namespace:
-    """The command's flags, and the command itself as `command`, put into `flags` if that is given
-    (so that they are known after a failure). Each module adds its own flags."""
+    """Parses a command's flags into `flags` (default: a new Namespace). `flags.command` is the
+    function to run. main passes a Namespace of its own, to read it after a failure."""
     parser = FlagParser(
         prog="python eval.py",
         description=__doc__,

@@ -5,7 +5,7 @@ In reading order
     Segments, Batch, attention      the packed sequence, and which of its tokens attend to which
     rope_tables, rotate             rotary positions, with Llama 3.1's frequency scaling
     RMSNorm, Attention, MLP, Block
-    target_logps, Head              log-probs of the scored tokens without fp32 logits
+    target_logps, Head              log-probs of the scored tokens; their logits are kept once
     Llama                           the model; its module names are the checkpoint's keys
     load_model ... load_weights     Hugging Face directories, whole or this process's share
                                     (support/export.py writes them)
@@ -317,8 +317,15 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, *inputs) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        segments: Segments | None,
+        attend: Callable = attention,
+    ) -> Tensor:
         """Runs `compute`. With `recompute`, backward runs it again."""
+        inputs = (x_TD, rope, segments, attend)
         if torch.is_grad_enabled() and self.recompute:
             # Inside the compiled block: around it, backward would recompute down_proj too, whose
             # output it does not need. Nothing here is random, and to save a GPU's random state the
@@ -326,13 +333,7 @@ class Block(nn.Module):
             return checkpoint(self.compute, *inputs, use_reentrant=False, preserve_rng_state=False)
         return self.compute(*inputs)
 
-    def compute(
-        self,
-        x_TD: Tensor,
-        rope: tuple[Tensor, Tensor],
-        segments: Segments | None,
-        attend: Callable = attention,
-    ) -> Tensor:
+    def compute(self, x_TD: Tensor, rope, segments, attend) -> Tensor:
         """The output (T, D) of the block."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, segments, attend)
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
@@ -340,8 +341,8 @@ class Block(nn.Module):
 
 # ---------------------------------------------------------------------------------------- head
 
-# How many logits are held in fp32 at once: on a CPU as many as fit in its cache, on a GPU enough to
-# keep it busy (1 GiB).
+# How many logits of half types are held in fp32 at once: on a CPU as many as fit in its cache, on a
+# GPU enough to keep it busy (1 GiB).
 CHUNK_ELEMENTS, CHUNK_ELEMENTS_CUDA = 2**20, 2**28
 # Scored tokens in one matrix product without gradients: with fewer, the weights are read too often.
 MATMUL_ROWS = 256
@@ -454,7 +455,7 @@ class Llama(nn.Module):
         # A tied model uses the embedding. Registered twice, to_empty() would make two parameters.
         self.lm_head = None if config.tie_word_embeddings else Head(config)
 
-    def recompute(self, blocks: int) -> None:
+    def recompute_first(self, blocks: int) -> None:
         """Lets the first `blocks` blocks recompute in backward. The last ones, which backward frees
         first, keep what they computed."""
         for i, block in enumerate(self.model["layers"]):
@@ -524,7 +525,7 @@ def load_model(
 
 def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Key -> shape of every tensor of a checkpoint."""
-    with torch.device("meta"):
+    with torch.device("meta"):  # one block for all: to build as many as config.json may say is slow
         block = Block(config).state_dict()
     width = config.hidden_size
     shapes = {"model.embed_tokens.weight": (config.vocab_size, width)}

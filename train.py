@@ -8,7 +8,7 @@
 
 In reading order
     Config                           every setting: its flag, its default, its line of help
-    Pairs, step_loss                 what a step draws; the forward pass and loss of a micro-batch
+    Dataset, step_loss               what a step draws; the forward pass and loss of a micro-batch
     Run, train, learning_rate        the loop; warm-up and cosine
     evaluate                         held-out figures
     attach_reference                 log-probs of the starting model, for dpo, dpo-norm and ipo
@@ -79,7 +79,7 @@ from support.bins import MicroBatch
 from support.export import save_model
 from support.files import InputError
 from support.flags import check_answers, check_flags, flag, parse, resolve_max_tokens
-from support.held_out import answer, read_groups
+from support.held_out import answer, last_turn, read_groups
 from support.log import Log, describe, header, run_facts, size_and_speed
 from support.metrics import Sums
 from support.reference import cached_logps
@@ -219,12 +219,12 @@ class Config:
         return {name: getattr(self, name) for name in self.loss_row.options}
 
 
-# ------------------------------------------------------------------------- pairs, step and loop
+# ----------------------------------------------------------------------- dataset, step and loop
 
 
-class Pairs:
-    """Encoded pairs, how steps draw and batch them, and the reference's log-probs of them if the
-    loss needs those."""
+class Dataset:
+    """The encoded pairs of a file, how steps draw and batch them, and the reference's log-probs of
+    them if the loss needs those."""
 
     def __init__(self, pairs: list[Pair], config: Config, device: str):
         self.pairs, self.config, self.device = pairs, config, device
@@ -278,27 +278,29 @@ class Pairs:
         return self.reference[indexes].flatten(0, 1).unbind(-1)
 
 
-def step_loss(model: Llama, pairs: Pairs, indexes: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+def step_loss(
+    model: Llama, dataset: Dataset, indexes: MicroBatch
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Forward pass of one micro-batch: packed pairs -> one loss per pair.
 
     Returns loss_B, and metrics per pair, detached: the loss's own, and those that every loss has. A
-    row may have one answer. rows, rows_chosen, rows_rejected and rows_both are 1 if the row has
-    what they name (all are 0 of a stand-in, see Pairs.batch), and Sums takes means over such rows.
+    pair may have one answer. rows, rows_chosen, rows_rejected and rows_both are weights of 0 or 1:
+    Sums divides each metric by the sum of the one that fits (support/metrics.py).
     """
-    loss = pairs.config.loss_row
-    batch = pairs.batch(indexes)
+    loss = dataset.config.loss_row
+    batch = dataset.batch(indexes)
     mean_R, sum_R = model(batch)  # responses 2i and 2i+1: chosen and rejected of pair i
     logp_R = mean_R if loss.logps == "mean" else sum_R
     has_chosen_B, has_rejected_B = batch.length_R[0::2] > 0, batch.length_R[1::2] > 0
     # The term of an absent answer vanishes: l_w = 0, which the model gives, or p_l = 0.
     inputs = [logp_R[0::2], logp_R[1::2].masked_fill(~has_rejected_B, -math.inf)]
     if loss.reference:
-        mean_ref_R, sum_ref_R = pairs.reference_logps(indexes, batch)
+        mean_ref_R, sum_ref_R = dataset.reference_logps(indexes, batch)
         reference_R = mean_ref_R if loss.logps == "mean" else sum_ref_R
         inputs += [reference_R[0::2], reference_R[1::2]]
-    loss_B, metrics = loss.function(*inputs, **pairs.config.loss_options)
+    loss_B, metrics = loss.function(*inputs, **dataset.config.loss_options)
 
-    counts_B = torch.full_like(has_chosen_B, bool(indexes))
+    is_real_B = torch.full_like(has_chosen_B, bool(indexes))  # False of a stand-in
     mean_R, sum_R = mean_R.detach(), sum_R.detach()
     logp_w_B, logp_l_B = mean_R[0::2], mean_R[1::2]
     common = {
@@ -308,12 +310,12 @@ def step_loss(model: Llama, pairs: Pairs, indexes: MicroBatch) -> tuple[Tensor, 
         "sum_logp_w": sum_R[0::2],
         "sum_logp_l": sum_R[1::2],
         **asft.comparison(logp_w_B, logp_l_B),
-        "rows": counts_B.float(),
-        "rows_chosen": (counts_B & has_chosen_B).float(),
-        "rows_rejected": (counts_B & has_rejected_B).float(),
-        "rows_both": (counts_B & has_chosen_B & has_rejected_B).float(),
+        "rows": is_real_B.float(),
+        "rows_chosen": (is_real_B & has_chosen_B).float(),
+        "rows_rejected": (is_real_B & has_rejected_B).float(),
+        "rows_both": (is_real_B & has_chosen_B & has_rejected_B).float(),
     }
-    # Of equal names the common ones stay: in them an absent answer has no -inf.
+    # Metrics of equal names are equal, but the common ones have no -inf of an absent answer.
     return loss_B, {"loss": loss_B.detach()} | metrics | common
 
 
@@ -325,8 +327,8 @@ class Run:
     mesh: DeviceMesh
     model: Llama
     optimizer: torch.optim.AdamW
-    pairs: Pairs
-    held_out: Pairs | None
+    training: Dataset
+    held_out: Dataset | None
     chat: ChatFormat | None  # None: all pairs are token ids
     log: Log
     best: Best
@@ -341,20 +343,21 @@ def train(run: Run, done: int) -> None:
     rate, update, log. Raises StoppedError if the loss or the gradient is not finite, before the
     update; and after the step in which the run is told to stop, unless it was the last.
     """
-    config, model, pairs, optimizer = run.config, run.model, run.pairs, run.optimizer
+    config, model, dataset, optimizer = run.config, run.model, run.training, run.optimizer
     rank, world = dist.get_rank(), dist.get_world_size()
-    for step in range(done + 1, pairs.steps + 1):  # counted from 1, as it is logged
+    scale = world / config.pairs_per_step  # FSDP averages gradients over processes, hence `world`
+    for step in range(done + 1, dataset.steps + 1):  # counted from 1, as it is logged
         started = time.perf_counter()
-        micro_batches = pairs.micro_batches(step - 1, world)  # [process][micro-batch] -> indexes
+        micro_batches = dataset.micro_batches(step - 1, world)  # [process][micro-batch] -> indexes
         drawn = [i for by_rank in micro_batches for indexes in by_rank for i in indexes]
 
         sums, losses = Sums(), []
         for i, indexes in enumerate(micro_batches[rank]):
-            reduce_gradients(model, run.mesh, last=i + 1 == len(micro_batches[rank]))
-            loss_B, metrics = step_loss(model, pairs, indexes)
-            # A pair weighs 1/pairs_per_step, also in an epoch's short last step. FSDP averages
-            # gradients over processes, hence `world`.
-            ((loss_B * metrics["rows"]).sum() * (world / config.pairs_per_step)).backward()
+            set_reduction(model, run.mesh, last=i + 1 == len(micro_batches[rank]))
+            loss_B, metrics = step_loss(model, dataset, indexes)
+            # A stand-in weighs 0, a pair 1/pairs_per_step, also in an epoch's short last step.
+            loss = (loss_B * metrics["rows"]).sum() * scale
+            loss.backward()
             sums.add(metrics)
             losses.append((indexes, loss_B.detach()))
 
@@ -362,10 +365,10 @@ def train(run: Run, done: int) -> None:
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         means = sums.mean_over_processes()
         if not math.isfinite(means["loss"]) or not math.isfinite(norm):
-            processes.stop_non_finite(step, means["loss"], norm, losses, drawn, pairs.pairs)
+            processes.stop_non_finite(step, means["loss"], norm, losses, drawn, dataset.pairs)
 
         rate = learning_rate(
-            step - 1, pairs.steps, config.lr, config.warmup_ratio, config.min_lr_ratio
+            step - 1, dataset.steps, config.lr, config.warmup_ratio, config.min_lr_ratio
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -373,23 +376,23 @@ def train(run: Run, done: int) -> None:
         optimizer.zero_grad()
 
         # `means` are of the weights before this update, eval_* of those after it.
-        row = {"step": step, "epoch": round(step / pairs.steps_per_epoch, 4), **means, "lr": rate}
+        row = {"step": step, "epoch": round(step / dataset.steps_per_epoch, 4), **means, "lr": rate}
         row |= {"grad_norm": norm} | size_and_speed(run, drawn, started)
-        run.log.step(row, pairs.steps)
-        last = step == pairs.steps
+        run.log.step(row, dataset.steps)
+        last = step == dataset.steps
         if run.held_out and (last or due(config.eval_every, step)):
             row |= evaluate(run, step)
             run.best.offer(step, row)
         run.log.append("metrics.jsonl", row)
         if last:
             return  # no checkpoint: the export follows
-        stop = run.stop.signal_anywhere(pairs.device)
+        stop = run.stop.signal_anywhere(dataset.device)
         if stop or due(config.save_every, step):
             checkpoints.save_checkpoint(
                 run.log.out, step, run.identity, model, optimizer, run.mesh, config.keep
             )
         if stop:
-            raise run.log.stopped(stop, step, pairs.steps)
+            raise run.log.stopped(stop, step, dataset.steps)
 
 
 def due(every: int, step: int) -> bool:
@@ -421,45 +424,48 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     """Held-out metrics (eval_loss and so on): means over all pairs, each counted once on any number
     of processes. Logged, also for each value of --eval-by, with answers to the first --samples
     prompts. To be called on every process."""
-    pairs = run.held_out
-    prompts = [pair.prompt for pair in pairs.pairs[: run.config.samples]]
-    answers = [answer(run.model, run.chat, prompt, pairs.device) for prompt in prompts]
-    sums = {name: Sums() for name in pairs.groups}
-    for indexes in pairs.own_micro_batches():
-        _, metrics = step_loss(run.model, pairs, indexes)
-        for name, group in pairs.groups.items():
-            within = [float(i in group) for i in indexes or pairs.stand_in]
-            sums[name].add(metrics, torch.tensor(within, device=pairs.device))
+    dataset = run.held_out
+    prompts = [pair.prompt for pair in dataset.pairs[: run.config.samples]]
+    answers = [answer(run.model, run.chat, prompt, dataset.device) for prompt in prompts]
+    sums = {name: Sums() for name in dataset.groups}
+    for indexes in dataset.own_micro_batches():
+        _, metrics = step_loss(run.model, dataset, indexes)
+        for name, group in dataset.groups.items():
+            within = [float(i in group) for i in indexes or dataset.stand_in]
+            sums[name].add(metrics, torch.tensor(within, device=dataset.device))
     reshard(run.model)
-    row, by = {}, {}
-    for name, group in pairs.groups.items():
+    by = {}
+    for name, group in dataset.groups.items():
         means = sums[name].mean_over_processes()
         figures = {f"eval_{metric}": mean for metric, mean in means.items()}
-        if name is None:
-            row = figures
-        else:
-            by[name] = {"pairs": len(group)} | figures
+        by[name] = figures if name is None else {"pairs": len(group)} | figures
+    row = by.pop(None)
     run.log.evaluation(step, row, by, answers)
     return row
 
 
 def attach_reference(
-    config: Config, mesh: DeviceMesh, model: Llama, parts: list[Pairs], out: Path, fingerprint: dict
+    config: Config,
+    mesh: DeviceMesh,
+    model: Llama,
+    datasets: list[Dataset],
+    out: Path,
+    fingerprint: dict,
 ) -> None:
-    """Gives each part the log-probs of the frozen starting model: of a live copy, or computed once
-    and kept in OUT or --reference-cache.
+    """Gives each dataset the log-probs of the frozen starting model: of a live copy, or computed
+    once and kept in OUT or --reference-cache.
 
     Must be called while `model` holds the starting weights, before a checkpoint is loaded.
-    fingerprint: the run's, of weights and pairs.
+    fingerprint: the run's, of weights, pairs and precision.
     """
     if config.reference == "live":
-        references = [build_model(config, mesh).requires_grad_(False)] * len(parts)
+        references = [build_model(config, mesh).requires_grad_(False)] * len(datasets)
     else:
         cache = Path(config.reference_cache or out / "reference.safetensors")
-        references = cached_logps(cache, fingerprint, model, parts)
+        references = cached_logps(cache, fingerprint, model, datasets)
         reshard(model)
-    for part, reference in zip(parts, references, strict=True):
-        part.reference = reference
+    for dataset, reference in zip(datasets, references, strict=True):
+        dataset.reference = reference
 
 
 # ---------------------------------------------------------------- sharding, model, optimizer
@@ -494,8 +500,8 @@ def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
                 module.set_custom_reduce_scatter(memory.OnePool())
 
 
-def reduce_gradients(model: Llama, mesh: DeviceMesh, last: bool) -> None:
-    """Says what FSDP does with the gradients of the next micro-batch; `last` of its step.
+def set_reduction(model: Llama, mesh: DeviceMesh, last: bool) -> None:
+    """Tells FSDP if the next backward reduces gradients over processes. last: it is its step's.
 
     On several processes they are reduced in every micro-batch: otherwise each process would hold
     those of the whole model. On one process waiting costs no memory, so they are reduced once per
@@ -558,7 +564,7 @@ def make_optimizer(config: Config, model: Llama) -> torch.optim.AdamW:
 
 def read_pairs(
     config: Config, llama: LlamaConfig, device: str
-) -> tuple[list[Pairs], list[Counter], ChatFormat | None]:
+) -> tuple[list[Dataset], list[Counter], ChatFormat | None]:
     """The training pairs and, if asked for, the held-out ones, checked; their counts; and the chat
     format, unless all pairs are token ids."""
     progress = processes.every_two_seconds()
@@ -568,23 +574,24 @@ def read_pairs(
         read_preferences(path, count, config.skip_bad_lines, progress)
         for path, count in zip(files, counts, strict=True)
     ]
-    text = any(p.is_text for part in preferences for p in part)
+    text = any(row.is_text for rows in preferences for row in rows)
     chat = ChatFormat(config.model) if text else None
     if config.samples and chat is None:
         raise InputError("--samples needs text: these pairs are token ids")
 
-    parts = []
-    for path, part, count in zip(files, preferences, counts, strict=True):
-        check_answers(config, path, part)
+    datasets = []
+    for path, rows, count in zip(files, preferences, counts, strict=True):
+        check_answers(config, path, rows)
         pairs = encode_preferences(
-            part, chat, config.max_tokens, config.overlong, count, llama.vocab_size, progress
+            rows, chat, config.max_tokens, config.overlong, count, llama.vocab_size, progress
         )
         if not pairs:
             raise InputError(f"{path}: no pair left to use ({describe(count)})")
-        parts.append(Pairs(pairs, config, device))
+        datasets.append(Dataset(pairs, config, device))
     if config.eval_by:
-        parts[1].groups |= read_groups(config.eval_data, config.eval_by, parts[1].pairs)
-    return parts, counts, chat
+        held_out = datasets[1]
+        held_out.groups |= read_groups(config.eval_data, config.eval_by, held_out.pairs)
+    return datasets, counts, chat
 
 
 def fine_tune(config: Config) -> None:
@@ -599,31 +606,31 @@ def fine_tune(config: Config) -> None:
         return plan(config, llama)
     weight_files = check_weights(config.model, llama)
     mesh = processes.start(config)
-    parts, counts, chat = read_pairs(config, llama, mesh.device_type)
-    pairs = parts[0]
-    held_out = parts[1] if config.eval_data else None
-    out, fingerprint = run_directory.open_run(config, weight_files, parts)
+    datasets, counts, chat = read_pairs(config, llama, mesh.device_type)
+    training = datasets[0]
+    held_out = datasets[1] if config.eval_data else None
+    out, fingerprint = run_directory.open_run(config, weight_files, datasets)
     log = Log(out)
     if processes.on_first_process((out / "model").exists):
         log.say(f"{out} is finished: its model is {out / 'model'}")
         return
 
     model = build_model(config, mesh)
-    log.say(header(config, out, model, parts, counts, chat is not None))
-    facts = run_facts(config, model, counts, pairs.steps, fingerprint)
+    log.say(header(config, out, model, datasets, counts, chat is not None))
+    facts = run_facts(config, model, counts, training.steps, fingerprint)
     run_directory.record(out, facts, replace=False)  # so that a run that is killed can be resumed
     if config.loss_row.reference:
-        attach_reference(config, mesh, model, parts, out, fingerprint)
+        attach_reference(config, mesh, model, datasets, out, fingerprint)
     optimizer = make_optimizer(config, model)
 
     def losses_of(indexes: MicroBatch, last: bool) -> Tensor:
-        reduce_gradients(model, mesh, last=last)
-        return step_loss(model, pairs, indexes)[0]
+        set_reduction(model, mesh, last=last)
+        return step_loss(model, training, indexes)[0]
 
     gpu = memory.Gpu() if mesh.device_type == "cuda" else None
     # Also sets how many blocks are recomputed, and how many tokens a micro-batch may have.
     with processes.announced("trying the run's costliest micro-batches"):
-        facts["memory"] = memory.rehearse(model, pairs, losses_of, log.say, gpu)
+        facts["memory"] = memory.rehearse(model, training, losses_of, log.say, gpu)
 
     identity = run_directory.identity(config, fingerprint)
     checkpoint, state = checkpoints.newest_checkpoint(out, identity, log.say)
@@ -633,16 +640,18 @@ def fine_tune(config: Config) -> None:
     run_directory.record(out, facts)
     best = Best(config.keep_best, out, identity, model, mesh, log.say)
     stop = processes.StopRequest()
-    run = Run(config, mesh, model, optimizer, pairs, held_out, chat, log, best, stop, identity)
+    run = Run(config, mesh, model, optimizer, training, held_out, chat, log, best, stop, identity)
     if checkpoint:
         checkpoints.load_checkpoint(checkpoint, state, model, optimizer)
     elif held_out:
         evaluate(run, 0)  # not offered to `best`: only trained weights count
     with stop:  # also during the export: the first signal lets it finish
-        with memory.advising("in a step", model, pairs):
+        with memory.advising("in a step", model, training):
             train(run, state["step"])
-        checkpoints.stop_unless_finite(checkpoints.trained_tensors(model, optimizer), pairs.steps)
-        exported = best.load(pairs.steps)
+        checkpoints.stop_unless_finite(
+            checkpoints.trained_tensors(model, optimizer), training.steps
+        )
+        exported_step = best.load(training.steps)
         log.flush()
         save_model(
             model,
@@ -653,25 +662,25 @@ def fine_tune(config: Config) -> None:
         )
     if config.samples:
         prompts = [pair.prompt for pair in held_out.pairs[: config.samples]]
-        log.answers([chat.last_turn(prompt) for prompt in prompts], exported)
+        log.answers([last_turn(chat, prompt) for prompt in prompts], exported_step)
     log.say(f"\nsaved {out / 'model'} ({config.save_dtype}); metrics in {out / 'metrics.jsonl'}")
 
 
 def plan(config: Config, llama: LlamaConfig) -> None:
     """Prints the steps, FLOPs and memory of the run on --plan CUDA devices."""
     memory.init_fake_group(config.plan)
-    (pairs, *_), _, _ = read_pairs(config, llama, "cpu")
+    (training, *_), _, _ = read_pairs(config, llama, "cpu")
 
     def build(mesh: DeviceMesh, recomputed: int) -> tuple:
         with torch.device("meta"):
             model = Llama(llama)
-        model.recompute(recomputed)
+        model.recompute_first(recomputed)
         shard(model, mesh, torch.bfloat16)
         model.to_empty(device="cpu")
-        return model, make_optimizer(config, model), partial(reduce_gradients, model, mesh)
+        return model, make_optimizer(config, model), partial(set_reduction, model, mesh)
 
     parameters = sum(map(math.prod, expected_shapes(llama).values()))
-    memory.print_plan(pairs, llama, parameters, build)
+    memory.print_plan(training, llama, parameters, build)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -229,14 +229,14 @@ def prepare(a: argparse.Namespace, shape: str, *flags):
     (pairs,), _, _ = train_py.read_pairs(config, shape_of(a, shape), mesh.device_type)
     model = train_py.build_model(config, mesh)
     if a.device == "cuda":  # 8B fits on one card only so
-        model.recompute(len(model.model["layers"]))
+        model.recompute_first(len(model.model["layers"]))
     optimizer = train_py.make_optimizer(config, model)
 
     def step(*micro_batches: list[int]) -> float:
         """Returns its seconds."""
         started = time.perf_counter()
         for i, indexes in enumerate(micro_batches):
-            train_py.reduce_gradients(model, mesh, last=i + 1 == len(micro_batches))
+            train_py.set_reduction(model, mesh, last=i + 1 == len(micro_batches))
             train_py.step_loss(model, pairs, indexes)[0].mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()

@@ -1,6 +1,7 @@
 """Answers to held-out prompts (--samples), and groups of held-out pairs (--eval-by).
 
 answer         a greedy answer to a held-out prompt
+last_turn      what a prompt asks, to be shown beside it
 read_groups    held-out pairs by the value of a key in their rows
 """
 
@@ -38,6 +39,14 @@ def answer(
             break
         ids.append(int(best))
     return chat.decode(ids[len(prompt) :])
+
+
+def last_turn(chat, prompt: np.ndarray) -> str:
+    """The content of the last message in a prompt's ids, for display. chat: data.ChatFormat."""
+    ids = prompt.tolist()
+    ends = [i for i, token in enumerate(ids) if token in (chat.end_header, chat.end_of_turn)]
+    # The last three end the message's header, the message, and the assistant's header.
+    return chat.decode(ids[ends[-3] + 1 : ends[-2]]).strip() if len(ends) > 2 else ""
 
 
 def read_groups(path: str | Path, key: str, pairs: Sequence) -> dict[str, set[int]]:

@@ -76,18 +76,20 @@ def describe_repeats(pairs: list) -> str:
     return text
 
 
-def header(config, out: Path, model, parts: list, counts: list[Counter], chat: bool) -> str:
-    """The text that a run prints first. `parts` are the training and the held-out pairs; chat: they
-    were given as texts."""
-    llama, pairs = model.config, parts[0]
+def header(config, out: Path, model, datasets: list, counts: list[Counter], chat: bool) -> str:
+    """The text that a run prints first. datasets: train.Dataset, of training and held-out pairs;
+    chat: they were given as texts."""
+    llama, training = model.config, datasets[0]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    responses = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs.pairs)
+    responses = sum(len(pair.chosen) + len(pair.rejected) for pair in training.pairs)
     options = " ".join(f"{name} {value:g}" for name, value in config.loss_options.items())
     held_out = "none (--eval-data)"
     if config.eval_data:
-        held_out = f"{config.eval_data}: {describe(counts[-1])}{describe_repeats(parts[1].pairs)}"
-        seen = {hash(pair.prompt.tobytes()) for pair in pairs.pairs}
-        if again := sum(hash(pair.prompt.tobytes()) in seen for pair in parts[1].pairs):
+        held_out = (
+            f"{config.eval_data}: {describe(counts[-1])}{describe_repeats(datasets[1].pairs)}"
+        )
+        seen = {hash(pair.prompt.tobytes()) for pair in training.pairs}
+        if again := sum(hash(pair.prompt.tobytes()) in seen for pair in datasets[1].pairs):
             held_out += f". The prompts of {again:,} are in the training data too"
     cosine = f", then cosine to {config.min_lr_ratio * config.lr:g}"
     if config.warmup_ratio == 1:
@@ -98,12 +100,12 @@ def header(config, out: Path, model, parts: list, counts: list[Counter], chat: b
         "model": f"{config.model}: {parameters:,} parameters, {llama.num_hidden_layers} layers, "
         f"width {llama.hidden_size}, vocabulary {llama.vocab_size:,}",
         "loss": f"{config.loss} {options}".rstrip(),
-        "data": f"{config.data}: {describe(counts[0])}{describe_repeats(pairs.pairs)}",
+        "data": f"{config.data}: {describe(counts[0])}{describe_repeats(training.pairs)}",
         "held out": held_out,
         "chat": describe_chat(config.model) if chat else "none: the pairs are token ids",
-        "tokens": f"{pairs.sizes.sum():,} an epoch, {responses:,} of them in responses; "
-        f"{pairs.sizes.mean():,.0f} a pair, at most {pairs.sizes.max():,}",
-        "steps": f"{pairs.steps:,} of {min(config.pairs_per_step, len(pairs.pairs))} pairs; "
+        "tokens": f"{training.sizes.sum():,} an epoch, {responses:,} of them in responses; "
+        f"{training.sizes.mean():,.0f} a pair, at most {training.sizes.max():,}",
+        "steps": f"{training.steps:,} of {min(config.pairs_per_step, len(training.pairs))} pairs; "
         f"warm-up to {config.lr:g}{cosine}",
         "precision": f"fp32 weights and moments, {products} products, fp32 losses",
         "devices": f"{dist.get_world_size()} x {device_name(config)}{describe_tasks()}",
@@ -163,19 +165,22 @@ def size_and_speed(run, drawn: list[int], started: float) -> dict[str, float]:
     """Size, speed, utilisation and peak memory (the largest of all processes) of a step. To be
     called on every process. run: train.Run; drawn: indexes of the step's pairs; started: when it
     began, by time.perf_counter."""
-    peak = torch.tensor(peak_memory_gib(), device=run.pairs.device)
+    peak = torch.tensor(peak_memory_gib(), device=run.training.device)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     peak = float(peak)  # waits for all that a GPU has to do, the update included
     seconds = time.perf_counter() - started
-    tokens, peak_of_one = int(run.pairs.sizes[drawn].sum()), run.config.peak_tflops or peak_tflops()
+    tokens, peak_of_one = (
+        int(run.training.sizes[drawn].sum()),
+        run.config.peak_tflops or peak_tflops(),
+    )
     used = {}
     if peak_of_one:
-        pairs = [run.pairs.pairs[i] for i in drawn]
+        pairs = [run.training.pairs[i] for i in drawn]
         flops = pair_flops(run.model.config, pairs, run.config.share_prompt).sum(0)
         blocks = [block.recompute for block in run.model.model["layers"]]
         share, available = sum(blocks) / len(blocks), dist.get_world_size() * peak_of_one * 1e12
         used = utilisation(*flops, share, seconds, available)
-    if run.pairs.device == "cuda":
+    if run.training.device == "cuda":
         # How often the allocator, out of memory, has emptied its cache: each time costs seconds.
         used["memory_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
     return {

@@ -63,21 +63,21 @@ def recomputed_blocks(choice: str, layers: int, on_gpu: bool = False) -> int | N
     return int(choice)
 
 
-def pair_bytes(llama, pairs, recomputed: int) -> np.ndarray:
+def pair_bytes(llama, dataset, recomputed: int) -> np.ndarray:
     """About how many bytes each pair takes between forward and backward: enough to tell which
     micro-batch is the costliest.
 
     The head keeps the logits of the scored tokens; a block keeps what its products need, or only
-    its input. llama: model.LlamaConfig; pairs: train.Pairs.
+    its input. llama: model.LlamaConfig; dataset: train.Dataset.
     """
     heads = 2 * llama.num_attention_heads + 4 * llama.num_key_value_heads
     kept = 4 * llama.intermediate_size + 4 * llama.hidden_size + heads * llama.head_dim
     numbers = (llama.num_hidden_layers - recomputed) * kept + recomputed * llama.hidden_size
     if recomputed:
         numbers += kept  # of the block that backward has just computed again
-    scored = np.array([len(pair.chosen) + len(pair.rejected) for pair in pairs.pairs])
-    dtype = choose_device(pairs.config.device, pairs.config.precision)[1]
-    return dtype.itemsize * (pairs.sizes * numbers + scored * llama.vocab_size)
+    scored = np.array([len(pair.chosen) + len(pair.rejected) for pair in dataset.pairs])
+    dtype = choose_device(dataset.config.device, dataset.config.precision)[1]
+    return dtype.itemsize * (dataset.sizes * numbers + scored * llama.vocab_size)
 
 
 class Costliest(NamedTuple):
@@ -114,23 +114,23 @@ def costliest(
     return Costliest(distinct, max(best[-1])[0], count / steps / len(plan), tokens / count, most)
 
 
-def costliest_of(llama, pairs, processes: int, recomputed: list[int]) -> Costliest:
+def costliest_of(llama, dataset, processes: int, recomputed: list[int]) -> Costliest:
     """The costliest micro-batches of the run, for each of these numbers of recomputed blocks.
-    llama: model.LlamaConfig; pairs: train.Pairs."""
+    llama: model.LlamaConfig; dataset: train.Dataset."""
 
     progress = every_two_seconds()
 
     def plans() -> Iterator[list[list[MicroBatch]]]:
-        for step in range(pairs.steps):
-            progress(f"planned {step:,} of {pairs.steps:,} steps")
-            yield pairs.micro_batches(step, processes)
+        for step in range(dataset.steps):
+            progress(f"planned {step:,} of {dataset.steps:,} steps")
+            yield dataset.micro_batches(step, processes)
 
-    costs = [pair_bytes(llama, pairs, number) for number in recomputed]
-    return costliest(plans(), pairs.sizes, costs)
+    costs = [pair_bytes(llama, dataset, number) for number in recomputed]
+    return costliest(plans(), dataset.sizes, costs)
 
 
 def enlarge(
-    pairs,
+    dataset,
     found: Costliest,
     find: Callable[[list[int]], Costliest],
     peak: float,
@@ -143,13 +143,13 @@ def enlarge(
     peak: bytes with the ones `found`, no block recomputed; resting: what weights and moments take
     of it. The rest grows as `pair_bytes` says.
     """
-    before = pairs.max_tokens_per_gpu
-    pairs.max_tokens_per_gpu = LARGER * before
+    before = dataset.max_tokens_per_gpu
+    dataset.max_tokens_per_gpu = LARGER * before
     larger = find([0])
     needed = resting + larger.bytes / found.bytes * (peak - resting)
-    if smallest(needed <= limit, pairs.device):
+    if smallest(needed <= limit, dataset.device):
         return larger
-    pairs.max_tokens_per_gpu = before
+    dataset.max_tokens_per_gpu = before
     return found
 
 
@@ -204,7 +204,7 @@ class Measured(NamedTuple):
 
 def measure(
     model: nn.Module,
-    pairs,
+    dataset,
     steps: list[list[MicroBatch]],
     recomputed: int,
     losses_of: Callable[[MicroBatch, bool], Tensor],
@@ -212,15 +212,15 @@ def measure(
 ) -> Measured:
     """Forward and backward of these micro-batches with so many blocks recomputed, without an
     update. Raises StoppedError with advice if memory does not suffice."""
-    model.recompute(recomputed)
+    model.recompute_first(recomputed)
     held, peak = [], 0
     for step in steps:
         if gpu:
             gpu.reset_peak()
         for i, indexes in enumerate(step):
-            tokens = int(pairs.sizes[indexes].sum())
+            tokens = int(dataset.sizes[indexes].sum())
             where = f"in the run's costliest micro-batch, {tokens} tokens"
-            with advising(where, model, pairs, tokens):
+            with advising(where, model, dataset, tokens):
                 loss = losses_of(indexes, i + 1 == len(step)).sum() * 0
                 held.append(gpu.allocated() if gpu else 0)
                 loss.backward()
@@ -233,7 +233,7 @@ def measure(
 
 def rehearse(
     model: nn.Module,
-    pairs,
+    dataset,
     losses_of: Callable[[MicroBatch, bool], Tensor],
     say: Callable[[str], None],
     gpu: Gpu | None,
@@ -247,21 +247,21 @@ def rehearse(
     fits). What a choice leaves free is measured again. No process may run out of memory while it
     tries, because the others would wait for it.
 
-    model: model.Llama; pairs: train.Pairs, whose max_tokens_per_gpu may be raised.
+    model: model.Llama; dataset: train.Dataset, whose max_tokens_per_gpu may be raised.
     losses_of(indexes, last) gives each pair's loss; `last` of its step. gpu: None on a CPU, where
     nothing can be measured. Returns and says what was chosen.
     """
     layers, llama = len(model.model["layers"]), model.config
-    fixed = recomputed_blocks(pairs.config.checkpoint_blocks, layers, gpu is not None)
+    fixed = recomputed_blocks(dataset.config.checkpoint_blocks, layers, gpu is not None)
 
     def find(numbers: list[int]) -> Costliest:
-        return costliest_of(llama, pairs, dist.get_world_size(), numbers)
+        return costliest_of(llama, dataset, dist.get_world_size(), numbers)
 
     def try_with(recomputed: int) -> Measured:
-        return measure(model, pairs, found.steps, recomputed, losses_of, gpu)
+        return measure(model, dataset, found.steps, recomputed, losses_of, gpu)
 
     def blocks_that_fit() -> int:
-        return smallest((limit - tried.peak) // one, pairs.device)
+        return smallest((limit - tried.peak) // one, dataset.device)
 
     found = find([layers, layers // 2, 0] if fixed is None else [fixed])
     resting = gpu.allocated() if gpu else 0
@@ -270,7 +270,7 @@ def rehearse(
     if fixed is None:
         tried = try_with(layers)  # again: the first time, compiling took memory too
         limit = gpu.available() * (1 - MARGIN)
-        kept = pair_bytes(llama, pairs, layers - 1) - pair_bytes(llama, pairs, layers)
+        kept = pair_bytes(llama, dataset, layers - 1) - pair_bytes(llama, dataset, layers)
         one = max(kept[indexes].sum() for step in found.steps for indexes in step)
         if blocks_that_fit():
             held = try_with(layers - 1).held
@@ -278,16 +278,17 @@ def rehearse(
             while more := min(recomputed, blocks_that_fit()):
                 recomputed -= more
                 tried = try_with(recomputed)
-            model.recompute(recomputed)  # the last try may have been the one with one block kept
-        if recomputed == 0 and pairs.config.max_tokens_per_gpu is None:
-            found = enlarge(pairs, found, find, tried.peak, resting, limit)
+            # The last try may have been the one with one block kept.
+            model.recompute_first(recomputed)
+        if recomputed == 0 and dataset.config.max_tokens_per_gpu is None:
+            found = enlarge(dataset, found, find, tried.peak, resting, limit)
             tried = try_with(0)
     text = f"recomputes {recomputed} of {layers} blocks"
     if gpu:
         text += f"; {tried.peak / 2**30:.1f} of {gpu.available() / 2**30:.1f} GiB at the peak"
         gpu.reset_peak()  # from here on it is that of the steps
-    say(f"  memory     {text}\n  batches    {describe(found, pairs)}")
-    return {"recomputed_blocks": recomputed, "max_tokens_per_gpu": pairs.max_tokens_per_gpu}
+    say(f"  memory     {text}\n  batches    {describe(found, dataset)}")
+    return {"recomputed_blocks": recomputed, "max_tokens_per_gpu": dataset.max_tokens_per_gpu}
 
 
 def smallest(number: float, device: str) -> int:
@@ -297,16 +298,16 @@ def smallest(number: float, device: str) -> int:
     return int(found)
 
 
-def describe(found: Costliest, pairs) -> str:
+def describe(found: Costliest, dataset) -> str:
     """What the micro-batches look like, in one line."""
     return (
         f"{found.count:.1f} micro-batches a step on each process, of {found.mean:,.0f} tokens on "
-        f"average and {found.most:,} at most (--max-tokens-per-gpu {pairs.max_tokens_per_gpu})"
+        f"average and {found.most:,} at most (--max-tokens-per-gpu {dataset.max_tokens_per_gpu})"
     )
 
 
 @contextlib.contextmanager
-def advising(where: str, model: nn.Module, pairs, tokens: float = math.inf) -> Iterator[None]:
+def advising(where: str, model: nn.Module, dataset, tokens: float = math.inf) -> Iterator[None]:
     """Inside this `with`, running out of memory is a StoppedError that names the flag to change.
     tokens: of the micro-batch, if it is known."""
     try:
@@ -314,8 +315,8 @@ def advising(where: str, model: nn.Module, pairs, tokens: float = math.inf) -> I
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        longest, most = int(pairs.sizes.max()), pairs.config.max_tokens
-        now = pairs.max_tokens_per_gpu
+        longest, most = int(dataset.sizes.max()), dataset.config.max_tokens
+        now = dataset.max_tokens_per_gpu
         less = max(int(min(now, tokens)) // 2, longest)
         advice = f"lower --max-tokens-per-gpu from {now} to {less}"
         if longest == min(now, tokens):
@@ -384,23 +385,23 @@ def fewest_recomputed(peak_of: Callable[[int], float], layers: int, limit: float
     return high
 
 
-def print_plan(pairs, llama, parameters: int, build: Build) -> None:
-    """Prints the steps, FLOPs and memory of a run of `pairs` (train.Pairs) on --plan devices, with
-    the choices that `rehearse` makes on devices of --gpu-memory.
+def print_plan(dataset, llama, parameters: int, build: Build) -> None:
+    """Prints the steps, FLOPs and memory of a run on --plan devices, with the choices that
+    `rehearse` makes on devices of --gpu-memory.
 
-    llama: model.LlamaConfig; parameters: their number; build: see Build.
+    dataset: train.Dataset; llama: model.LlamaConfig; parameters: their number; build: see Build.
     """
-    config, sizes, layers = pairs.config, pairs.sizes, llama.num_hidden_layers
+    config, sizes, layers = dataset.config, dataset.sizes, llama.num_hidden_layers
     gpus = config.plan
     limit = (config.gpu_memory or math.inf) * (1 - MARGIN)
     fixed = recomputed_blocks(config.checkpoint_blocks, layers, on_gpu=True)
 
     def find(numbers: list[int]) -> Costliest:
-        return costliest_of(llama, pairs, gpus, numbers)
+        return costliest_of(llama, dataset, gpus, numbers)
 
     @functools.cache
     def peak_of(recomputed: int) -> dict[str, float]:
-        batches = [[pairs.batch(indexes) for indexes in step] for step in found.steps]
+        batches = [[dataset.batch(indexes) for indexes in step] for step in found.steps]
         with announced(f"simulating a step that recomputes {recomputed} of {layers} blocks"):
             return simulated_peak(build, batches, gpus, recomputed)
 
@@ -413,16 +414,16 @@ def print_plan(pairs, llama, parameters: int, build: Build) -> None:
         numbers = [fewest_recomputed(lambda number: peak_of(number)["total"], layers, limit)]
         if numbers == [0] and config.max_tokens_per_gpu is None:
             resting = 12 * parameters / gpus / 2**30  # weights and moments
-            found = enlarge(pairs, found, find, peak_of(0)["total"], resting, limit)
+            found = enlarge(dataset, found, find, peak_of(0)["total"], resting, limit)
             peak_of.cache_clear()
-    share = config.pairs_per_step / len(pairs.pairs)  # of an epoch, in one step
-    flops = 3 * share * pair_flops(llama, pairs.pairs, config.share_prompt)[:, :2].sum()
+    share = config.pairs_per_step / len(dataset.pairs)  # of an epoch, in one step
+    flops = 3 * share * pair_flops(llama, dataset.pairs, config.share_prompt)[:, :2].sum()
     print(
         f"{config.model} on {gpus} GPU{'s' * (gpus > 1)}, {config.data}\n"
         f"  parameters  {parameters:,}\n"
-        f"  steps       {pairs.steps:,} of {config.pairs_per_step} pairs, "
+        f"  steps       {dataset.steps:,} of {config.pairs_per_step} pairs, "
         f"{sizes.sum() * share:,.0f} tokens a step\n"
-        f"  batches     {describe(found, pairs)}\n"
+        f"  batches     {describe(found, dataset)}\n"
         f"  FLOPs       {flops:.3g} a step (forward and backward; recomputation not counted)"
     )
     for number in numbers:

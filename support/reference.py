@@ -1,8 +1,8 @@
 """The log-probs of the frozen starting model, computed once and kept in a file: the reference of
 dpo, dpo-norm and ipo.
 
-cached_logps                  those of all parts of a run, from the file or computed
-compute                       those of one part
+cached_logps                  those of all datasets of a run, from the file or computed
+compute                       those of one dataset
 cache_key                     names what they were made from
 read_cache, write_cache       the file
 """
@@ -22,43 +22,43 @@ from support.tensors import finite, open_safetensors
 
 @announced("computing the log-probs of the starting model")
 def cached_logps(
-    cache: Path, marks: dict[str, str], model: nn.Module, parts: list
+    cache: Path, fingerprint: dict[str, str], model: nn.Module, datasets: list
 ) -> tuple[Tensor, ...]:
-    """The reference log-probs of each part (see `read_cache`), from `cache`; without that file they
-    are computed, checked and written. To be called on every process. Raises StoppedError if they
-    are not finite.
+    """The reference log-probs of each dataset (see `read_cache`), from `cache`; without that file
+    they are computed, checked and written. To be called on every process. Raises StoppedError if
+    they are not finite.
 
-    marks: of run_directory.fingerprint; parts: train.Pairs; model: model.Llama with the starting
-    weights, which are left gathered: the caller reshards.
+    fingerprint: of run_directory.fingerprint; datasets: train.Dataset; model: model.Llama with the
+    starting weights, which are left gathered: the caller reshards.
     """
-    key, counts = cache_key(marks), [len(part.pairs) for part in parts]
+    key, counts = cache_key(fingerprint), [len(dataset.pairs) for dataset in datasets]
     logps = on_first_process(lambda: read_cache(cache, key, sum(counts)))
     if logps is None:
-        logps = torch.cat([compute(model, part) for part in parts])
+        logps = torch.cat([compute(model, dataset) for dataset in datasets])
         if not finite(logps):
             raise StoppedError(
                 "the starting model's log-probs are not finite, and the loss needs them"
             )
         on_first_process(lambda: write_cache(cache, key, logps))
-    return logps.to(parts[0].device).split(counts)
+    return logps.to(datasets[0].device).split(counts)
 
 
 @torch.no_grad()
-def compute(model: nn.Module, part) -> Tensor:
-    """The log-probs of a part (train.Pairs), (pairs, 2, 2): [pair, chosen or rejected, mean or
+def compute(model: nn.Module, dataset) -> Tensor:
+    """The log-probs of a train.Dataset, (pairs, 2, 2): [pair, chosen or rejected, mean or
     sum], equal on all processes."""
-    logps = torch.zeros(len(part.pairs), 2, 2, device=part.device)
-    for indexes in part.own_micro_batches():
-        logps_B22 = torch.stack(model(part.batch(indexes)), -1).unflatten(0, (-1, 2))
+    logps = torch.zeros(len(dataset.pairs), 2, 2, device=dataset.device)
+    for indexes in dataset.own_micro_batches():
+        logps_B22 = torch.stack(model(dataset.batch(indexes)), -1).unflatten(0, (-1, 2))
         logps[indexes] = logps_B22[: len(indexes)]  # none of a stand-in
     dist.all_reduce(logps)
     return logps
 
 
-def cache_key(marks: dict[str, str]) -> str:
-    """Names what a cache of reference log-probs was made from. marks: of
+def cache_key(fingerprint: dict[str, str]) -> str:
+    """Names what a cache of reference log-probs was made from. fingerprint: of
     run_directory.fingerprint."""
-    return " ".join(marks.values())
+    return " ".join(fingerprint.values())
 
 
 def read_cache(cache: Path, key: str, pairs: int) -> Tensor | None:

@@ -44,13 +44,13 @@ def identity(config, marks: dict[str, str]) -> str:
     return checksum(marks | fixed)
 
 
-def open_run(config, weights: dict[str, Path], parts: list) -> tuple[Path, dict[str, str]]:
+def open_run(config, weights: dict[str, Path], datasets: list) -> tuple[Path, dict[str, str]]:
     """Returns the run's directory, locked, and its fingerprint. To be called on every process.
 
     Raises InputError as `claim_out` does, if a process does not see OUT, and before OUT is made if
     --reference-cache is a cache of something else. config: train.Config; weights: key -> its file;
-    parts: train.Pairs."""
-    pairs = [part.pairs for part in parts]
+    datasets: train.Dataset."""
+    pairs = [dataset.pairs for dataset in datasets]
     files = [Path(config.model) / "config.json", *sorted(set(weights.values()))]
     dtype = choose_device(config.device, config.precision)[1]
     with announced("computing checksums of weights and pairs"):

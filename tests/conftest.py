@@ -27,6 +27,7 @@ from support.files import InputError  # noqa: E402
 needs_real = pytest.mark.skipif(not REAL.exists(), reason="no real data beside this checkout")
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more time than it saves
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # the environment of subprocesses
+NOTHING_SAID = ("", "importing torch\n")  # which takes more than 2 s on a busy machine
 
 
 @pytest.fixture(autouse=True)

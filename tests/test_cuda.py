@@ -80,7 +80,7 @@ def test_summed_gradients_and_their_reduced_copies_share_one_pool_of_memory():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         for micro_batch in 2 * [1, 2, 3]:
-            train.reduce_gradients(ours, mesh, last=micro_batch == 3)
+            train.set_reduction(ours, mesh, last=micro_batch == 3)
             ours(batch)[0].sum().backward()
             if micro_batch == 3:
                 torch.cuda.synchronize()  # as the loop waits for the norm
@@ -101,7 +101,7 @@ def test_blocks_compile_once_for_five_batches_of_other_lengths_and_change_no_num
     expected = [plain(batch)[0].detach() for batch in batches]
     monkeypatch.setattr(model, "attention", dense_attention)
     compiled = tiny_model()
-    compiled.recompute(recompute)
+    compiled.recompute_first(recompute)
     torch._dynamo.reset()
     for block in compiled.model["layers"]:
         block.compile(dynamic=True, backend="aot_eager")

@@ -34,6 +34,7 @@ from support.bins import fill_bins
 from support.export import CHAT_TEMPLATE
 from support.files import InputError
 from support.flags import resolve_max_tokens
+from support.held_out import last_turn
 
 NAMES = "begin_of_text end_of_text start_header_id end_header_id eom_id eot_id"
 CONTROL = [f"<|{name}|>" for name in NAMES.split()]
@@ -563,11 +564,11 @@ def test_a_malformed_generation_config_is_refused_in_one_line_naming_it(text, tm
 
 @pytest.mark.parametrize("turns", [[HI], TALK, [("user", "<|eot_id|> literally")]])
 def test_the_last_turn_of_a_prompt_is_shown_as_its_content(turns, chat):
-    assert chat.last_turn(np.array(chat.prompt(turns), dtype=np.int32)).strip() == turns[-1][1]
+    assert last_turn(chat, np.array(chat.prompt(turns), dtype=np.int32)).strip() == turns[-1][1]
 
 
 def test_a_prompt_of_foreign_ids_has_no_last_turn_to_show(chat):
-    assert chat.last_turn(np.array([1, 2, 3], dtype=np.int32)) == ""
+    assert last_turn(chat, np.array([1, 2, 3], dtype=np.int32)) == ""
 
 
 @pytest.mark.parametrize("name", all_but("<|eom_id|>"))

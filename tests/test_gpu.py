@@ -258,7 +258,7 @@ def test_a_variants_part_runs_that_variant(options, monkeypatch):
 
 
 def test_variants_change_what_they_say(start, tmp_path, monkeypatch):
-    for place, name in [(train, "reduce_gradients"), (FSDPModule, "set_custom_reduce_scatter")]:
+    for place, name in [(train, "set_reduction"), (FSDPModule, "set_custom_reduce_scatter")]:
         monkeypatch.setattr(place, name, getattr(place, name))  # put back after the test
     sizes, allocate = [], OnePool.allocate
 
@@ -274,9 +274,9 @@ def test_variants_change_what_they_say(start, tmp_path, monkeypatch):
     sizes.clear()
     variants.two_pools()
     assert main(*flags(start, tmp_path / "b", more)) == 0 and not sizes
-    before = train.reduce_gradients
+    before = train.set_reduction
     variants.reduce_always()
-    assert train.reduce_gradients is not before
+    assert train.set_reduction is not before
 
 
 def test_variants_of_train_py_make_the_same_updates(tmp_path):

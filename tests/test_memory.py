@@ -133,7 +133,7 @@ def test_a_sharded_run_compiles_five_graphs_whatever_is_recomputed(counting):
     with group():
         train.shard(ours, init_device_mesh("cpu", (1,)), torch.bfloat16)
         for recompute in (4, 3, 0):
-            ours.recompute(recompute)
+            ours.recompute_first(recompute)
             for lengths in ([(5, 4, 3)], [(6, 2, 3), (2, 2, 5)]):
                 ours(pack(random_pairs(lengths), longest=64))[0].sum().backward()
                 with torch.no_grad():
@@ -197,7 +197,7 @@ def test_gradients_are_reduced_no_more_often_than_memory_needs(
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         train.shard(ours, mesh, torch.bfloat16)
         for i in range(3):
-            train.reduce_gradients(ours, mesh, last=i == 2)
+            train.set_reduction(ours, mesh, last=i == 2)
             ours(pack(random_pairs([(5, 4, 3)])))[0].sum().backward()
     assert counter.calls["chunk_cat"] == copies  # where a reduction begins
     assert counter.calls["_reduce_scatter_base_"] == scatters
@@ -298,7 +298,7 @@ def rehearsed(tmp_path):
                 model="m", data="d", device="cpu", pairs_per_step=4, max_steps=2, **flags
             )
             config = replace(config, max_tokens=128)
-            pairs = train.Pairs(random_pairs(LENGTHS), config, "cpu")
+            pairs = train.Dataset(random_pairs(LENGTHS), config, "cpu")
             pairs.max_tokens_per_gpu = most or pairs.max_tokens_per_gpu
             ours, gpu, said = tiny_model(num_hidden_layers=8), Bytes(total), []
             batch = lambda i: pack([pairs.pairs[j] for j in i], longest=128)  # noqa: E731
@@ -420,7 +420,7 @@ def test_running_out_of_memory_names_what_to_change():
 
     def said(recomputed, **known) -> str:
         ours = tiny_model(num_hidden_layers=8)
-        ours.recompute(recomputed)
+        ours.recompute_first(recomputed)
         with pytest.raises(StoppedError) as error, memory.advising("here", ours, pairs, **known):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return str(error.value)

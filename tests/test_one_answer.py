@@ -327,7 +327,7 @@ def step(pairs, *options, model=None):
     """step_loss of one micro-batch of these pairs; its model in float64."""
     config = parsed("--model x --data x --max-tokens 256", *options)
     model = model or tiny_model(dtype=torch.float64)
-    found = train.step_loss(model, train.Pairs(pairs, config, "cpu"), list(range(len(pairs))))
+    found = train.step_loss(model, train.Dataset(pairs, config, "cpu"), list(range(len(pairs))))
     return model, *found
 
 
