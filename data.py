@@ -35,7 +35,7 @@ from support.files import InputError
 from support.forms import Turns, doubts, parse_pair
 from support.llama_config import generation_eos
 from support.records import read_records
-from support.tokenizer import load_tokenizer
+from support.tokenizer import check_round_trip, load_tokenizer
 
 # ------------------------------------------------------------------------------------------ reading
 
@@ -115,8 +115,8 @@ class ChatFormat:
     <|begin_of_text|>, then for each message <|start_header_id|> role <|end_header_id|> "\\n\\n"
     content <|eot_id|>. Control ids are inserted by number. Content is stripped, as Meta's template
     does, and encoded by itself: nothing merges across a boundary, and a user's literal "<|eot_id|>"
-    stays text. Raises InputError for a tokenizer that lacks a control token or makes one from text,
-    and for a malformed generation_config.json or config.json.
+    stays text. Raises InputError for a tokenizer that lacks a control token, makes one from text,
+    or loses text, and for a malformed generation_config.json or config.json.
 
     stop_ids: where an answer ends, the model's own eos ids (`generation_eos`) included.
     """
@@ -134,6 +134,7 @@ class ChatFormat:
                 raise InputError(
                     f"{path}: makes the control token {token} from text (it is not marked special)"
                 )
+        check_round_trip(self.tokenizer, path)
         self.begin, self.end_of_turn = ids["begin_of_text"], ids["eot_id"]
         self.start_header, self.end_header = ids["start_header_id"], ids["end_header_id"]
         ends = {ids["end_of_text"], ids["eot_id"], ids["eom_id"]} - {None}

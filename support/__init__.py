@@ -23,12 +23,20 @@
 Nothing here imports model.py, data.py or train.py.
 """
 
+import contextlib
 import importlib.util
 import os
 import signal
 import sys
 import threading
 from pathlib import Path
+
+
+def notice(text: str) -> None:
+    """Prints a line in passing: if standard output is closed or full, others will say so."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
+
 
 if os.name == "nt":
     print("ASFT runs on Linux and macOS; on Windows, use WSL", file=sys.stderr)
@@ -51,7 +59,7 @@ if Path(getattr(sys.modules["__main__"], "__file__", "")).name in ("train.py", "
     # Ctrl-C during the import ends the program without a traceback; exit_code takes over later.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # From a network disk it may take minutes.
-    timer = threading.Timer(2, print, ["importing torch"], {"flush": True})
+    timer = threading.Timer(2, notice, ["importing torch"])
     timer.daemon = True
     if os.environ.get("RANK", "0") == "0":
         timer.start()

@@ -152,8 +152,8 @@ def write_companions(
     model would see a format that it was not trained on.
     """
     passed_on = {}
-    if source is not None and (Path(source) / "config.json").is_file():
-        there = read_json(Path(source) / "config.json")
+    if source is not None:
+        there = read_json(Path(source) / "config.json")  # InputError if it has gone since the start
         passed_on = {key: value for key, value in there.items() if key not in NOT_PASSED_ON}
     write_json(directory / "config.json", passed_on | config)
     for name in COMPANIONS if stop_ids else COMPANIONS + TEMPLATES:

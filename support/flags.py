@@ -28,8 +28,9 @@ LOSS_OPTIONS = {option for loss in asft.LOSSES.values() for option in loss.optio
 REFERENCE_OPTIONS = {"reference", "reference_cache"}
 # Flags that --resume may change. Any other flag, also a new one, is taken to change the run. Paths
 # may change, but not the content behind them: support/run_directory.py compares it.
+PATHS = ("model", "data", "eval_data", "reference_cache", "out", "resume")
 MAY_CHANGE = {
-    *("model", "data", "eval_data", "reference_cache", "out", "resume"),
+    *PATHS,
     *("save_every", "keep", "eval_every", "eval_by", "save_dtype"),
     *("plan", "gpu_memory", "peak_tflops"),
     *("max_tokens_per_gpu", "share_prompt", "checkpoint_blocks", "compile", "device", "replicas"),
@@ -72,6 +73,9 @@ def check_flags(config) -> None:
     if config.beta == 0 and (only_align or config.loss in ("dpo", "dpo-norm", "ipo", "simpo")):
         flags = f"--loss {config.loss}" + " --sft-weight 0" * only_align
         raise InputError(f"--beta is 0.0, wanted more for {flags}: it would be constant")
+    for name in ("out", "eval_data", "eval_by", "reference_cache"):
+        if getattr(config, name) == "":
+            raise InputError(f"{spell(name)} is empty: a shell variable that is not set?")
     if config.ipo_sum and config.loss != "ipo":
         raise InputError(f"--ipo-sum goes with --loss ipo, found --loss {config.loss}")
     if config.gpu_memory and not config.plan:

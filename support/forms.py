@@ -321,9 +321,11 @@ def with_system(turns: Turns, record: dict) -> Turns:
     return [("system", system) if turn in given else turn for turn in turns]
 
 
-# Of the formats of Llama 2 and 3, ChatML, Alpaca and HH.
-MARKERS = ("<|eot_id|>", "<|start_header_id|>", "<|im_start|>", "<|im_end|>", "[/INST]")
-MARKERS += ("### Response:", "\n\nHuman:", "\n\nAssistant:")
+# Of the formats of Llama 2 and 3, ChatML, Zephyr, Gemma, Alpaca, Guanaco and HH.
+MARKERS = ("<|eot_id|>", "<|start_header_id|>", "<|begin_of_text|>", "<|end_of_text|>", "[/INST]")
+MARKERS += ("<|im_start|>", "<|im_end|>", "<|assistant|>", "<|endoftext|>", "<start_of_turn>")
+MARKERS += ("### Response:", "### Assistant:", "\n\nHuman:", "\n\nAssistant:")
+SCORES = ("score", "scores", "rating", "reward")
 NOTHING = ("nan", "NaN", "None", "null", "<NA>")  # missing values, written as texts
 
 
@@ -332,12 +334,25 @@ def doubts(record: dict, prompt, *answers) -> list[str]:
     found = ["repeat their prompt"] * repeats_prompt(prompt, *answers)
     if isinstance(prompt, list):
         texts = [*(content for _, content in prompt), *filter(None, answers)]
-        found += ["hold chat markers"] * any(mark in text for text in texts for mark in MARKERS)
+        marked = any(mark in text for text in texts for mark in MARKERS)
+        marked = marked or any(answer.endswith("</s>") for answer in filter(None, answers))
+        found += ["hold chat markers"] * marked
         found += ["hold a word for nothing"] * any(text.strip() in NOTHING for text in texts)
-    scores = [record.get(f"score_{side}") for side in PAIR_KEYS]
-    if all(isinstance(score, (int, float)) for score in scores) and scores[0] < scores[1]:
-        found.append("scored the other way")
+    else:
+        ends = [ids[-3:] for ids in answers if ids is not None and len(ids) > 3]
+        found += ["end in one id"] * any(len(set(end.tolist())) == 1 for end in ends)
+    found += ["scored the other way"] * scored_the_other_way(record)
     return found
+
+
+def scored_the_other_way(record: dict) -> bool:
+    """True if a score of the rejected answer, under any usual name, is above the chosen one's."""
+    for name in SCORES:
+        for form in (f"{name}_{{}}", f"{{}}_{name}", f"{{}}-{name}"):
+            scores = [record.get(form.format(side)) for side in PAIR_KEYS]
+            if all(isinstance(score, (int, float)) for score in scores) and scores[0] < scores[1]:
+                return True
+    return False
 
 
 def repeats_prompt(prompt, *answers) -> bool:

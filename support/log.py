@@ -51,11 +51,15 @@ def describe(counts: Counter) -> str:
         answers = "the answers begin" if good or bad else "both answers begin"
         text += f". In {repeats:,} {answers} with the prompt: left in by mistake?"
     if marked := counts["hold chat markers"]:
-        text += f". In {marked:,} a text holds markers of a chat format, which stay text"
+        text += f". In {marked:,} a text holds markers of a chat format: left in by mistake?"
     if reversed_scores := counts["scored the other way"]:
-        text += f". In {reversed_scores:,} score_chosen is below score_rejected"
+        text += (
+            f". In {reversed_scores:,} the chosen answer has a lower score than the rejected one"
+        )
     if nothing := counts["hold a word for nothing"]:
         text += f". In {nothing:,} a text is nan, None or null: missing values?"
+    if padded := counts["end in one id"]:
+        text += f". In {padded:,} an answer ends in a run of one token id: padding?"
     return text
 
 
@@ -70,15 +74,17 @@ def describe_repeats(pairs: list) -> str:
     swapped = sum(key(pair.prompt, pair.rejected, pair.chosen) in seen for pair in pairs)
     text = ""
     if repeats := len(pairs) - len(seen):
-        text += f". {repeats:,} of them repeat an earlier row"
+        text += (
+            f". Of those kept, {repeats:,} repeat an earlier one (compared as they are trained on)"
+        )
     if swapped:
-        text += f". {swapped:,} are there with chosen and rejected swapped too"
+        text += f". {swapped:,} contradict each other: good in one is bad in the other"
     return text
 
 
-def header(config, out: Path, model, datasets: list, counts: list[Counter], chat: bool) -> str:
+def header(config, out: Path, model, datasets: list, counts: list[Counter], chat) -> str:
     """The text that a run prints first. datasets: train.Dataset, of training and held-out pairs;
-    chat: they were given as texts."""
+    chat: data.ChatFormat, None if all pairs are token ids."""
     llama, training = model.config, datasets[0]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     responses = sum(len(pair.chosen) + len(pair.rejected) for pair in training.pairs)
@@ -102,7 +108,9 @@ def header(config, out: Path, model, datasets: list, counts: list[Counter], chat
         "loss": f"{config.loss} {options}".rstrip(),
         "data": f"{config.data}: {describe(counts[0])}{describe_repeats(training.pairs)}",
         "held out": held_out,
-        "chat": describe_chat(config.model) if chat else "none: the pairs are token ids",
+        "chat": describe_chat(config.model, llama.bos_token_id, chat.begin)
+        if chat
+        else "none: the pairs are token ids",
         "tokens": f"{training.sizes.sum():,} an epoch, {responses:,} of them in responses; "
         f"{training.sizes.mean():,.0f} a pair, at most {training.sizes.max():,}",
         "steps": f"{training.steps:,} of {min(config.pairs_per_step, len(training.pairs))} pairs; "
@@ -119,18 +127,27 @@ def header(config, out: Path, model, datasets: list, counts: list[Counter], chat
     return "\n".join(["ASFT, Aligned Supervised Fine-Tuning (arXiv 2409.10571)", *text])
 
 
-def describe_chat(model: str) -> str:
-    """Which chat format is trained and exported, and if that is not the source's."""
+def describe_chat(model: str, bos: int | None, begin: int) -> str:
+    """Which chat format is trained and exported, if that is not the source's, and if config.json's
+    bos_token_id is not the id of <|begin_of_text|>: then tokenizer and weights may not belong
+    together."""
     template = source_template(model)
     text = "Llama 3's format; the export has its template"
     if template is not None and template != CHAT_TEMPLATE:
         text += f" instead of {model}'s own, which is another text"
+    if bos not in (None, begin):
+        text += f". <|begin_of_text|> is token {begin}, but config.json has bos_token_id {bos}"
     return text
+
+
+# Who started a process, and where it says how many it started.
+LAUNCHERS = (("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE"))
+LAUNCHERS += (("mpirun", "PMI_SIZE"),)
 
 
 def describe_tasks() -> str:
     """Says if srun or mpirun started several processes, which do not know of each other."""
-    for launcher, name in (("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE")):
+    for launcher, name in LAUNCHERS:
         tasks = os.environ.get(name, "1")
         if dist.get_world_size() == 1 and tasks != "1":
             return f". {launcher} started {tasks} processes: only torchrun would join them"
@@ -222,7 +239,15 @@ class Log:
     def say(self, text: str) -> None:
         """Prints a text."""
         if self.active:
-            print(text, flush=True)
+            self.print(text)
+
+    def print(self, text: str, end: str = "\n") -> None:
+        """Prints; if the reader of standard output has ended, the run continues without it."""
+        try:
+            print(text, end=end, flush=True)
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")
+            print(f"standard output is closed; the run continues: {self.out}", file=sys.stderr)
 
     def step(self, row: dict, steps: int) -> None:
         """Prints the line of a step."""
@@ -240,7 +265,7 @@ class Log:
         text = text.rstrip()  # the utilisation is not always known
         if self.moving:
             text = erase_line() + text[: shutil.get_terminal_size().columns - 1]
-        print(text, end="" if self.moving and row["step"] < steps else "\n", flush=True)
+        self.print(text, end="" if self.moving and row["step"] < steps else "\n")
 
     def evaluation(self, step: int, row: dict, by: dict[str, dict], answers: list[str]) -> None:
         """Prints the held-out figures after a step, in all and of each group in `by`, and adds

@@ -2,7 +2,7 @@
 
 choose_device, out_of_memory, peak_memory_gib    the device and its memory
 environment, start, refuse_restart               torchrun's process group, or one of one
-together, on_first_process                       actions whose failure all processes learn of
+together, on_first_process, agree                actions whose failure all processes learn of
 announced, every_two_seconds                     lines for what takes longer than 2 s
 StopRequest, StoppedError, stop_non_finite       a run that ends before its last step
 complain, exit_code, leave                       one line and an exit code for every end
@@ -25,7 +25,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from support import notice
 from support.files import InputError, shown
+from support.flags import PATHS, spell
 
 # -------------------------------------------------------------------------------------- devices
 
@@ -110,17 +112,23 @@ def join_group(backend: str, **options) -> None:
             raise InputError(f"MASTER_ADDR {address}, MASTER_PORT {port}: {first}") from None
         # torchrun keeps its store when it restarts processes, with the dead ones' addresses in it.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, **options)
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, **options)
+    except RuntimeError as error:  # such as a network interface that does not exist
+        first = shown(str(error).splitlines()[0], 250)
+        raise InputError(f"no process group: {first}") from None
 
 
 def start(config) -> DeviceMesh:
     """Joins the process group that torchrun made, or a group of one. Returns the mesh to shard
     over: one axis, or with --replicas (replicate, shard). config: train.Config. Raises InputError
-    if --replicas does not divide the number of processes."""
+    if --replicas does not divide the number of processes, or if a process was given other flags."""
     device = choose_device(config.device, config.precision)[0].type
     # Saturated losses give subnormal gradients, which make a CPU ten times slower.
     torch.set_flush_denormal(True)
     join_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    flags = {spell(name): value for name, value in vars(config).items() if name not in PATHS}
+    agree(lambda: flags)
     world, replicas = dist.get_world_size(), config.replicas
     if world % replicas:
         raise InputError(f"--replicas {replicas} does not divide {world} processes")
@@ -159,6 +167,22 @@ def together(action: typing.Callable[[], typing.Any]) -> list:
     return everywhere
 
 
+def agree(action: typing.Callable[[], dict]) -> dict:
+    """Runs action() on every process. Raises InputError on all of them unless they return the same,
+    which this returns; of values that are None only on some processes, any."""
+    agreed: dict = {}
+    for rank, found in enumerate(together(action)):
+        for name, value in found.items():
+            first = agreed.get(name)
+            if None not in (value, first) and value != first:
+                raise InputError(
+                    f"the processes were not given the same: {name} is {value} on process {rank}, "
+                    f"{first} before it"
+                )
+            agreed[name] = first if value is None else value
+    return agreed
+
+
 def on_first_process(action: typing.Callable[[], typing.Any]) -> typing.Any:
     """Runs action() on process 0 and returns its result on every process. If it failed, raises its
     InputError on all of them. Without a process group, just runs it."""
@@ -176,7 +200,7 @@ def erase_line() -> str:
 def announced(text: str) -> Iterator[None]:
     """Prints `text` on process 0 if what is done inside this `with` takes longer than 2 s. Also a
     decorator."""
-    timer = threading.Timer(2, print, [erase_line() + text], {"flush": True})
+    timer = threading.Timer(2, notice, [erase_line() + text])
     timer.daemon = True
     if is_first():
         timer.start()
@@ -195,7 +219,7 @@ def every_two_seconds() -> typing.Callable[[str], None]:
         nonlocal printed
         if is_first() and time.monotonic() - printed > 2:
             printed = time.monotonic()
-            print(erase_line() + line, flush=True)
+            notice(erase_line() + line)
 
     return progress
 

@@ -19,16 +19,23 @@ import torch
 
 from support.files import InputError, checksum, files_checksum, read_json, write_whole
 from support.flags import MAY_CHANGE
-from support.processes import announced, choose_device, on_first_process, together
+from support.processes import (
+    agree,
+    announced,
+    choose_device,
+    environment,
+    on_first_process,
+    together,
+)
 from support.reference import cache_key, read_cache
 
 
 def fingerprint(
-    weights: Iterable[Path], parts: Sequence[Sequence], dtype: torch.dtype
-) -> dict[str, str]:
-    """Hashes of the starting weights (their files) and of the token ids of each list of pairs
-    (training, held-out), and the dtype of matrix products."""
-    found = {"weights": files_checksum(weights)}
+    weights: Iterable[Path] | None, parts: Sequence[Sequence], dtype: torch.dtype
+) -> dict[str, str | None]:
+    """Hashes of the starting weights (their files; None: not read) and of the token ids of each
+    list of pairs (training, held-out), and the dtype of matrix products."""
+    found = {"weights": weights and files_checksum(weights)}
     for name, pairs in zip(("pairs", "held-out pairs"), parts, strict=False):
         digest = hashlib.blake2b(digest_size=16)
         for pair in pairs:
@@ -48,13 +55,15 @@ def open_run(config, weights: dict[str, Path], datasets: list) -> tuple[Path, di
     """Returns the run's directory, locked, and its fingerprint. To be called on every process.
 
     Raises InputError as `claim_out` does, if a process does not see OUT, and before OUT is made if
-    --reference-cache is a cache of something else. config: train.Config; weights: key -> its file;
-    datasets: train.Dataset."""
+    a machine has other weights or pairs, or if --reference-cache is a cache of something else.
+    config: train.Config; weights: key -> its file; datasets: train.Dataset."""
     pairs = [dataset.pairs for dataset in datasets]
     files = [Path(config.model) / "config.json", *sorted(set(weights.values()))]
     dtype = choose_device(config.device, config.precision)[1]
+    if environment("LOCAL_RANK", 0):
+        files = None  # one process of each machine reads them
     with announced("computing checksums of weights and pairs"):
-        found = on_first_process(lambda: fingerprint(files, pairs, dtype))
+        found = agree(lambda: fingerprint(files, pairs, dtype))
     precompute = config.loss_row.reference and config.reference == "precompute"
     if precompute and config.reference_cache:
         cache, count = Path(config.reference_cache), sum(map(len, pairs))

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from support.files import InputError, read_start, shown, unique
 
 TOKENIZER_BYTES = 2**25  # Llama 3's is 9 MB
+PROBE = "user\n\nA b1, é"
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -29,3 +30,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
     # True means that "<|eot_id|>" in a text is encoded as text. tokenizer.json cannot say so.
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def check_round_trip(tokenizer: Tokenizer, path: Path) -> None:
+    """Raises InputError if a text's ids do not decode to that text: Llama 3's tokenizer loses
+    nothing, but one without its pre-tokenizer has no ids for white space."""
+    found = tokenizer.decode(tokenizer.encode(PROBE, add_special_tokens=False).ids)
+    if found != PROBE:
+        raise InputError(f"{path}: makes {found!r} of the text {PROBE!r}, wanted all of it")

@@ -165,7 +165,7 @@ def run_train(*parts, processes=1, cwd=ROOT, preexec_fn=None, **environment):
 JOINED = """
 import json, os, sys, train
 for os.environ["MASTER_PORT"], words in json.loads(sys.argv[1]):
-    if code := train.main(words):
+    if code := train.main([word.replace("@RANK", os.environ["RANK"]) for word in words]):
         train.processes.leave(code)
 train.processes.leave(0)
 """
@@ -173,7 +173,8 @@ train.processes.leave(0)
 
 def start_joined(*command_lines, processes: int = 2, cwds=None) -> list[subprocess.Popen]:
     """Starts processes that run these command lines of train.py together, one after the other:
-    cheaper than torchrun, and started only once. Each has a directory of its own if `cwds`."""
+    cheaper than torchrun, and started only once. Each has a directory of its own if `cwds`, and
+    its own number in the place of @RANK."""
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.create_server(("", 0))) for _ in command_lines]
         ports = [str(free.getsockname()[1]) for free in sockets]

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, save_tiny
+from conftest import ROOT, edit_json, save_tiny
 from safetensors.torch import load_file, save_file
 from test_data import bare_tokenizer, save_tokenizer
 from transformers import AutoTokenizer
@@ -94,6 +94,16 @@ def test_the_header_says_if_the_sources_template_is_another(tmp_path, capsys, te
     said = " ".join(capsys.readouterr().out.split())
     assert "Llama 3's format; the export has its template" in said
     assert ("own, which is another text" in said) == (template == CHATML)
+    assert "bos_token_id" not in said
+
+
+def test_the_header_says_if_config_and_tokenizer_have_other_first_tokens(tmp_path, capsys):
+    home = source(tmp_path)
+    edit_json(home / "config.json", bos_token_id=5)
+    flags = ("--model", home, "--data", ROOT / "examples/heldout.jsonl", "--max-steps", 1)
+    assert train.main([str(word) for word in (*flags, "--out", tmp_path / "run")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "<|begin_of_text|> is token 506, but config.json has bos_token_id 5" in said
 
 
 @pytest.mark.parametrize("content", ["[1]", "{"])

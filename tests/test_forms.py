@@ -424,7 +424,14 @@ DOUBTS = {
         f"{marker!r} in an answer": ({"rejected": f"No.{marker} x"}, "hold chat markers")
         for marker in (
             *("<|eot_id|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "[/INST]"),
-            *("### Response:", "\n\nHuman:", "\n\nAssistant:"),
+            *(
+                "### Response:",
+                "\n\nHuman:",
+                "\n\nAssistant:",
+                "<|end_of_text|>",
+                "<|begin_of_text|>",
+            ),
+            *("<|endoftext|>", "<|assistant|>", "<start_of_turn>", "### Assistant:"),
         )
     },
     "a transcript that began otherwise": (
@@ -437,6 +444,8 @@ DOUBTS = {
     },
     "a word for nothing in a sentence": ({"chosen": "None of them.", "rejected": "nan nan"}, None),
     "scores": ({"score_chosen": 4.0, "score_rejected": 9}, "scored the other way"),
+    "Llama 2's end of text": ({"chosen": "An apple.</s>"}, "hold chat markers"),
+    "ratings": ({"chosen-rating": 1, "rejected-rating": 5}, "scored the other way"),
     "equal scores": ({"score_chosen": 4.0, "score_rejected": 4.0}, None),
     "scores as text": ({"score_chosen": "4", "score_rejected": "9"}, None),
     "markup": ({"chosen": "<s>An</s> <|apple|> [INST]"}, None),
@@ -449,11 +458,24 @@ def test_what_may_be_wrong_is_kept_and_said(name, tmp_path):
     pair, counts = read_one({"prompt": FRUIT} | TEXTS | more, tmp_path)
     assert isinstance(pair, tuple)
     assert counts == {"read": 1, "bad lines": 0} | ({count: 1} if count else {})
-    sentences = {"hold chat markers": "In 1 a text holds markers of a chat format, which stay text"}
-    sentences |= {"scored the other way": "In 1 score_chosen is below score_rejected"}
+    sentences = {
+        "hold chat markers": "In 1 a text holds markers of a chat format: left in by mistake?"
+    }
+    sentences |= {
+        "scored the other way": "In 1 the chosen answer has a lower score than the rejected one"
+    }
     sentences |= {"hold a word for nothing": "In 1 a text is nan, None or null: missing values?"}
     said = describe(counts)
     assert sentences[count] in said if count else "In 1" not in said
+
+
+@pytest.mark.parametrize("ids, count", [([4, 5, 7, 7, 7], 1), ([7, 7, 7], 0), ([4, 5, 7, 7], 0)])
+def test_token_ids_that_end_like_padding_are_kept_and_said(ids, count, tmp_path):
+    record = {"prompt_ids": [1, 2], "chosen_ids": [5, 6], "rejected_ids": ids}
+    pair, counts = read_one(record, tmp_path)
+    assert isinstance(pair, tuple) and counts["end in one id"] == count
+    said = "In 1 an answer ends in a run of one token id: padding?"
+    assert (said in describe(counts)) == bool(count)
 
 
 # Answers that look like stored messages, or like transcripts, and are not.

@@ -858,6 +858,9 @@ def test_tokenizer_and_generation_files_are_copied_byte_for_byte_and_nothing_els
     others = ["README.md", "pytorch_model.bin", "model-00001-of-00002.safetensors", "modeling.py"]
     for name in companions + others:
         (source / name).write_bytes(b"\xff\r\n" + name.encode())
+    with pytest.raises(InputError, match="config.json: No such file"):  # it was moved meanwhile
+        save_model(tiny_model(), tmp_path / "half", source=source)
+    (source / "config.json").write_text("{}")
     save_model(tiny_model(), saved, source=source)
     found = {path.name for path in saved.iterdir()}
     assert found == {*companions, "config.json", "model.safetensors"}
@@ -879,6 +882,7 @@ def test_an_export_ends_answers_where_they_were_trained_to_end(tmp_path, config,
     """A base model's files name only the end of a text: other programs would write on."""
     source, saved = tmp_path / "source", tmp_path / "saved"
     source.mkdir()
+    (source / "config.json").write_text("{}")
     if generation is not None:
         (source / "generation_config.json").write_text(generation)
     save_model(tiny_model(eos_token_id=config), saved, source=source, stop_ids=[95])

@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,22 +21,27 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     LENGTHS,
+    ON_CPU,
     ROOT,
     before_export,
+    complaint_of_two,
     edit_json,
     flags,
     main,
     random_pairs,
     read_json,
+    refusal,
     rows,
     run_joined,
     save_tiny,
+    tiny_model,
     trained,
     words,
     write_pairs,
 )
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch._inductor.exc import InvalidCxxCompiler
 
 import asft
 import data
@@ -43,6 +49,7 @@ import train
 from data import ChatFormat, plan_step
 from model import LlamaConfig, load_model, load_weights
 from support import processes
+from support.export import save_model
 from support.flags import parse, spell
 from support.held_out import answer
 from support.tensors import local_rows
@@ -207,6 +214,53 @@ def test_a_process_that_waits_for_others_says_so(start, tmp_path):
     killer.cancel()
 
 
+def test_processes_that_were_given_other_flags_or_weights_are_refused(start, tmp_path):
+    said = complaint_of_two(flags(start, tmp_path / "out", "--lr 1e-@RANK"))
+    assert "given the same: --lr is 0.1 on process 1, 1.0 before it" in said
+    for rank in range(2):
+        shutil.copytree(start / "model", tmp_path / f"model{rank}")
+    save_model(tiny_model(seed=9), tmp_path / "other", source=start / "model", dtype=torch.float32)
+    shutil.copy(tmp_path / "other/model.safetensors", tmp_path / "model1")
+    said = complaint_of_two(flags(start, tmp_path / "out", "--model", tmp_path / "model@RANK"))
+    assert "given the same: weights is " in said and not (tmp_path / "out").exists()
+
+
+def test_what_processes_know_in_common_is_agreed_on(monkeypatch):
+    found = [{"a": 1, "b": None}, {"a": None, "b": 2}, {"a": 1, "b": 2}, {"a": 3, "b": 2}]
+    monkeypatch.setattr(processes, "together", lambda action: action())
+    assert processes.agree(lambda: found[:3]) == {"a": 1, "b": 2}
+    assert "a is 3 on process 3, 1 before it" in refusal(processes.agree, lambda: found)
+
+
+def test_a_run_continues_when_the_reader_of_its_log_has_ended(start, tmp_path):
+    command = [sys.executable, ROOT / "train.py", *words(*flags(start, tmp_path / "out"))]
+    process = subprocess.Popen(
+        command, env=os.environ | ON_CPU, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert "ASFT" in process.stdout.read(300)
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(timeout=120) == 0 and (tmp_path / "out/model").exists()
+    assert said == f"standard output is closed; the run continues: {tmp_path / 'out'}\n"
+
+
+def test_a_network_that_does_not_exist_and_a_compiler_that_does_not_work_are_one_line(
+    start, tmp_path, monkeypatch, complaint
+):
+    given = flags(start, tmp_path / "out", "--max-steps 1")
+    with monkeypatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", "nosuch")
+        assert "no process group: " in complaint(*given)
+    monkeypatch.setattr(train, "step_loss", mock.Mock(side_effect=InvalidCxxCompiler()))
+    assert 'blocks do not compile ("No working C++ compiler' in complaint(*given, code=1)
+
+
+def test_flags_that_are_empty_texts_are_refused(start, tmp_path, complaint):
+    for name in ("--out", "--eval-data", "--eval-by"):
+        said = complaint(*flags(start, tmp_path / "out"), f"{name}=")
+        assert f"{name} is empty: a shell variable that is not set?" in said
+
+
 def test_a_missing_package_and_a_closed_standard_output_leave_no_traceback(start, tmp_path):
     code = "import importlib.util as u; u.find_spec = lambda name: None; import support"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -247,7 +301,8 @@ def test_the_header_says_which_rows_are_there_twice_or_with_their_answers_swappe
     trained(start, tmp_path / "a", *more)
     said = re.sub(r"\n +", " ", capsys.readouterr().out)
     # The first two and the third; the last two.
-    expected = "1 of them repeat an earlier row. 5 are there with chosen and rejected swapped too"
+    expected = "Of those kept, 1 repeat an earlier one (compared as they are trained on)"
+    expected += ". 5 contradict each other: good in one is bad in the other"
     assert f". {expected} held out" in said
     assert said.count("repeat an earlier") == 1  # not of the held-out pairs
 
