@@ -13,7 +13,8 @@ In reading order
     evaluate                         held-out figures
     attach_reference                 log-probs of the starting model, for dpo, dpo-norm and ipo
     shard ... make_optimizer         one process and many, on a CPU and on GPUs (FSDP2); AdamW
-    read_pairs, fine_tune, plan      what is trained on; a whole run; what it would need
+    read_pairs, fine_tune, export    what is trained on; a whole run; the model that it leaves
+    plan                             what a run would need
 
 Weights and AdamW's moments are kept in fp32, sharded over the processes of a replica; matrix
 products run in bf16 on CUDA and in fp32 on a CPU (--precision). A step's pairs do not depend on the
@@ -648,22 +649,29 @@ def fine_tune(config: Config) -> None:
     with stop:  # also during the export: the first signal lets it finish
         with memory.advising("in a step", model, training):
             train(run, state["step"])
-        checkpoints.stop_unless_finite(
-            checkpoints.trained_tensors(model, optimizer), training.steps
-        )
-        exported_step = best.load(training.steps)
-        log.flush()
-        save_model(
-            model,
-            out / "model",
-            dtype=torch.bfloat16 if config.save_dtype == "bf16" else torch.float32,
-            source=config.model,
-            stop_ids=[chat.end_of_turn] if chat else [],
-        )
+        export(run)
+
+
+def export(run: Run) -> None:
+    """Writes OUT/model: the last weights, or with --keep-best the best ones; prints the answers to
+    --samples prompts before and after training."""
+    config, model, chat, log = run.config, run.model, run.chat, run.log
+    last = run.training.steps
+    checkpoints.stop_unless_finite(checkpoints.trained_tensors(model, run.optimizer), last)
+    exported_step = run.best.load(last)
+    log.flush()
+    save_model(
+        model,
+        log.out / "model",
+        dtype=torch.bfloat16 if config.save_dtype == "bf16" else torch.float32,
+        source=config.model,
+        stop_ids=[chat.end_of_turn] if chat else [],
+    )
     if config.samples:
-        prompts = [pair.prompt for pair in held_out.pairs[: config.samples]]
+        prompts = [pair.prompt for pair in run.held_out.pairs[: config.samples]]
         log.answers([last_turn(chat, prompt) for prompt in prompts], exported_step)
-    log.say(f"\nsaved {out / 'model'} ({config.save_dtype}); metrics in {out / 'metrics.jsonl'}")
+    saved, metrics = log.out / "model", log.out / "metrics.jsonl"
+    log.say(f"\nsaved {saved} ({config.save_dtype}); metrics in {metrics}")
 
 
 def plan(config: Config, llama: LlamaConfig) -> None:
