@@ -35,7 +35,7 @@ from support.files import InputError
 from support.forms import Turns, doubts, parse_pair
 from support.llama_config import generation_eos
 from support.records import read_records
-from support.tokenizer import check_round_trip, load_tokenizer
+from support.tokenizer import check_keeps_text, load_tokenizer
 
 # ------------------------------------------------------------------------------------------ reading
 
@@ -134,7 +134,7 @@ class ChatFormat:
                 raise InputError(
                     f"{path}: makes the control token {token} from text (it is not marked special)"
                 )
-        check_round_trip(self.tokenizer, path)
+        check_keeps_text(self.tokenizer, path)
         self.begin, self.end_of_turn = ids["begin_of_text"], ids["eot_id"]
         self.start_header, self.end_header = ids["start_header_id"], ids["end_header_id"]
         ends = {ids["end_of_text"], ids["eot_id"], ids["eom_id"]} - {None}

@@ -617,7 +617,8 @@ def fine_tune(config: Config) -> None:
         return
 
     model = build_model(config, mesh)
-    log.say(header(config, out, model, datasets, counts, chat))
+    if log.active:
+        log.say(header(config, out, model, datasets, counts, chat))
     facts = run_facts(config, model, counts, training.steps, fingerprint)
     run_directory.record(out, facts, replace=False)  # so that a run that is killed can be resumed
     if config.loss_row.reference:

@@ -33,7 +33,7 @@ from pathlib import Path
 
 
 def notice(text: str) -> None:
-    """Prints a line in passing: if standard output is closed or full, others will say so."""
+    """Prints a line. A failure to print is ignored: the next line of the log reports it."""
     with contextlib.suppress(OSError):
         print(text, flush=True)
 

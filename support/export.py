@@ -155,6 +155,10 @@ def write_companions(
     if source is not None:
         there = read_json(Path(source) / "config.json")  # InputError if it has gone since the start
         passed_on = {key: value for key, value in there.items() if key not in NOT_PASSED_ON}
+        pad = passed_on.get("pad_token_id")
+        if isinstance(pad, int) and pad >= config["vocab_size"]:
+            print(f"left out: pad_token_id {pad} is beyond the vocabulary; transformers refuses it")
+            del passed_on["pad_token_id"]
     write_json(directory / "config.json", passed_on | config)
     for name in COMPANIONS if stop_ids else COMPANIONS + TEMPLATES:
         if source is not None and (Path(source) / name).is_file():

@@ -325,7 +325,11 @@ def with_system(turns: Turns, record: dict) -> Turns:
 MARKERS = ("<|eot_id|>", "<|start_header_id|>", "<|begin_of_text|>", "<|end_of_text|>", "[/INST]")
 MARKERS += ("<|im_start|>", "<|im_end|>", "<|assistant|>", "<|endoftext|>", "<start_of_turn>")
 MARKERS += ("### Response:", "### Assistant:", "\n\nHuman:", "\n\nAssistant:")
-SCORES = ("score", "scores", "rating", "reward")
+SCORES = tuple(
+    tuple(form.format(name, side) for side in PAIR_KEYS)
+    for name in ("score", "scores", "rating", "reward")
+    for form in ("{0}_{1}", "{1}_{0}", "{1}-{0}")
+)
 NOTHING = ("nan", "NaN", "None", "null", "<NA>")  # missing values, written as texts
 
 
@@ -335,7 +339,8 @@ def doubts(record: dict, prompt, *answers) -> list[str]:
     if isinstance(prompt, list):
         texts = [*(content for _, content in prompt), *filter(None, answers)]
         marked = any(mark in text for text in texts for mark in MARKERS)
-        marked = marked or any(answer.endswith("</s>") for answer in filter(None, answers))
+        closed = (answer for answer in filter(None, answers) if answer.endswith("</s>"))
+        marked = marked or any("<s>" not in answer for answer in closed)  # else it is HTML
         found += ["hold chat markers"] * marked
         found += ["hold a word for nothing"] * any(text.strip() in NOTHING for text in texts)
     else:
@@ -347,10 +352,10 @@ def doubts(record: dict, prompt, *answers) -> list[str]:
 
 def scored_the_other_way(record: dict) -> bool:
     """True if a score of the rejected answer, under any usual name, is above the chosen one's."""
-    for name in SCORES:
-        for form in (f"{name}_{{}}", f"{{}}_{name}", f"{{}}-{name}"):
-            scores = [record.get(form.format(side)) for side in PAIR_KEYS]
-            if all(isinstance(score, (int, float)) for score in scores) and scores[0] < scores[1]:
+    for keys in SCORES:
+        if keys[0] in record and keys[1] in record:
+            scores = [record[key] for key in keys]
+            if {type(score) for score in scores} <= {int, float} and scores[0] < scores[1]:
                 return True
     return False
 

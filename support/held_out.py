@@ -18,7 +18,7 @@ from support.files import InputError
 from support.forms import present
 from support.records import read_records
 
-MOST = 20  # groups
+MOST_GROUPS = 20
 
 
 @torch.no_grad()
@@ -66,8 +66,9 @@ def read_groups(path: str | Path, key: str, pairs: Sequence) -> dict[str, set[in
     values = groups.keys() - {absent}
     if not values:
         raise InputError(f"--eval-by {key}: no row of {path} that is used has this key")
-    if len(values) > MOST:
+    if len(values) > MOST_GROUPS:
         raise InputError(
-            f"--eval-by {key}: {len(values):,} different values in {path}, wanted at most {MOST}"
+            f"--eval-by {key}: {len(values):,} different values in {path}, wanted at most "
+            f"{MOST_GROUPS}"
         )
     return groups

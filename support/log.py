@@ -4,6 +4,7 @@ header, run_facts    what will run, as printed and as kept in OUT/config.json
 Log                  the step line, the held-out line, the files; `rewind` when a run resumes
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ from support.flags import command_line
 from support.flops import pair_flops, peak_tflops, utilisation
 from support.processes import (
     StoppedError,
+    announced,
     choose_device,
     erase_line,
     on_first_process,
@@ -63,6 +65,7 @@ def describe(counts: Counter) -> str:
     return text
 
 
+@announced("comparing the pairs with each other")
 def describe_repeats(pairs: list) -> str:
     """How many of these pairs (data.Pair) are there more than once, and how many with chosen and
     rejected swapped (of single answers: labelled both good and bad), if any."""
@@ -247,7 +250,8 @@ class Log:
             print(text, end=end, flush=True)
         except BrokenPipeError:
             sys.stdout = open(os.devnull, "w")
-            print(f"standard output is closed; the run continues: {self.out}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # it may be the same pipe
+                print(f"standard output is closed; the run continues: {self.out}", file=sys.stderr)
 
     def step(self, row: dict, steps: int) -> None:
         """Prints the line of a step."""

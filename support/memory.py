@@ -308,15 +308,15 @@ def describe(found: Costliest, dataset) -> str:
 
 @contextlib.contextmanager
 def advising(where: str, model: nn.Module, dataset, tokens: float = math.inf) -> Iterator[None]:
-    """Inside this `with`, running out of memory, and a compiler that does not work, is a
-    StoppedError that names the flag to change.
+    """Inside this `with`, running out of memory and a compiler that does not work are turned into
+    a StoppedError that names the flag to change.
     tokens: of the micro-batch, if it is known."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if type(error).__module__.startswith("torch._inductor"):
-            first = shown(str(error).splitlines()[0], 150)
-            raise StoppedError(f"blocks do not compile ({first}); pass --compile off") from None
+            reason = shown(str(error).strip(), 150)
+            raise StoppedError(f"blocks do not compile ({reason}); pass --compile off") from None
         if not out_of_memory(error):
             raise
         longest, most = int(dataset.sizes.max()), dataset.config.max_tokens

@@ -114,9 +114,11 @@ def join_group(backend: str, **options) -> None:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, **options)
-    except RuntimeError as error:  # such as a network interface that does not exist
-        first = shown(str(error).splitlines()[0], 250)
-        raise InputError(f"no process group: {first}") from None
+    except RuntimeError as error:
+        if another_ended(error):
+            raise
+        # Such as a network interface that does not exist.
+        raise InputError(f"no process group: {shown(str(error).strip(), 250)}") from None
 
 
 def start(config) -> DeviceMesh:
@@ -127,7 +129,9 @@ def start(config) -> DeviceMesh:
     # Saturated losses give subnormal gradients, which make a CPU ten times slower.
     torch.set_flush_denormal(True)
     join_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-    flags = {spell(name): value for name, value in vars(config).items() if name not in PATHS}
+    flags = {spell(name): value for name, value in vars(config).items()}
+    # A machine may have its own paths.
+    flags |= {spell(name): "given" for name in PATHS if getattr(config, name) is not None}
     agree(lambda: flags)
     world, replicas = dist.get_world_size(), config.replicas
     if world % replicas:
@@ -168,19 +172,16 @@ def together(action: typing.Callable[[], typing.Any]) -> list:
 
 
 def agree(action: typing.Callable[[], dict]) -> dict:
-    """Runs action() on every process. Raises InputError on all of them unless they return the same,
-    which this returns; of values that are None only on some processes, any."""
-    agreed: dict = {}
-    for rank, found in enumerate(together(action)):
-        for name, value in found.items():
-            first = agreed.get(name)
-            if None not in (value, first) and value != first:
+    """Runs action() on every process and returns its result. Raises InputError on all of them if
+    the results differ."""
+    first, *others = together(action)
+    for rank, found in enumerate(others, 1):
+        for name, value in first.items():
+            if found[name] != value:
                 raise InputError(
-                    f"the processes were not given the same: {name} is {value} on process {rank}, "
-                    f"{first} before it"
+                    f"processes differ: {name} is {value} on process 0, {found[name]} on {rank}"
                 )
-            agreed[name] = first if value is None else value
-    return agreed
+    return first
 
 
 def on_first_process(action: typing.Callable[[], typing.Any]) -> typing.Any:
@@ -306,7 +307,8 @@ def complain(program: str, message: object) -> None:
     if rank.isdigit() and int(rank) > 0:
         time.sleep(10)
         program = f"{program}, process {rank}"
-    print(f"{program}: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(f"{program}: {message}", file=sys.stderr, flush=True)
 
 
 def another_ended(error: Exception) -> bool:

@@ -11,11 +11,12 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from support.files import InputError, checksum, files_checksum, read_json, write_whole
 from support.flags import MAY_CHANGE
@@ -30,12 +31,11 @@ from support.processes import (
 from support.reference import cache_key, read_cache
 
 
-def fingerprint(
-    weights: Iterable[Path] | None, parts: Sequence[Sequence], dtype: torch.dtype
-) -> dict[str, str | None]:
-    """Hashes of the starting weights (their files; None: not read) and of the token ids of each
-    list of pairs (training, held-out), and the dtype of matrix products."""
-    found = {"weights": weights and files_checksum(weights)}
+def fingerprint(weights: str, parts: Sequence[Sequence], dtype: torch.dtype) -> dict[str, str]:
+    """What a run's numbers depend on, besides its flags: the checksum of the files of the starting
+    weights, hashes of the token ids of each list of pairs (training, held-out), and the dtype of
+    matrix products."""
+    found = {"weights": weights}
     for name, pairs in zip(("pairs", "held-out pairs"), parts, strict=False):
         digest = hashlib.blake2b(digest_size=16)
         for pair in pairs:
@@ -60,10 +60,11 @@ def open_run(config, weights: dict[str, Path], datasets: list) -> tuple[Path, di
     pairs = [dataset.pairs for dataset in datasets]
     files = [Path(config.model) / "config.json", *sorted(set(weights.values()))]
     dtype = choose_device(config.device, config.precision)[1]
-    if environment("LOCAL_RANK", 0):
-        files = None  # one process of each machine reads them
+    reads = environment("LOCAL_RANK", 0) == 0  # one process of each machine
     with announced("computing checksums of weights and pairs"):
-        found = agree(lambda: fingerprint(files, pairs, dtype))
+        checksums = together(lambda: files_checksum(files) if reads else None)
+        own = checksums[dist.get_rank()] or checksums[0]
+        found = agree(lambda: fingerprint(own, pairs, dtype))
     precompute = config.loss_row.reference and config.reference == "precompute"
     if precompute and config.reference_cache:
         cache, count = Path(config.reference_cache), sum(map(len, pairs))

@@ -363,8 +363,6 @@ WRONG_SUMS = [
     ({"num_attention_heads": 32}, "head_dim (1)"),
     ({"head_dim": 7}, "head_dim (7)"),
     ({"num_key_value_heads": 3}, "num_key_value_heads (3)"),
-    ({"pad_token_id": 97}, "pad_token_id is 97, wanted less than vocab_size 97"),
-    ({"bos_token_id": 97}, "bos_token_id is 97, wanted less than vocab_size 97"),
     ({"num_key_value_heads": 8}, "num_key_value_heads (8)"),
     ({"num_hidden_layers": 10**9}, "wanted a positive whole number below 4,096"),
     ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": LLAMA3}, "rope_scaling differ"),

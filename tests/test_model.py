@@ -868,6 +868,17 @@ def test_tokenizer_and_generation_files_are_copied_byte_for_byte_and_nothing_els
         assert (saved / name).read_bytes() == (source / name).read_bytes()
 
 
+@pytest.mark.parametrize("pad", [96, 97])
+def test_a_pad_token_beyond_the_vocabulary_is_left_out_of_an_export(tmp_path, capsys, pad):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(f'{{"pad_token_id": {pad}}}')
+    save_model(tiny_model(), tmp_path / "saved", source=source)
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert ("pad_token_id" in read_json(tmp_path / "saved/config.json")) == (pad < 97)
+    assert ("left out: pad_token_id 97" in capsys.readouterr().out) == (pad == 97)
+
+
 @pytest.mark.parametrize(
     "config, generation, ids",
     [

@@ -216,32 +216,55 @@ def test_a_process_that_waits_for_others_says_so(start, tmp_path):
 
 def test_processes_that_were_given_other_flags_or_weights_are_refused(start, tmp_path):
     said = complaint_of_two(flags(start, tmp_path / "out", "--lr 1e-@RANK"))
-    assert "given the same: --lr is 0.1 on process 1, 1.0 before it" in said
+    assert "processes differ: --lr is 1.0 on process 0, 0.1 on 1" in said
     for rank in range(2):
         shutil.copytree(start / "model", tmp_path / f"model{rank}")
     save_model(tiny_model(seed=9), tmp_path / "other", source=start / "model", dtype=torch.float32)
     shutil.copy(tmp_path / "other/model.safetensors", tmp_path / "model1")
     said = complaint_of_two(flags(start, tmp_path / "out", "--model", tmp_path / "model@RANK"))
-    assert "given the same: weights is " in said and not (tmp_path / "out").exists()
+    assert "processes differ: weights is " in said and not (tmp_path / "out").exists()
 
 
-def test_what_processes_know_in_common_is_agreed_on(monkeypatch):
-    found = [{"a": 1, "b": None}, {"a": None, "b": 2}, {"a": 1, "b": 2}, {"a": 3, "b": 2}]
-    monkeypatch.setattr(processes, "together", lambda action: action())
-    assert processes.agree(lambda: found[:3]) == {"a": 1, "b": 2}
-    assert "a is 3 on process 3, 1 before it" in refusal(processes.agree, lambda: found)
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("max_steps", 3, "--max-steps is None on process 0, 3 on 2"),
+        ("eval_data", "b.jsonl", "--eval-data is None on process 0, given on 2"),
+        ("resume", "", "--resume is None on process 0, given on 2"),
+        ("data", "other/a.jsonl", None),  # a path of its own
+    ],
+)
+def test_a_flag_that_one_process_lacks_is_a_difference_and_a_path_of_its_own_is_not(
+    monkeypatch, name, value, said
+):
+    configs = [train.Config(model="m", data="a.jsonl", device="cpu")] * 2
+    configs.append(dataclasses.replace(configs[0], **{name: value}))
+    flags = []
+    monkeypatch.setattr(processes, "agree", lambda action: flags.append(action()))
+    for config in configs:
+        processes.start(config)
+        train.dist.destroy_process_group()
+    monkeypatch.undo()
+    monkeypatch.setattr(processes, "together", lambda action: flags)
+    if said:
+        assert said in refusal(processes.agree, None)
+    else:
+        assert processes.agree(None) == flags[0]
 
 
-def test_a_run_continues_when_the_reader_of_its_log_has_ended(start, tmp_path):
+@pytest.mark.parametrize("joined", [False, True])  # 2>&1 | head
+def test_a_run_continues_when_the_reader_of_its_log_has_ended(start, tmp_path, joined):
     command = [sys.executable, ROOT / "train.py", *words(*flags(start, tmp_path / "out"))]
+    errors = subprocess.STDOUT if joined else subprocess.PIPE
     process = subprocess.Popen(
-        command, env=os.environ | ON_CPU, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=os.environ | ON_CPU, stdout=subprocess.PIPE, stderr=errors, text=True
     )
     assert "ASFT" in process.stdout.read(300)
     process.stdout.close()
-    said = process.stderr.read()
+    if not joined:
+        said = f"standard output is closed; the run continues: {tmp_path / 'out'}\n"
+        assert process.stderr.read() == said
     assert process.wait(timeout=120) == 0 and (tmp_path / "out/model").exists()
-    assert said == f"standard output is closed; the run continues: {tmp_path / 'out'}\n"
 
 
 def test_a_network_that_does_not_exist_and_a_compiler_that_does_not_work_are_one_line(
@@ -256,8 +279,9 @@ def test_a_network_that_does_not_exist_and_a_compiler_that_does_not_work_are_one
 
 
 def test_flags_that_are_empty_texts_are_refused(start, tmp_path, complaint):
-    for name in ("--out", "--eval-data", "--eval-by"):
-        said = complaint(*flags(start, tmp_path / "out"), f"{name}=")
+    dpo = flags(start, tmp_path / "out", "--loss dpo")
+    for name in ("--out", "--eval-data", "--eval-by", "--reference-cache"):
+        said = complaint(*dpo, f"{name}=")
         assert f"{name} is empty: a shell variable that is not set?" in said
 
 
@@ -307,19 +331,26 @@ def test_the_header_says_which_rows_are_there_twice_or_with_their_answers_swappe
     assert said.count("repeat an earlier") == 1  # not of the held-out pairs
 
 
-@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+@pytest.mark.parametrize(
+    "launcher, name",
+    [
+        ("srun", "SLURM_STEP_NUM_TASKS"),
+        ("mpirun", "OMPI_COMM_WORLD_SIZE"),
+        ("mpirun", "PMI_SIZE"),
+    ],
+)
 def test_the_header_says_if_srun_or_mpirun_started_processes_that_do_not_know_each_other(
-    start, tmp_path, capsys, monkeypatch, launcher
+    start, tmp_path, capsys, monkeypatch, launcher, name
 ):
-    name = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE"}[launcher]
     words = "started 8 processes: only torchrun would join them"
     for tasks in ("8", "1"):
         monkeypatch.setenv(name, tasks)
         trained(start, tmp_path / tasks, "--max-steps 1")
         assert (f"{launcher} {words}" in capsys.readouterr().out) == (tasks == "8")
-    monkeypatch.setenv(name, "8")
-    done = run_joined(flags(start, tmp_path / "two", "--max-steps 1"))
-    assert "2 x CPU" in done and words not in done
+    if launcher == "srun":  # which may start torchrun
+        monkeypatch.setenv(name, "8")
+        done = run_joined(flags(start, tmp_path / "two", "--max-steps 1"))
+        assert "2 x CPU" in done and words not in done
 
 
 def test_single_answers_may_be_trained_on_while_pairs_choose_the_best(start, tmp_path):
@@ -391,6 +422,7 @@ def test_reading_and_writing_of_models_and_checkpoints_is_announced(
     assert said == [
         "computing checksums of weights and pairs",
         "reading the weights",
+        "comparing the pairs with each other",
         "trying the run's costliest micro-batches",
         "writing a checkpoint",
         "writing the model",
