@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from support import notice
 from support.files import InputError, flush, naming, read_json, read_start, shown, write_json
 from support.llama_config import token_ids
 from support.processes import announced, on_first_process
@@ -157,7 +158,9 @@ def write_companions(
         passed_on = {key: value for key, value in there.items() if key not in NOT_PASSED_ON}
         pad = passed_on.get("pad_token_id")
         if isinstance(pad, int) and pad >= config["vocab_size"]:
-            print(f"left out: pad_token_id {pad} is beyond the vocabulary; transformers refuses it")
+            notice(
+                f"left out: pad_token_id {pad} is beyond the vocabulary; transformers refuses it"
+            )
             del passed_on["pad_token_id"]
     write_json(directory / "config.json", passed_on | config)
     for name in COMPANIONS if stop_ids else COMPANIONS + TEMPLATES:

@@ -340,7 +340,7 @@ def doubts(record: dict, prompt, *answers) -> list[str]:
         texts = [*(content for _, content in prompt), *filter(None, answers)]
         marked = any(mark in text for text in texts for mark in MARKERS)
         closed = (answer for answer in filter(None, answers) if answer.endswith("</s>"))
-        marked = marked or any("<s>" not in answer for answer in closed)  # else it is HTML
+        marked = marked or any("<s>" not in answer[1:] for answer in closed)  # else it is HTML
         found += ["hold chat markers"] * marked
         found += ["hold a word for nothing"] * any(text.strip() in NOTHING for text in texts)
     else:

@@ -325,8 +325,9 @@ def exit_code(program: str, action: typing.Callable[[], None], memory_advice: ty
     """Runs action() and returns the program's exit code, with one line for every known failure.
 
     0: done. 2: a user's mistake, or a file that cannot be read or written. 1: out of memory
-    (memory_advice() says which flag to lower; None: the error is raised), or numbers that are not
-    finite. 128 + a signal's number: stopped by that signal.
+    (memory_advice() says which flag to lower; None: the error is raised), numbers that are not
+    finite, blocks that do not compile, or the end of another process. 128 + a signal's number:
+    stopped by that signal.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # see support/__init__.py
     if sys.stdout is None:  # closed by the shell: >&-

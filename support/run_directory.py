@@ -60,7 +60,7 @@ def open_run(config, weights: dict[str, Path], datasets: list) -> tuple[Path, di
     pairs = [dataset.pairs for dataset in datasets]
     files = [Path(config.model) / "config.json", *sorted(set(weights.values()))]
     dtype = choose_device(config.device, config.precision)[1]
-    reads = environment("LOCAL_RANK", 0) == 0  # one process of each machine
+    reads = dist.get_rank() == 0 or environment("LOCAL_RANK", 0) == 0  # one of each machine
     with announced("computing checksums of weights and pairs"):
         checksums = together(lambda: files_checksum(files) if reads else None)
         own = checksums[dist.get_rank()] or checksums[0]

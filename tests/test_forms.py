@@ -445,6 +445,7 @@ DOUBTS = {
     "a word for nothing in a sentence": ({"chosen": "None of them.", "rejected": "nan nan"}, None),
     "scores": ({"score_chosen": 4.0, "score_rejected": 9}, "scored the other way"),
     "a boolean score": ({"chosen_score": False, "rejected_score": True}, None),
+    "Llama 2's two ends": ({"chosen": "<s>An apple.</s>"}, "hold chat markers"),
     "a price in HTML": ({"chosen": "Not <s>5</s>"}, None),
     "Llama 2's end of text": ({"chosen": "An apple.</s>"}, "hold chat markers"),
     "ratings": ({"chosen-rating": 1, "rejected-rating": 5}, "scored the other way"),
