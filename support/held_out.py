@@ -52,9 +52,9 @@ def last_turn(chat, prompt: np.ndarray) -> str:
 def read_groups(path: str | Path, key: str, pairs: Sequence) -> dict[str, set[int]]:
     """Value of `key` -> indexes of the pairs whose row has it, in the order of the file.
 
-    `pairs` are of data.Pair. A value that is not a text is named by its JSON. A
-    row without the key, or with null, is in the group "no KEY". Raises InputError if no row has the
-    key, and for more than 20 values: such a key tells rows apart, not kinds of rows.
+    `pairs` are of data.Pair. A value that is not a text is named by its JSON. A row without the
+    key, or with null, is in the group "no KEY". Raises InputError if no row has the key, and for
+    more than 20 values: such a key tells rows apart, not kinds of rows.
     """
     index = {pair.place: i for i, pair in enumerate(pairs)}
     absent, groups = f"no {key}", {}

@@ -31,6 +31,7 @@ from support.processes import (
     announced,
     choose_device,
     erase_line,
+    is_first,
     on_first_process,
     peak_memory_gib,
 )
@@ -111,9 +112,7 @@ def header(config, out: Path, model, datasets: list, counts: list[Counter], chat
         "loss": f"{config.loss} {options}".rstrip(),
         "data": f"{config.data}: {describe(counts[0])}{describe_repeats(training.pairs)}",
         "held out": held_out,
-        "chat": describe_chat(config.model, llama.bos_token_id, chat.begin)
-        if chat
-        else "none: the pairs are token ids",
+        "chat": describe_chat(config.model, llama.bos_token_id, chat),
         "tokens": f"{training.sizes.sum():,} an epoch, {responses:,} of them in responses; "
         f"{training.sizes.mean():,.0f} a pair, at most {training.sizes.max():,}",
         "steps": f"{training.steps:,} of {min(config.pairs_per_step, len(training.pairs))} pairs; "
@@ -130,16 +129,18 @@ def header(config, out: Path, model, datasets: list, counts: list[Counter], chat
     return "\n".join(["ASFT, Aligned Supervised Fine-Tuning (arXiv 2409.10571)", *text])
 
 
-def describe_chat(model: str, bos: int | None, begin: int) -> str:
+def describe_chat(model: str, bos: int | None, chat) -> str:
     """Which chat format is trained and exported, if that is not the source's, and if config.json's
     bos_token_id is not the id of <|begin_of_text|>: then tokenizer and weights may not belong
-    together."""
+    together. chat: data.ChatFormat, or None."""
+    if chat is None:
+        return "none: the pairs are token ids"
     template = source_template(model)
     text = "Llama 3's format; the export has its template"
     if template is not None and template != CHAT_TEMPLATE:
         text += f" instead of {model}'s own, which is another text"
-    if bos not in (None, begin):
-        text += f". <|begin_of_text|> is token {begin}, but config.json has bos_token_id {bos}"
+    if bos not in (None, chat.begin):
+        text += f". <|begin_of_text|> is token {chat.begin}, but config.json has bos_token_id {bos}"
     return text
 
 
@@ -189,10 +190,8 @@ def size_and_speed(run, drawn: list[int], started: float) -> dict[str, float]:
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     peak = float(peak)  # waits for all that a GPU has to do, the update included
     seconds = time.perf_counter() - started
-    tokens, peak_of_one = (
-        int(run.training.sizes[drawn].sum()),
-        run.config.peak_tflops or peak_tflops(),
-    )
+    tokens = int(run.training.sizes[drawn].sum())
+    peak_of_one = run.config.peak_tflops or peak_tflops()
     used = {}
     if peak_of_one:
         pairs = [run.training.pairs[i] for i in drawn]
@@ -234,7 +233,7 @@ class Log:
     every step is a line."""
 
     def __init__(self, out: Path):
-        self.out, self.active = out, dist.get_rank() == 0
+        self.out, self.active = out, is_first()
         self.moving = sys.stdout.isatty()
         self.steps = 0  # logged by this process
         self.seconds = 0.0  # a step takes, averaged mostly over the last 20

@@ -42,6 +42,8 @@ from support import memory
 from support.flops import peak_tflops, utilisation
 from support.processes import StoppedError, join_group
 
+aten = torch.ops.aten
+
 # ------------------------------------------------------------------------------ compiled blocks
 
 
@@ -224,6 +226,51 @@ def test_two_processes_with_several_micro_batches_train_as_one(start, tmp_path, 
 def plans_of(*steps):
     """Plans of one process."""
     return [[list(step)] for step in steps]
+
+
+READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal}
+INDEXED = {aten.index, aten.index_put, aten.index_put_}
+
+
+class HostReads(TorchDispatchMode):
+    """Counts operations for whose result the CPU would have to wait, if the tensors were a GPU's:
+    numbers that are read, and indexing by a mask, whose size must be known."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masked = func.overloadpacket in INDEXED and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
+        if func.overloadpacket in READS or masked:
+            self.found[func.overloadpacket] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_the_device_no_more_often_if_it_has_more_micro_batches(
+    start, tmp_path, monkeypatch, capsys
+):
+    train_, reads = train.train, []
+
+    def counted(*given):
+        reads.append(HostReads())
+        with reads[-1]:
+            train_(*given)
+
+    monkeypatch.setattr(train, "train", counted)
+    for most, least in [(8192, 1), (30, 4)]:
+        more = f"--max-steps 2 --pairs-per-step 10 --max-tokens-per-gpu {most}"
+        assert main(*flags(start, tmp_path / str(most), more, "--checkpoint-blocks 1")) == 0
+        micro_batches = float(re.search(r"([\d.]+) micro-batches", capsys.readouterr().out)[1])
+        assert micro_batches >= least and (micro_batches == 1) == (least == 1)
+    once, often = (mode.found for mode in reads)
+    # In each step the norm, the peak of memory and the request to stop (not in the last).
+    assert once == often and 0 < once.total() <= 6
+    with reads[0]:
+        torch.ones(3)[torch.ones(3) > 0]
+    assert reads[0].found[aten.index] == 1  # a mask is counted
 
 
 def test_the_costliest_micro_batches_are_those_of_most_bytes_not_of_most_tokens():
