@@ -124,7 +124,7 @@ STEPS = {
 VARIANTS = {  # parts that run bench/variants.py, with this name, instead of train.py
     f"step-{pairs}-{name}": name
     for pairs in ("uf", "3b")
-    for name in ("reduce-always", "two-pools", "pinned")
+    for name in ("reduce-always", "two-pools", "gathered", "pinned")
 }
 for _part in VARIANTS:
     _base = "step-uf-defaults" if _part.startswith("step-uf") else "step-3b-defaults"
@@ -609,7 +609,8 @@ PARTS = {"compile": compile_blocks, "step-3b-defaults": step, "step-uf-defaults"
 PARTS |= {"step-profile": profile, "step-3b-hh": step, "end-to-end-example": example, ORPO: step}
 PARTS |= {"step-3b-recomputed": step, "step-3b-dpo-live": step}
 PARTS |= dict.fromkeys(PEERS, peer)
-PARTS |= {"step-uf-two-pools": step, "step-uf-reduce-always": step, "step-uf-pinned": step}
+PARTS |= {"step-uf-two-pools": step, "step-3b-gathered": step}
+PARTS |= {"step-uf-reduce-always": step, "step-uf-pinned": step}
 PARTS |= {"step-uf-recomputed": step}
 PARTS |= dict.fromkeys(STEPS, step)
 PARTS |= {"end-to-end-resume": resume, "end-to-end-8b": whole}

@@ -5,6 +5,8 @@
     reduce-always    reduces gradients in every micro-batch, on one process too
     two-pools        lets FSDP take the memory of reduced gradients as it does by itself, and not
                      as support/memory.py's OnePool does
+    gathered         keeps the weights gathered, in the dtype of the products, from a step's first
+                     micro-batch to its last: 2 bytes a parameter more, and each is gathered once
     pinned           copies batches from pinned memory, so that the CPU need not wait for the copy
 
 The updates are those of train.py. bench/gpu.py has parts for these.
@@ -34,6 +36,20 @@ def two_pools() -> None:
     FSDPModule.set_custom_reduce_scatter = lambda module, comm: None
 
 
+def gathered(shard=train.shard, set_reduction=train.set_reduction) -> None:
+    def shard_and_keep(model, mesh, compute_dtype):
+        shard(model, mesh, compute_dtype)
+        if isinstance(model, FSDPModule):
+            model.set_reshard_after_forward(False)
+
+    def keep_until_last(model, mesh, last):
+        set_reduction(model, mesh, last)
+        if isinstance(model, FSDPModule):
+            model.set_reshard_after_backward(last)
+
+    train.shard, train.set_reduction = shard_and_keep, keep_until_last
+
+
 def pinned_copy(value):
     """A Batch, its Segments or a tensor, in pinned memory."""
     if isinstance(value, torch.Tensor):
@@ -48,7 +64,12 @@ def pinned(pack=train.pack) -> None:
         train.pack = lambda *args: pinned_copy(pack(*args))
 
 
-VARIANTS = {"reduce-always": reduce_always, "two-pools": two_pools, "pinned": pinned}
+VARIANTS = {
+    "reduce-always": reduce_always,
+    "two-pools": two_pools,
+    "gathered": gathered,
+    "pinned": pinned,
+}
 
 if __name__ == "__main__":
     if sys.argv[1:2] == [] or sys.argv[1] not in VARIANTS:

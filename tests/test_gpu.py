@@ -16,6 +16,7 @@ import torch
 import variants
 from conftest import ROOT, flags, main, random_pairs, tiny_model
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
@@ -279,12 +280,36 @@ def test_variants_change_what_they_say(start, tmp_path, monkeypatch):
     assert train.set_reduction is not before
 
 
+def test_the_gathered_variant_keeps_weights_from_the_first_micro_batch_of_a_step_to_its_last(
+    start, tmp_path, monkeypatch
+):
+    for name in ("shard", "set_reduction", "step_loss"):
+        monkeypatch.setattr(train, name, getattr(train, name))  # put back after the test
+    gathered, step_loss = [], train.step_loss
+
+    def watched(model, dataset, indexes):
+        gathered.append(not any(isinstance(p, DTensor) for p in model.parameters()))
+        return step_loss(model, dataset, indexes)
+
+    train.step_loss = watched
+    more = "--precision bf16 --max-steps 2 --pairs-per-step 4 --max-tokens-per-gpu 30"
+    assert main(*flags(start, tmp_path / "a", more)) == 0
+    assert gathered and not any(gathered)
+    gathered.clear()
+    variants.gathered()
+    assert main(*flags(start, tmp_path / "b", more)) == 0
+    # The rehearsal and both steps have several micro-batches. Only the first one gathers.
+    steps = "".join("-+"[now] for now in gathered)
+    assert re.fullmatch(r"(-\++){3}", steps), steps
+
+
 def test_variants_of_train_py_make_the_same_updates(tmp_path):
     """In bf16, so that FSDP shards over one process; in several micro-batches."""
     small = "--max-steps 2 --samples 0 --eval-every 0 --pairs-per-step 8 --precision bf16"
     small += " --max-tokens-per-gpu 160 --save-every 0 --device cpu --out"
     found = {}
-    for program in ("train.py", "bench/variants.py reduce-always", "bench/variants.py two-pools"):
+    names = ("reduce-always", "two-pools", "gathered")
+    for program in ("train.py", *(f"bench/variants.py {name}" for name in names)):
         out = tmp_path / str(len(found))
         words = [sys.executable, *program.split(), *small.split(), out]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
