@@ -24,7 +24,7 @@ was cut. Answer is another word for response. Log is natural, log-probs are in n
     s(y) = |y| l(y)                             summed log-prob    metrics sum_logp_w, sum_logp_l
     p(y) = exp(l(y))                            geometric-mean token probability, in (0, 1]
 
-Shape letters. A name ends in the letters of its tensor's axes.
+Shape letters. A name ends in the letters of its tensor's axes, unless it lives for few lines.
     B pairs   R responses (2B)   T tokens, packed (padded in response_logps)
     S scored tokens (those of responses)   C a chunk of S   N keys of packed attention
     D width   F width of the MLP   V vocabulary
@@ -73,8 +73,8 @@ def log_odds(logp: Tensor) -> Tensor:
 
 
 def _bounded(logp: Tensor, eps: float) -> Tensor:
-    """logp, or -eps if it is larger, with gradient 1 everywhere: `clamp` would have gradient 0
-    above -eps."""
+    """min(logp, -eps), but with gradient 1 everywhere: `clamp` would have gradient 0 above
+    -eps."""
     return torch.where(logp > -eps, logp - logp.detach() - eps, logp)
 
 
@@ -137,7 +137,7 @@ def asft_loss(
 
     Each answer has its own terms, so none needs a partner. For a missing one pass logp_w = 0 or
     logp_l = -inf (p_l = 0), as train.py does: its terms are then exactly 0, at every temperature
-    and eps. Pass the 0 as a constant, since the gradient with respect to logp_w is not 0 there.
+    and eps. Pass the 0 as a constant: the gradient with respect to logp_w need not be 0 there.
 
     Args:
         logp_w_B, logp_l_B: mean log-probs in nats, at most 0, of equal shape. Half types are
@@ -175,12 +175,12 @@ def asft_loss(
         align_l_B = -log1mexp(bounded_l_B)
     else:
         align_w_B = -F.logsigmoid(temperature * log_odds(_bounded(logp_w_B, eps)))
-        align_w_B = align_w_B.masked_fill(logp_w_B == 0, 0.0)  # exact; eps would leave eps^T
+        align_w_B = align_w_B.masked_fill(logp_w_B == 0, 0.0)  # no chosen answer: not eps^T
         align_l_B = -F.logsigmoid(-temperature * log_odds(bounded_l_B))
     align_B = align_w_B + align_l_B
     loss_B = sft_weight * sft_B + beta * align_B
     with torch.no_grad():
-        # The chosen side is bounded only in the tempered form, and not at 0.
+        # Tempered, logp_w is bounded too, except the 0 of an absent answer.
         clamped_w_B = (logp_w_B > -eps) & (logp_w_B < 0)
         clamped_B = (logp_l_B > -eps) | ((temperature != 1) & clamped_w_B)
         # push = d align_l / d logp_l = T sigmoid(T log_odds_l) / (1 - p_l). At T = 1 the sigmoid is
@@ -244,14 +244,6 @@ def simpo_loss(
     return loss_B, {"align": loss_B.detach()} | rewards | comparison(logp_w_B, logp_l_B)
 
 
-def _log_ratios(
-    logp_w_B: Tensor, logp_l_B: Tensor, ref_w_B: Tensor, ref_l_B: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Log-prob of the model less that of the reference, of both responses."""
-    logp_w_B, logp_l_B, ref_w_B, ref_l_B = _checked(logp_w_B, logp_l_B, ref_w_B, ref_l_B)
-    return logp_w_B - ref_w_B, logp_l_B - ref_l_B
-
-
 def dpo_loss(
     logp_w_B: Tensor, logp_l_B: Tensor, ref_w_B: Tensor, ref_l_B: Tensor, *, beta: float = 0.1
 ) -> tuple[Tensor, Metrics]:
@@ -263,7 +255,8 @@ def dpo_loss(
     the reward scale; it shares only its name with ASFT's weight. With means it is larger: Tülu 3
     (arXiv 2411.15124) has 5, which is dpo-norm's default; TRL's is 0.1 for both.
     """
-    ratio_w_B, ratio_l_B = _log_ratios(logp_w_B, logp_l_B, ref_w_B, ref_l_B)
+    logp_w_B, logp_l_B, ref_w_B, ref_l_B = _checked(logp_w_B, logp_l_B, ref_w_B, ref_l_B)
+    ratio_w_B, ratio_l_B = logp_w_B - ref_w_B, logp_l_B - ref_l_B
     loss_B = -F.logsigmoid(beta * (ratio_w_B - ratio_l_B))
     return loss_B, {"align": loss_B.detach()} | _rewards(beta * ratio_w_B, beta * ratio_l_B)
 
@@ -278,7 +271,8 @@ def ipo_loss(
     reference code), the same kind for model and reference. They are different losses: with sums, h
     grows with the length.
     """
-    ratio_w_B, ratio_l_B = _log_ratios(logp_w_B, logp_l_B, ref_w_B, ref_l_B)
+    logp_w_B, logp_l_B, ref_w_B, ref_l_B = _checked(logp_w_B, logp_l_B, ref_w_B, ref_l_B)
+    ratio_w_B, ratio_l_B = logp_w_B - ref_w_B, logp_l_B - ref_l_B
     loss_B = (ratio_w_B - ratio_l_B - 1 / (2 * beta)) ** 2
     return loss_B, {"align": loss_B.detach()} | _rewards(beta * ratio_w_B, beta * ratio_l_B)
 

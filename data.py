@@ -47,7 +47,8 @@ CHUNK = 1000
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """A prompt with a chosen and a rejected response: turns and texts, or token ids (int32)."""
+    """A prompt with a chosen and a rejected response, or one of them and None: turns and texts,
+    or token ids (int32)."""
 
     prompt: Turns | np.ndarray
     chosen: str | np.ndarray | None
@@ -182,8 +183,8 @@ class ChatFormat:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Token ids of a pair, int32. Its sequences are prompt + chosen and prompt + rejected; all
-    response tokens are scored."""
+    """Token ids (int32) of a pair or of one labelled answer; an absent answer has none. Its
+    sequences are prompt + chosen and prompt + rejected; all response tokens are scored."""
 
     prompt: np.ndarray
     chosen: np.ndarray
@@ -254,8 +255,8 @@ def encode_preferences(
 
 
 def encode_chunk(chunk: list[Preference], chat: ChatFormat | None) -> Iterator[list[np.ndarray]]:
-    """Ids of prompt, chosen and rejected (int32; none of an absent answer). A prompt has no ids if
-    it asks nothing: its last turn is empty, or its user says nothing. Such a pair is dropped."""
+    """Ids of prompt, chosen and rejected (int32; none of an absent answer). A prompt whose last
+    turn is empty, or whose user says nothing, gets no ids: its pair is dropped as "empty"."""
     in_text = [p for p in chunk if p.is_text]
     contents = [content for p in in_text for _, content in p.prompt]
     answers = [answer for p in in_text for answer in p.answers]
@@ -295,10 +296,10 @@ def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = Non
             tokens.append(response)
             response_at = np.arange(end, end + len(response))
             end += len(response)
-            # Where the sequence prompt + response stands in the batch: the keys of its queries.
+            # Indexes in the batch of prompt + response: the keys of this segment.
             sequence = np.concatenate([prompt_at, response_at])
             keys.append(sequence)
-            # Rejected continues where the prompt ends, as chosen does.
+            # Of the tokens just added. A response's positions begin at n_p, whichever it is.
             positions.append(np.arange(0 if with_prompt else n_p, len(sequence)))
             scored.append(sequence[n_p - 1 : -1])  # each token is predicted at the one before it
         targets += [pair.chosen, pair.rejected]
@@ -381,10 +382,14 @@ def split_pairs(
     return [filled[rank::processes] for rank in range(processes)]
 
 
-def check_longest(sizes: np.ndarray, max_tokens_per_gpu: int) -> None:
-    """Raises InputError if a pair has more packed tokens than a micro-batch may have."""
-    if len(sizes) and (longest := sizes.max()) > max_tokens_per_gpu:
+def check_longest(
+    sizes: np.ndarray, max_tokens_per_gpu: int, pairs: list[Pair] | None = None
+) -> None:
+    """Raises InputError if a pair has more packed tokens than a micro-batch may have; it names the
+    longest of `pairs`, if they are given."""
+    if len(sizes) and sizes.max() > max_tokens_per_gpu:
+        place = f"{pairs[sizes.argmax()].place}: " if pairs else ""
         raise InputError(
-            f"a pair of {longest} packed tokens exceeds --max-tokens-per-gpu "
+            f"{place}a pair of {sizes.max()} packed tokens exceeds --max-tokens-per-gpu "
             f"{max_tokens_per_gpu}; raise that or lower --max-tokens"
         )

@@ -77,8 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def memory_advice() -> str | None:
         for name in ("cache_tokens", "max_tokens_per_gpu"):  # what bounds a command's memory
-            if name in flags:
-                now = getattr(flags, name)
+            if now := getattr(flags, name, None):
                 return (
                     f"lower {spell(name)} from {now} to {now // 2}, unless the model alone is too "
                     "large"
@@ -89,4 +88,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave(main)

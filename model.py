@@ -138,7 +138,7 @@ class Batch:
     length_R: Tensor  # int64: scored tokens of each response
 
     def to(self, device: torch.device | str) -> "Batch":
-        """A copy on `device`; the CPU need not wait for what a GPU has still to do."""
+        """A copy on `device`, for which the CPU waits only if the device's driver does."""
         return Batch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
 
 
@@ -243,7 +243,7 @@ class _RMSNorm(torch.autograd.Function):
         normed_TD = at_least_fp32(x_TD) * scale_T1
         product_TD = grad_TD * normed_TD
         mean_T1 = (product_TD * weight_D).mean(-1, keepdim=True)
-        # product_TD is fp32 already; grad * weight would be of a half type.
+        # The weight in fp32: the product of two half types would be rounded. product_TD is fp32.
         grad_x_TD = (grad_TD * at_least_fp32(weight_D) - normed_TD * mean_T1) * scale_T1
         return grad_x_TD.to(x_TD.dtype), product_TD.sum(0).to(weight_D.dtype), None
 
@@ -327,9 +327,9 @@ class Block(nn.Module):
         """Runs `compute`. With `recompute`, backward runs it again."""
         inputs = (x_TD, rope, segments, attend)
         if torch.is_grad_enabled() and self.recompute:
-            # Inside the compiled block: around it, backward would recompute down_proj too, whose
-            # output it does not need. Nothing here is random, and to save a GPU's random state the
-            # CPU would have to wait for it.
+            # Inside the compiled block, so that the compiler sees that backward has no use for
+            # down_proj's output and does not recompute it. preserve_rng_state: nothing here is
+            # random, and the CPU would wait for the GPU to save its random state.
             return checkpoint(self.compute, *inputs, use_reentrant=False, preserve_rng_state=False)
         return self.compute(*inputs)
 
@@ -344,7 +344,8 @@ class Block(nn.Module):
 # How many logits of half types are held in fp32 at once: on a CPU as many as fit in its cache, on a
 # GPU enough to keep it busy (1 GiB).
 CHUNK_ELEMENTS, CHUNK_ELEMENTS_CUDA = 2**20, 2**28
-# Scored tokens in one matrix product without gradients: with fewer, the weights are read too often.
+# About how many scored tokens share one matrix product without gradients, unless a chunk has more:
+# with fewer, the weights are read too often.
 MATMUL_ROWS = 256
 
 
@@ -358,8 +359,8 @@ def _exp_in_place(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _TargetLogps(torch.autograd.Function):
-    """log softmax(hidden @ weight.T)[target]. Backward needs the gradient of the logits: it is kept
-    in the place of the logits, up to a factor per scored token.
+    """log softmax(hidden @ weight.T)[target]. Forward overwrites the logits with their gradient,
+    but for one factor per scored token, which is known only in backward.
 
     With m a token's largest logit and Z = sum exp(logits - m),
         d logp / d logits = onehot - exp(logits - m) / Z = (exp(logits - m) - Z onehot) * (-1 / Z).
@@ -456,8 +457,8 @@ class Llama(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else Head(config)
 
     def recompute_first(self, blocks: int) -> None:
-        """Lets the first `blocks` blocks recompute in backward. The last ones, which backward frees
-        first, keep what they computed."""
+        """Lets the first `blocks` blocks recompute in backward, the others keep what they computed.
+        The last ones keep, since backward uses and frees theirs first."""
         for i, block in enumerate(self.model["layers"]):
             block.recompute = i < blocks
 

@@ -121,7 +121,7 @@ class Config:
     ipo_sum: bool = flag(False, "ipo: summed log-probs. OPEN: public code has both; TRL has means")
     reference: str = flag(
         "precompute",
-        "log-probs computed once, or by a live copy. PAPER: live",
+        "its log-probs: computed once, or in each step by a frozen copy. PAPER: live",
         ("precompute", "live"),
     )
     reference_cache: str | None = flag(
@@ -233,9 +233,9 @@ class Dataset:
         self.max_tokens_per_gpu = config.max_tokens_per_gpu or 8192  # memory.rehearse may raise it
         # A live copy, or numbers of shape (pairs, 2, 2): [pair, chosen or rejected, mean or sum].
         self.reference: Llama | Tensor | None = None
-        check_longest(self.sizes, self.max_tokens_per_gpu)
+        check_longest(self.sizes, self.max_tokens_per_gpu, pairs)
         self.stand_in = [int(self.sizes.argmin())]  # see `batch`
-        # Name -> indexes that are evaluated together. None: all; else a value of --eval-by.
+        # A value of --eval-by -> indexes of its pairs; None -> all pairs.
         self.groups: dict[str | None, range | set[int]] = {None: range(len(pairs))}
 
     @property
@@ -284,9 +284,10 @@ def step_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Forward pass of one micro-batch: packed pairs -> one loss per pair.
 
-    Returns loss_B, and metrics per pair, detached: the loss's own, and those that every loss has. A
-    pair may have one answer. rows, rows_chosen, rows_rejected and rows_both are weights of 0 or 1:
-    Sums divides each metric by the sum of the one that fits (support/metrics.py).
+    Returns loss_B, and metrics per pair, detached: the loss's own, and those that every loss has.
+    rows is 1, and 0 of a stand-in, which must not count. A pair may have one answer: rows_chosen,
+    rows_rejected and rows_both say which have what, and a metric is averaged over those that have
+    what it measures (support/metrics.py).
     """
     loss = dataset.config.loss_row
     batch = dataset.batch(indexes)
@@ -301,7 +302,7 @@ def step_loss(
         inputs += [reference_R[0::2], reference_R[1::2]]
     loss_B, metrics = loss.function(*inputs, **dataset.config.loss_options)
 
-    is_real_B = torch.full_like(has_chosen_B, bool(indexes))  # False of a stand-in
+    rows_B = torch.full_like(loss_B, bool(indexes))  # 0 of a stand-in
     mean_R, sum_R = mean_R.detach(), sum_R.detach()
     logp_w_B, logp_l_B = mean_R[0::2], mean_R[1::2]
     common = {
@@ -311,12 +312,12 @@ def step_loss(
         "sum_logp_w": sum_R[0::2],
         "sum_logp_l": sum_R[1::2],
         **asft.comparison(logp_w_B, logp_l_B),
-        "rows": is_real_B.float(),
-        "rows_chosen": (is_real_B & has_chosen_B).float(),
-        "rows_rejected": (is_real_B & has_rejected_B).float(),
-        "rows_both": (is_real_B & has_chosen_B & has_rejected_B).float(),
+        "rows": rows_B,
+        "rows_chosen": rows_B * has_chosen_B,
+        "rows_rejected": rows_B * has_rejected_B,
+        "rows_both": rows_B * has_chosen_B * has_rejected_B,
     }
-    # Metrics of equal names are equal, but the common ones have no -inf of an absent answer.
+    # The common ones come last: the loss's own margin is infinite if an answer is absent.
     return loss_B, {"loss": loss_B.detach()} | metrics | common
 
 
@@ -406,9 +407,9 @@ def learning_rate(
 ) -> float:
     """Rate of update `step` (from 0) of `steps`: linear warm-up to the peak, then cosine.
 
-    The first update has a rate above 0 (peak / warmup), the last one of the warm-up has the peak,
-    and the last of all, after any warm-up, has min_lr_ratio * peak: with 0, it changes nothing. The
-    paper says linear warm-up and cosine, not how long and how far.
+    The first update has the rate peak / warmup, which is above 0, and the last one of the warm-up
+    the peak. The last of all has min_lr_ratio * peak (unless all are warm-up): with a ratio of 0
+    that update changes nothing. The paper says linear warm-up and cosine, not how long and how far.
     """
     warmup = max(1, math.ceil(round(warmup_ratio * steps, 6)))  # 0.07 * 100 is above 7 in floats
     if step < warmup:
@@ -422,9 +423,9 @@ def learning_rate(
 
 @torch.no_grad()
 def evaluate(run: Run, step: int) -> dict[str, float]:
-    """Held-out metrics (eval_loss and so on): means over all pairs, each counted once on any number
-    of processes. Logged, also for each value of --eval-by, with answers to the first --samples
-    prompts. To be called on every process."""
+    """Held-out metrics (eval_loss and so on): means over all pairs that have what is measured, each
+    counted once on any number of processes. Logged, also for each value of --eval-by, with answers
+    to the first --samples prompts. To be called on every process."""
     dataset = run.held_out
     prompts = [pair.prompt for pair in dataset.pairs[: run.config.samples]]
     answers = [answer(run.model, run.chat, prompt, dataset.device) for prompt in prompts]
@@ -457,7 +458,7 @@ def attach_reference(
     once and kept in OUT or --reference-cache.
 
     Must be called while `model` holds the starting weights, before a checkpoint is loaded.
-    fingerprint: the run's, of weights, pairs and precision.
+    fingerprint: hashes of the weights, pairs and precision that the numbers belong to.
     """
     if config.reference == "live":
         references = [build_model(config, mesh).requires_grad_(False)] * len(datasets)
@@ -495,7 +496,7 @@ def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
         split([model.model["norm"], model.lm_head], reshard_after_forward=False)
     split(model)
     register_fsdp_forward_method(model, "logits")
-    if mesh.size() == 1:  # or reduced gradients would take memory of a stream of their own
+    if mesh.size() == 1:  # FSDP would take memory for reduced gradients from another stream's pool
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_custom_reduce_scatter(memory.OnePool())
@@ -630,7 +631,8 @@ def fine_tune(config: Config) -> None:
         return step_loss(model, training, indexes)[0]
 
     gpu = memory.Gpu() if mesh.device_type == "cuda" else None
-    # Also sets how many blocks are recomputed, and how many tokens a micro-batch may have.
+    # Forward and backward of the largest ones, without an update. Then it sets how many blocks are
+    # recomputed, and may raise training.max_tokens_per_gpu.
     with processes.announced("trying the run's costliest micro-batches"):
         facts["memory"] = memory.rehearse(model, training, losses_of, log.say, gpu)
 
@@ -702,4 +704,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    processes.leave(main())
+    processes.leave(main)

@@ -75,4 +75,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == [] or sys.argv[1] not in VARIANTS:
         sys.exit(f"variants.py: wanted one of {', '.join(VARIANTS)} before train.py's flags")
     VARIANTS[sys.argv[1]]()
-    train.processes.leave(train.main(sys.argv[2:]))
+    train.processes.leave(lambda: train.main(sys.argv[2:]))

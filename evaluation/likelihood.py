@@ -23,6 +23,7 @@ import torch.distributed as dist
 from data import (
     ChatFormat,
     Pair,
+    check_longest,
     encode_preferences,
     pack,
     read_preferences,
@@ -75,6 +76,7 @@ def pair_logps(
     the number of processes. Raises InputError if one pair exceeds max_tokens_per_gpu.
     """
     sizes = np.array([pair.packed_tokens() for pair in pairs])
+    check_longest(sizes, max_tokens_per_gpu, pairs)
     logps = torch.zeros(len(pairs), 2, 2, dtype=torch.float64)
     for indexes in share(split_pairs(np.arange(len(pairs)), sizes, 1, max_tokens_per_gpu)[0]):
         mean_R, sum_R = model(pack([pairs[i] for i in indexes]).to(device))

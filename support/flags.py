@@ -176,7 +176,7 @@ def _parser(config_class: type, description: str) -> FlagParser:
     )
     for field in dataclasses.fields(config_class):
         text = field.metadata["help"]
-        if field.default not in (None, "", False, True):
+        if field.default not in (None, "") and not isinstance(field.default, bool):
             text += f" [{field.default}]"
         kind = kinds_of(field)[0]
         how = {"type": kind, "choices": field.metadata["choices"]}

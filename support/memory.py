@@ -314,7 +314,8 @@ def advising(where: str, model: nn.Module, dataset, tokens: float = math.inf) ->
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if type(error).__module__.startswith("torch._inductor"):
+        from_compiler = type(error).__module__.startswith("torch._inductor")
+        if from_compiler and not out_of_memory(error):
             reason = shown(str(error).strip(), 150)
             raise StoppedError(f"blocks do not compile ({reason}); pass --compile off") from None
         if not out_of_memory(error):

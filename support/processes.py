@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import typing
 from collections.abc import Iterator
 
@@ -328,7 +329,11 @@ def exit_code(program: str, action: typing.Callable[[], None], memory_advice: ty
     (memory_advice() says which flag to lower; None: the error is raised), numbers that are not
     finite, blocks that do not compile, or the end of another process. 128 + a signal's number:
     stopped by that signal.
+
+    After a failure NCCL's group stays: to destroy it, all processes of a machine must take part,
+    and the others wait for this one elsewhere. `leave` ends the process with it.
     """
+    done = False
     signal.signal(signal.SIGINT, signal.default_int_handler)  # see support/__init__.py
     if sys.stdout is None:  # closed by the shell: >&-
         sys.stdout = open(os.devnull, "w")
@@ -337,6 +342,7 @@ def exit_code(program: str, action: typing.Callable[[], None], memory_advice: ty
     try:
         action()
         sys.stdout.flush()
+        done = True
         return 0
     except KeyboardInterrupt:  # before or after training, when there is nothing to save
         return 130
@@ -360,13 +366,19 @@ def exit_code(program: str, action: typing.Callable[[], None], memory_advice: ty
         complain(program, f"out of memory; {advice}")
         return 1
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and (done or not torch.cuda.is_initialized()):
             dist.destroy_process_group()
 
 
-def leave(code: int) -> typing.NoReturn:
-    """Ends the process. sys.exit would let gloo's threads race the interpreter's end, which now
-    and then aborts the process."""
+def leave(main: typing.Callable[[], int]) -> typing.NoReturn:
+    """Runs main() and ends the process with its exit code, or with 1 and the traceback of an error
+    that nobody foresaw. Python's own end would be worse: gloo's threads race it, which now and then
+    aborts the process, and NCCL may wait there for processes that wait for this one."""
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     os._exit(code)

@@ -166,8 +166,8 @@ JOINED = """
 import json, os, sys, train
 for os.environ["MASTER_PORT"], words in json.loads(sys.argv[1]):
     if code := train.main([word.replace("@RANK", os.environ["RANK"]) for word in words]):
-        train.processes.leave(code)
-train.processes.leave(0)
+        train.processes.leave(lambda: code)
+train.processes.leave(lambda: 0)
 """
 
 

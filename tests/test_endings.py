@@ -1,5 +1,6 @@
 """How a run ends that does not end well: signals, busy disks, processes that die, odd terminals."""
 
+import contextlib
 import errno
 import io
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ from conftest import ON_CPU, ROOT, flags, main, words
 from test_resume import seven, weights, whole  # noqa: F401
 
 import train
-from support.processes import StopRequest, another_ended, exit_code
+from support.files import InputError
+from support.processes import StoppedError, StopRequest, another_ended, exit_code
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGHUP, 129), (signal.SIGUSR1, 138)])
@@ -143,6 +146,32 @@ def test_when_one_process_dies_the_others_say_so_in_one_line(capsys, monkeypatch
     assert not another_ended(gloo)  # the network of a single process is its own fault
 
 
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_a_group_of_nccl_is_destroyed_only_if_no_process_failed(monkeypatch, capsys, on_cuda):
+    """ncclCommDestroy waits for all processes of a machine; the others wait for a failed one."""
+    destroyed = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: destroyed.append(True))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: on_cuda)
+    assert exit_code("train.py", lambda: None, lambda: None) == 0 and destroyed == [True]
+    for error in (StoppedError("out of memory"), InputError("x"), ValueError("a bug")):
+        destroyed.clear()
+        with contextlib.suppress(ValueError):
+            exit_code("train.py", mock.Mock(side_effect=error), lambda: None)
+        assert destroyed == [True] * (not on_cuda)
+
+
+def test_an_unforeseen_error_shows_its_traceback_and_ends_the_process_at_once():
+    code = (
+        "import atexit, support.processes as p\n"
+        "atexit.register(lambda: print('at the end of Python'))\n"
+        "p.leave(lambda: 1 / 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("Traceback") and "ZeroDivisionError" in done.stderr
+
+
 def test_a_read_error_of_one_process_is_the_only_line_of_two(start, tmp_path):
     """Rank 1 cannot read the weights; rank 0 waits for it in a collective."""
     program = tmp_path / "broken.py"
@@ -157,7 +186,7 @@ def test_a_read_error_of_one_process_is_the_only_line_of_two(start, tmp_path):
         "        raise MemoryError('out of memory')\n"
         "    return load(*more)\n"
         "train.load_weights = load_weights\n"
-        "leave(train.main())\n"
+        "leave(train.main)\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += words(program, *flags(start, tmp_path / "out", "--max-steps 3"))

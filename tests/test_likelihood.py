@@ -222,7 +222,7 @@ MISTAKES = """
 DATA --out DIR/there.jsonl -> there.jsonl exists
 DIR/none --out DIR/o -> No such file
 DIR/bad.jsonl --out DIR/o -> bad.jsonl:1: key rejected is missing
-DATA --out DIR/o --max-tokens-per-gpu 20 -> exceeds --max-tokens-per-gpu 20
+DATA --out DIR/o --max-tokens-per-gpu 20 -> pairs.jsonl:7: a pair of 62 packed tokens exceeds
 DATA --out DIR/o --max-tokens 9999 -> above the model's max_position_embeddings 512
 DATA --out DIR/o --compare DIR -> config.json: No such file
 DATA --out DIR/o --beta 1 -> unrecognized arguments: --beta"""

@@ -41,7 +41,7 @@ from conftest import (
 )
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 import asft
 import data
@@ -102,8 +102,12 @@ def test_flags_help_header_and_config_json_show_every_field(start, tmp_path, cap
         parsed("--help")
     helped = capsys.readouterr().out
     saved = read_json(tmp_path / "out/config.json")
+    texts = {text.split()[0].rstrip(","): text.rstrip() for text in helped.split("\n  --")[1:]}
     for field in dataclasses.fields(train.Config):
-        assert spell(field.name) in helped and field.metadata["help"]
+        text = texts[spell(field.name).removeprefix("--")]
+        assert field.metadata["help"]
+        if type(field.default) in (int, float):
+            assert text.endswith(f"[{field.default}]")
         assert field.name in saved["flags"]
     assert f"lr {saved['flags']['lr']}" in printed and str(tmp_path / "out") in printed
     assert saved["versions"]["torch"] == torch.__version__ and saved["data"]["kept"] == 10
@@ -148,7 +152,7 @@ MISTAKES = """
 --eval-data ONES --eval-every 2 --keep-best accuracy | no pair, and --keep-best accuracy compares
 --max-tokens 300 | --max-tokens 300 is above the model's max_position_embeddings 256
 --max-tokens 1 | no pair left to use
---max-tokens-per-gpu 20 | a pair of 26 packed tokens exceeds --max-tokens-per-gpu 20
+--max-tokens-per-gpu 20 | pairs.jsonl:9: a pair of 26 packed tokens exceeds --max-tokens-per-gpu
 --replicas 2 | --replicas 2 does not divide 1 processes
 --data absent.jsonl | absent.jsonl: No such file
 --model absent | absent/config.json: No such file
@@ -276,6 +280,13 @@ def test_a_network_that_does_not_exist_and_a_compiler_that_does_not_work_are_one
         assert "no process group: " in complaint(*given)
     monkeypatch.setattr(train, "step_loss", mock.Mock(side_effect=InvalidCxxCompiler()))
     assert 'blocks do not compile ("No working C++ compiler' in complaint(*given, code=1)
+    # The compiler wraps whatever goes wrong while it compiles.
+    full = InductorError(
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), None
+    )
+    monkeypatch.setattr(train, "step_loss", mock.Mock(side_effect=full))
+    again = flags(start, tmp_path / "again", "--max-steps 1")
+    assert "out of memory in the run's costliest micro-batch" in complaint(*again, code=1)
 
 
 def test_flags_that_are_empty_texts_are_refused(start, tmp_path, complaint):
