@@ -104,6 +104,9 @@ def header(config, out: Path, model, datasets: list, counts: list[Counter], chat
     cosine = f", then cosine to {config.min_lr_ratio * config.lr:g}"
     if config.warmup_ratio == 1:
         cosine = ""
+    per_step, short = config.pairs_per_step, ""
+    if left := len(training.pairs) % per_step:
+        short = f" (the last of each epoch has {left}, each still weighing 1/{per_step})"
     dtype = choose_device(config.device, config.precision)[1]
     products = "bf16" if dtype == torch.bfloat16 else "fp32"
     lines = {
@@ -115,8 +118,7 @@ def header(config, out: Path, model, datasets: list, counts: list[Counter], chat
         "chat": describe_chat(config.model, llama.bos_token_id, chat),
         "tokens": f"{training.sizes.sum():,} an epoch, {responses:,} of them in responses; "
         f"{training.sizes.mean():,.0f} a pair, at most {training.sizes.max():,}",
-        "steps": f"{training.steps:,} of {min(config.pairs_per_step, len(training.pairs))} pairs; "
-        f"warm-up to {config.lr:g}{cosine}",
+        "steps": f"{training.steps:,} of {per_step} pairs{short}; warm-up to {config.lr:g}{cosine}",
         "precision": f"fp32 weights and moments, {products} products, fp32 losses",
         "devices": f"{dist.get_world_size()} x {device_name(config)}{describe_tasks()}",
         "out": str(out),

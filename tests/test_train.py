@@ -317,9 +317,12 @@ def test_the_header_says_what_is_held_out_and_trained_on_and_how_large_a_step_is
     trained(start, tmp_path / "a", "--eval-data", few, "--max-steps 1 --pairs-per-step 32")
     said = re.sub(r"\n +", " ", capsys.readouterr().out)
     assert "The prompts of 3 are in the training data too" in said
-    assert "steps 1 of 10 pairs; warm-up to" in re.sub(" +", " ", said) and "cosine" in said
-    trained(start, tmp_path / "b", "--max-steps 2 --warmup-ratio 1")
+    short = "(the last of each epoch has 10, each still weighing 1/32)"
+    assert f"steps 1 of 32 pairs {short}; warm-up to" in re.sub(" +", " ", said)
+    assert "cosine" in said
+    trained(start, tmp_path / "b", "--max-steps 2 --warmup-ratio 1 --pairs-per-step 5")
     said = capsys.readouterr().out
+    assert "steps 2 of 5 pairs; warm-up" in re.sub(" +", " ", said)
     assert "cosine" not in said and "training data too" not in said
 
 
