@@ -36,7 +36,14 @@ from asft import at_least_fp32
 from support.files import InputError
 from support.llama_config import checked_config, config_json, read_config
 from support.processes import announced
-from support.tensors import check_headers, finite, local_rows, open_safetensors, tensor_headers
+from support.tensors import (
+    check_headers,
+    finite,
+    local_rows,
+    moved,
+    open_safetensors,
+    tensor_headers,
+)
 
 # ------------------------------------------------------------------------------- configuration
 
@@ -116,10 +123,9 @@ class Segments:
     # batches of a run have one value (data.pack).
     longest: int
 
-    def to(self, device: torch.device | str, **options) -> "Segments":
-        """Moved, with options of Tensor.to."""
-        values = vars(self).values()
-        return Segments(*(x.to(device, **options) if isinstance(x, Tensor) else x for x in values))
+    def to(self, device: torch.device | str) -> "Segments":
+        """A copy on `device`."""
+        return Segments(*(moved(value, device) for value in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -138,8 +144,8 @@ class Batch:
     length_R: Tensor  # int64: scored tokens of each response
 
     def to(self, device: torch.device | str) -> "Batch":
-        """A copy on `device`, for which the CPU waits only if the device's driver does."""
-        return Batch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
+        """A copy on `device`."""
+        return Batch(*(moved(value, device) for value in vars(self).values()))
 
 
 # torch 2.13 refuses unequal head counts without this argument; 2.11, which the GPU figures are of,

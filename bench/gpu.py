@@ -124,7 +124,7 @@ STEPS = {
 VARIANTS = {  # parts that run bench/variants.py, with this name, instead of train.py
     f"step-{pairs}-{name}": name
     for pairs in ("uf", "3b")
-    for name in ("reduce-always", "two-pools", "gathered", "pinned")
+    for name in ("reduce-always", "two-pools", "gathered", "pageable")
     if (pairs, name) != ("uf", "gathered")  # an 8B has no room for it
 }
 LEAST_SECONDS = 120  # what a part takes at least: with less time left it is not begun
@@ -616,7 +616,7 @@ PARTS |= {"step-profile": profile, "step-3b-hh": step, "end-to-end-example": exa
 PARTS |= {"step-3b-recomputed": step, "step-3b-dpo-live": step}
 PARTS |= dict.fromkeys(PEERS, peer)
 PARTS |= {"step-uf-two-pools": step, "step-3b-gathered": step}
-PARTS |= {"step-uf-reduce-always": step, "step-uf-pinned": step}
+PARTS |= {"step-uf-reduce-always": step, "step-3b-pageable": step}
 PARTS |= {"step-uf-recomputed": step}
 PARTS |= dict.fromkeys(STEPS, step)
 PARTS |= {"end-to-end-resume": resume, "end-to-end-8b": whole}

@@ -7,12 +7,11 @@
                      as support/memory.py's OnePool does
     gathered         keeps the weights gathered, in the dtype of the products, from a step's first
                      micro-batch to its last: 2 bytes a parameter more, and each is gathered once
-    pinned           copies batches from pinned memory, so that the CPU need not wait for the copy
+    pageable         copies batches from memory that is not pinned: the CPU may wait for the copy
 
 The updates are those of train.py. bench/gpu.py has parts for these.
 """
 
-import dataclasses
 import sys
 
 from common import ROOT
@@ -50,25 +49,15 @@ def gathered(shard=train.shard, set_reduction=train.set_reduction) -> None:
     train.shard, train.set_reduction = shard_and_keep, keep_until_last
 
 
-def pinned_copy(value):
-    """A Batch, its Segments or a tensor, in pinned memory."""
-    if isinstance(value, torch.Tensor):
-        return value.pin_memory()
-    if dataclasses.is_dataclass(value):
-        return type(value)(*map(pinned_copy, vars(value).values()))
-    return value
-
-
-def pinned(pack=train.pack) -> None:
-    if torch.cuda.is_available():
-        train.pack = lambda *args: pinned_copy(pack(*args))
+def pageable() -> None:
+    torch.Tensor.pin_memory = lambda tensor: tensor
 
 
 VARIANTS = {
     "reduce-always": reduce_always,
     "two-pools": two_pools,
     "gathered": gathered,
-    "pinned": pinned,
+    "pageable": pageable,
 }
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Safetensors files: their headers, checked; and which rows of a sharded tensor a process holds."""
+"""Safetensors files: their headers, checked; which rows of a sharded tensor a process holds; and
+tensors that go to a GPU."""
 
 import hashlib
 import json
@@ -22,6 +23,17 @@ from support.files import (
     shown,
     unique,
 )
+
+
+def moved(value, device: torch.device | str):
+    """A tensor, or what has `to`, on `device`; anything else as it is. A GPU copies from pinned
+    memory: from other memory the copy may begin only when its earlier work is done, and the CPU
+    would wait for that."""
+    if not isinstance(value, Tensor):
+        return value.to(device) if hasattr(value, "to") else value
+    if value.is_cpu and torch.device(device).type == "cuda":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
 
 
 def local_rows(tensor: Tensor) -> tuple[Tensor, slice]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import variants
 from conftest import ROOT, flags, main, random_pairs, tiny_model
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,6 +45,19 @@ def test_the_flops_of_a_pass_are_those_of_its_matrix_products_and_of_the_attenti
     assert blocks + head == products + attention
     tokens = sum(pair.packed_tokens(share_prompt) for pair in pairs)
     assert again == blocks - 2 * 2 * tokens * model.config.intermediate_size * 32  # down_proj's
+
+
+def test_a_batch_goes_to_a_gpu_from_pinned_memory_and_the_cpu_does_not_wait(monkeypatch):
+    batch, pinned, sent = pack(random_pairs([(5, 7, 4), (1, 3, 8)])), [], []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    monkeypatch.setattr(Tensor, "to", lambda *args, **options: sent.append((*args, options)))
+    batch.to("cuda")
+    values = [*vars(batch).values(), *vars(batch.segments).values()]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    assert len(tensors) == 9 and {id(x) for x in pinned} == {id(x) for x in tensors}
+    assert sent == [(x, "cuda", {"non_blocking": True}) for x in pinned]
+    batch.to("cpu")
+    assert len(pinned) == 9 and len(sent) == 18
 
 
 def run_gpu(what, scratch):
