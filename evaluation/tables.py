@@ -14,6 +14,7 @@ BENCHMARKS = "Table 1. Arena-Hard (win rate, %) and MT-Bench, 95% intervals"
 HH = "Table 2. BLEU and ROUGE after training on HH-RLHF"
 ULTRAFEEDBACK = "Table 3. BLEU and ROUGE after training on UltraFeedback"
 LIKELIHOODS = "Likelihoods (not in the paper)"
+FILES = ("arena_hard*.json", "mt_bench*.json", "score.json", "likelihood.json")
 
 WRITERS = {  # a key that a file has -> the command that writes it
     "bleu4_lf": "score",
@@ -23,8 +24,8 @@ WRITERS = {  # a key that a file has -> the command that writes it
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Reads a directory for each model: arena_hard*.json and mt_bench*.json (a column for each
-    judge), score.json, likelihood.json. A missing file is a dash."""
+    """Reads the FILES in a directory for each model; a benchmark has a column for each judge. A
+    missing file is a dash."""
     if not flags.runs and not flags.hh_runs:
         raise InputError("wanted --runs or --hh-runs")
     tables = {BENCHMARKS: {}, HH: {}, ULTRAFEEDBACK: {}, LIKELIHOODS: {}}
@@ -35,16 +36,20 @@ def run(flags: argparse.Namespace) -> None:
         name = name or str(directory)
         if not directory.is_dir():
             raise InputError(f"{text}: no directory; wanted NAME=DIR with files of --json")
+        # A .jsonl.json says how answers were made.
+        paths = [path for pattern in FILES for path in sorted(directory.glob(pattern))]
+        paths = [path for path in paths if not path.name.endswith(".jsonl.json")]
+        if not paths:
+            raise InputError(f"{text}: holds none of {', '.join(FILES)}")
         if name in tables[title]:
             raise InputError(f"{text}: a second directory of that name; wanted another NAME=DIR")
         tables[title][name] = dict.fromkeys(OVERLAP, "-")
         tables[title][name] |= cells_of(directory / "score.json", "bleu4_lf", name)
         if title == ULTRAFEEDBACK:  # the paper judged only these models
             tables[BENCHMARKS][name] = judged = {}
-            for bench in ("arena_hard", "mt_bench"):
-                for path in sorted(directory.glob(f"{bench}*.json")):
-                    if not path.name.endswith(".jsonl.json"):  # those say how answers were made
-                        judged |= cells_of(path, "models", name)
+            for path in paths:
+                if path.name.startswith(("arena_hard", "mt_bench")):
+                    judged |= cells_of(path, "models", name)
         if likely := cells_of(directory / "likelihood.json", "measures", name):
             tables[LIKELIHOODS][name + suffix] = likely
     for title, models in tables.items():
@@ -79,7 +84,6 @@ def cells_of(path: Path, key: str, name: str) -> dict[str, str]:
 def add_flags(command: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
     add = command.add_argument
-    text = "models trained on UltraFeedback: directories with arena_hard*.json, mt_bench*.json, "
-    text += "score.json, likelihood.json"
+    text = f"models trained on UltraFeedback: directories with {', '.join(FILES)}"
     add("--runs", nargs="+", default=[], metavar="NAME=DIR", help=text)
     add("--hh-runs", nargs="+", default=[], metavar="NAME=DIR", help="models trained on HH-RLHF")

@@ -259,6 +259,11 @@ UNREADABLE = {
 def test_tables_name_what_they_cannot_read(tmp_path, capsys):
     assert "--runs or --hh-runs" in complaint(capsys, run("tables"))
     assert "nowhere" in complaint(capsys, run("tables", "--runs", f"x={tmp_path / 'nowhere'}"))
+    (tmp_path / "mt_bench.jsonl.json").write_text("{}")  # how answers were made
+    assert "holds none of arena_hard*.json, mt" in complaint(
+        capsys, run("tables", "--runs", f"x={tmp_path}")
+    )
+    (tmp_path / "score.json").write_text(SCORE)
     twice = [f"x={tmp_path}"] * 2
     assert "second" in complaint(capsys, run("tables", "--runs", *twice))
     for name, texts in UNREADABLE.items():
