@@ -680,7 +680,7 @@ def export(run: Run) -> None:
 def plan(config: Config, llama: LlamaConfig) -> None:
     """Prints the steps, FLOPs and memory of the run on --plan CUDA devices."""
     memory.init_fake_group(config.plan)
-    (training, *_), _, _ = read_pairs(config, llama, "cpu")
+    (training, *_), (counts, *_), _ = read_pairs(config, llama, "cpu")
 
     def build(mesh: DeviceMesh, recomputed: int) -> tuple:
         with torch.device("meta"):
@@ -691,6 +691,7 @@ def plan(config: Config, llama: LlamaConfig) -> None:
         return model, make_optimizer(config, model), partial(set_reduction, model, mesh)
 
     parameters = sum(map(math.prod, expected_shapes(llama).values()))
+    print(f"{config.data}: {describe(counts)}")
     memory.print_plan(training, llama, parameters, build)
 
 

@@ -76,6 +76,14 @@ def check_flags(config) -> None:
     for name in ("out", "eval_data", "eval_by", "reference_cache"):
         if getattr(config, name) == "":
             raise InputError(f"{spell(name)} is empty: a shell variable that is not set?")
+    for name in ("model", "out", "reference_cache"):
+        try:
+            (getattr(config, name) or "").encode()
+        except UnicodeEncodeError:
+            value = shown(getattr(config, name))
+            raise InputError(
+                f"{spell(name)} is {value}, which is not UTF-8: safetensors cannot open files there"
+            ) from None
     if config.ipo_sum and config.loss != "ipo":
         raise InputError(f"--ipo-sum goes with --loss ipo, found --loss {config.loss}")
     if config.gpu_memory and not config.plan:

@@ -39,11 +39,12 @@ def present(record: dict) -> dict:
 
 
 def messages(value: object, key: str) -> Turns:
-    """[{"role", "content"}, ...], or [{"from", "value"}, ...]."""
+    """[{"role", "content"}, ...], or [{"from", "value"}, ...]. An empty system turn is none."""
     if not isinstance(value, list) or not value:
         text_too = "" if key in ("conversations", "messages") else "a string or "
         raise ValueError(f"{key} is {shown(value)}, wanted {text_too}a list of messages")
-    return [parse_message(message, key) for message in value]
+    turns = [parse_message(message, key) for message in value]
+    return [turn for turn in turns if turn != ("system", "")] or turns
 
 
 # Keys of a record or a message that change what the model should see, and are not implemented.

@@ -52,17 +52,25 @@ def last_turn(chat, prompt: np.ndarray) -> str:
 def read_groups(path: str | Path, key: str, pairs: Sequence) -> dict[str, set[int]]:
     """Value of `key` -> indexes of the pairs whose row has it, in the order of the file.
 
-    `pairs` are of data.Pair. A value that is not a text is named by its JSON. A row without the
-    key, or with null, is in the group "no KEY". Raises InputError if no row has the key, and for
+    `pairs` are of data.Pair. A value that is not a text is named by its JSON, and so is a text that
+    another value's name would equal. A row without the key, or with null, is in the group "no KEY".
+    Raises InputError if no row has the key, and for
     more than 20 values: such a key tells rows apart, not kinds of rows.
     """
     index = {pair.place: i for i, pair in enumerate(pairs)}
-    absent, groups = f"no {key}", {}
+    absent, found = f"no {key}", {}
     for place, record in read_records(path):
         if place in index:
-            value = present(record).get(key, absent)
-            name = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-            groups.setdefault(name, set()).add(index[place])
+            value = present(record).get(key)
+            found.setdefault(json.dumps(value, sort_keys=True), set()).add(index[place])
+    groups: dict[str, set[int]] = {}
+    for name, indexes in found.items():
+        value = json.loads(name)
+        if value is None:
+            name = absent
+        elif isinstance(value, str) and value not in (*found, absent):
+            name = value
+        groups[name] = indexes
     values = groups.keys() - {absent}
     if not values:
         raise InputError(f"--eval-by {key}: no row of {path} that is used has this key")

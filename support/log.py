@@ -107,6 +107,8 @@ def header(config, out: Path, model, datasets: list, counts: list[Counter], chat
     per_step, short = config.pairs_per_step, ""
     if left := len(training.pairs) % per_step:
         short = f" (the last of each epoch has {left}, each still weighing 1/{per_step})"
+    if config.max_steps and training.steps < config.max_steps:
+        short += f" (--epochs {config.epochs} end before --max-steps {config.max_steps})"
     dtype = choose_device(config.device, config.precision)[1]
     products = "bf16" if dtype == torch.bfloat16 else "fp32"
     lines = {

@@ -21,6 +21,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
         # Llama 3's is null. With another value the tokenizers library may abort the process.
         if isinstance(model, dict) and (prefix := model.get("continuing_subword_prefix")):
             raise ValueError(f"continuing_subword_prefix is {shown(prefix)}, wanted null")
+        if isinstance(model, dict) and (dropout := model.get("dropout")):
+            raise ValueError(f"dropout is {shown(dropout)}, wanted null: ids would be random")
         tokenizer = Tokenizer.from_str(raw.decode())
     except Exception as error:  # tokenizers raises bare Exception
         raise InputError(f"{path}: not a tokenizer ({shown(str(error), 150)})") from None
@@ -31,13 +33,18 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
+# Each byte that occurs in UTF-8: a byte-level tokenizer may lack some.
+EVERY_BYTE = [range(32, 127), range(0x80, 0xC0), range(0x80, 0x800, 64), range(0xFFF, 0xD000, 4096)]
+EVERY_BYTE += [(0xD000, 0xE000, 0xF000, 0x10000, 0x40000, 0x80000, 0xC0000, 0x100000)]
+SAMPLES = ("a\n\nb", "A b", *("".join(map(chr, points)) for points in EVERY_BYTE))
+
+
 def check_keeps_text(tokenizer: Tokenizer, path: Path) -> None:
-    """Raises InputError if a tokenizer drops white space or letters, as Llama 3's does without its
-    pre-tokenizer."""
-
-    def ids(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    for text, without in (("a\n\nb", "ab"), ("a b", "ab"), ("é", "")):
-        if ids(text) == ids(without):
-            raise InputError(f"{path}: gives {text!r} the ids of {without!r}, so it loses text")
+    """Raises InputError if a tokenizer loses or changes white space, letters or bytes, as Llama 3's
+    does without its pre-tokenizer."""
+    for text in SAMPLES:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        if (back := tokenizer.decode(ids, skip_special_tokens=False)) != text:
+            raise InputError(
+                f"{path}: makes {shown(back)} of {shown(text)}, so it loses or changes text"
+            )

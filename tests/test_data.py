@@ -524,7 +524,32 @@ def test_a_tokenizer_that_loses_white_space_is_refused(tmp_path):
     path = save_tokenizer(tmp_path, bare_tokenizer()) / "tokenizer.json"
     raw = json.loads(path.read_text())
     path.write_text(json.dumps(raw | {"pre_tokenizer": None}))  # with it go the ids of white space
-    assert "gives 'a\\n\\nb' the ids of 'ab', so it loses text" in tokenizer_complaint(tmp_path)
+    assert "makes 'ab' of 'a\\n\\nb', so it loses or changes text" in tokenizer_complaint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"normalizer": {"type": "Lowercase"}}, "makes 'a b' of 'A b'"),
+        (
+            {"normalizer": {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "}},
+            "makes 'a b' of 'a\\n\\nb'",
+        ),
+        ("lacks a byte", "loses or changes text"),
+        ("dropout", "dropout is 0.5, wanted null: ids would be random"),
+    ],
+)
+def test_a_tokenizer_that_changes_text_or_draws_its_ids_is_refused(tmp_path, change, said):
+    path = save_tokenizer(tmp_path, bare_tokenizer()) / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    if change == "lacks a byte":  # 0xF0, with which four bytes begin
+        raw["model"]["vocab"]["<unused>"] = raw["model"]["vocab"].pop("\u00f0")
+    elif change == "dropout":
+        raw["model"]["dropout"] = 0.5
+    else:
+        raw |= change
+    path.write_text(json.dumps(raw))
+    assert said in tokenizer_complaint(tmp_path)
 
 
 def test_a_tokenizer_that_truncates_and_pads_still_encodes_the_whole_text(tmp_path, raw):

@@ -115,6 +115,12 @@ READ = {
     ),
     "an empty prompt beside another": ({"prompt": "", "instruction": FRUIT} | TEXTS, ASK),
     # a system text in two places, equal but for white space
+    "an empty system turn": (answers("system: ", *TOLD), KIND[1:]),
+    "an empty system turn on one side": (
+        {"chosen": messages("system: ", *TOLD, "assistant: An apple.")}
+        | {"rejected": messages(*TOLD, "assistant: No.")},
+        KIND[1:],
+    ),
     "system beside whole conversations": (BESIDE | answers(SPACED, *TOLD), KIND),
     "system beside a prompt's": (BESIDE | {"prompt": messages(SPACED, *TOLD)} | TEXTS, KIND),
     "system beside one side's": (

@@ -113,6 +113,14 @@ def test_a_process_without_a_held_out_pair_does_not_count(start, sourced, tmp_pa
     assert two == pytest.approx(one, rel=1e-5, abs=1e-6)
 
 
+def test_values_that_look_alike_are_groups_of_their_own(tmp_path):
+    path, values = tmp_path / "p.jsonl", [1, "1", True, "true", "no id", None, "wiki"]
+    path.write_text("\n".join(json.dumps({"id": value}) for value in values))
+    pairs = [SimpleNamespace(place=f"{path}:{i}") for i in range(1, 8)]
+    names = ["1", '"1"', "true", '"true"', '"no id"', "no id", "wiki"]
+    assert read_groups(path, "id", pairs) == {name: {i} for i, name in enumerate(names)}
+
+
 def test_a_key_of_more_than_twenty_values_is_refused(start, tmp_path, complaint):
     path = tmp_path / "many.jsonl"
     pairs = [random_pairs([(3, 4, 5)], seed=i)[0] for i in range(22)]

@@ -541,6 +541,7 @@ def test_a_plan_without_a_memory_shows_all_blocks_recomputed_and_none(wide, caps
     (least, most), blocks, printed = plan(capsys, *wide)
     assert blocks == [4, 0] and most > least + 0.3
     assert "2.0 micro-batches a step on each process, of 6,400 tokens on average" in printed
+    assert "pairs.jsonl: 32 read, 32 kept" in printed
 
 
 def test_a_plan_chooses_as_a_run_would(wide, capsys):

@@ -289,6 +289,11 @@ def test_a_network_that_does_not_exist_and_a_compiler_that_does_not_work_are_one
     assert "out of memory in the run's costliest micro-batch" in complaint(*again, code=1)
 
 
+def test_a_path_that_safetensors_cannot_open_is_refused_before_the_run(start, tmp_path, complaint):
+    said = complaint(*flags(start, tmp_path / "w\udcff"))
+    assert "--out is" in said and "not UTF-8: safetensors cannot open files there" in said
+
+
 def test_flags_that_are_empty_texts_are_refused(start, tmp_path, complaint):
     dpo = flags(start, tmp_path / "out", "--loss dpo")
     for name in ("--out", "--eval-data", "--eval-by", "--reference-cache"):
@@ -323,6 +328,9 @@ def test_the_header_says_what_is_held_out_and_trained_on_and_how_large_a_step_is
     trained(start, tmp_path / "b", "--max-steps 2 --warmup-ratio 1 --pairs-per-step 5")
     said = capsys.readouterr().out
     assert "steps 2 of 5 pairs; warm-up" in re.sub(" +", " ", said)
+    trained(start, tmp_path / "c", "--max-steps 5 --epochs 1 --pairs-per-step 5")
+    ends = "steps 2 of 5 pairs (--epochs 1 end before --max-steps 5); warm-up"
+    assert ends in re.sub(" +", " ", capsys.readouterr().out)
     assert "cosine" not in said and "training data too" not in said
 
 
