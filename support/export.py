@@ -168,6 +168,8 @@ def write_companions(
             shutil.copyfile(Path(source) / name, directory / name)
     if not stop_ids:
         return
+    if source is not None and not (Path(source) / "tokenizer.json").is_file():
+        notice(f"left out: {source}/tokenizer.json has gone since the start; copy it to the model")
     for path in (directory / "config.json", directory / "generation_config.json"):
         if path.exists():
             _add_stop_ids(path, stop_ids)

@@ -293,10 +293,10 @@ class Log:
         rows = map(json.loads, (self.out / "eval.jsonl").read_text().splitlines())
         found = {row["step"]: row["answers"] for row in rows if "answers" in row}
         lost = ["(not in eval.jsonl)"] * len(prompts)
-        before, after = (found.get(at, lost) for at in (0, step))
-        for prompt, old, new in zip(prompts, before, after, strict=True):
+        before, after = (found.get(at) or lost for at in (0, step))
+        for prompt, old, new in zip(prompts, before, after, strict=False):
             self.say(f"\n  prompt  {one_line(prompt)}")
-            self.say(f"  before  {one_line(old)}\n  after   {one_line(new)}")
+            self.say(f"  before  {one_line(str(old))}\n  after   {one_line(str(new))}")
 
     def stopped(self, number: int, step: int, steps: int) -> StoppedError:
         """Says that a signal of this number stops the run after `step`; returns what ends it."""

@@ -78,6 +78,15 @@ def test_the_template_that_was_trained_replaces_the_sources_in_one_file_only(tmp
     assert not (out / "chat_template.jinja").exists()
 
 
+def test_a_tokenizer_that_has_gone_since_the_start_is_named(tmp_path, capsys):
+    source, model = save_tiny(tmp_path / "source"), load_model(EXAMPLE)
+    save_model(model, tmp_path / "m", source=source, stop_ids=[1])
+    said = capsys.readouterr().out
+    assert f"left out: {source}/tokenizer.json has gone since the start; copy it to" in said
+    save_model(model, tmp_path / "n", source=EXAMPLE, stop_ids=[1])
+    assert "left out" not in capsys.readouterr().out
+
+
 def test_a_model_that_was_trained_on_ids_keeps_its_sources_template(tmp_path):
     home = source(tmp_path, chat_template=CHATML)
     (home / "chat_template.jinja").write_text(CHATML)
