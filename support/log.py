@@ -35,6 +35,7 @@ from support.processes import (
     on_first_process,
     peak_memory_gib,
 )
+from support.tokenizer import ids_of_rendered
 
 # Metrics of a step in the order of its line, with their formats. A loss may lack some of them.
 STEP = "loss:.4f sft:.4f align:.4f | margin:+.4f accuracy:.1% logp_w:.4f logp_l:.4f"
@@ -134,15 +135,21 @@ def header(config, out: Path, model, datasets: list, counts: list[Counter], chat
 
 
 def describe_chat(model: str, bos: int | None, chat) -> str:
-    """Which chat format is trained and exported, if that is not the source's, and if config.json's
-    bos_token_id is not the id of <|begin_of_text|>: then tokenizer and weights may not belong
-    together. chat: data.ChatFormat, or None."""
+    """Which chat format is trained and exported; if that is not the source's; if the template, as
+    transformers and vLLM encode its text, gives other ids; and if config.json's bos_token_id is not
+    the id of <|begin_of_text|>: then tokenizer and weights may not belong together. chat:
+    data.ChatFormat, or None."""
     if chat is None:
         return "none: the pairs are token ids"
     template = source_template(model)
     text = "Llama 3's format; the export has its template"
     if template is not None and template != CHAT_TEMPLATE:
         text += f" instead of {model}'s own, which is another text"
+    rendered = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+    rendered += "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    if ids_of_rendered(chat.tokenizer, rendered) != chat.prompt([("user", "Hi")]):
+        text += ". Served, that template gives other ids than those trained: this tokenizer does "
+        text += "not part the header's newlines from a word as Llama 3's does"
     if bos not in (None, chat.begin):
         text += f". <|begin_of_text|> is token {chat.begin}, but config.json has bos_token_id {bos}"
     return text

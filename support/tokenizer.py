@@ -48,3 +48,13 @@ def check_keeps_text(tokenizer: Tokenizer, path: Path) -> None:
             raise InputError(
                 f"{path}: makes {shown(back)} of {shown(text)}, so it loses or changes text"
             )
+
+
+def ids_of_rendered(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text in which control tokens count, as transformers and vLLM encode the text of
+    a chat template."""
+    tokenizer.encode_special_tokens = False
+    try:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    finally:
+        tokenizer.encode_special_tokens = True

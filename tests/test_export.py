@@ -16,6 +16,7 @@ from data import ChatFormat
 from model import LlamaConfig, check_weights, load_model
 from support.export import CHAT_TEMPLATE, save_model
 from support.files import InputError
+from support.log import describe_chat
 
 EXAMPLE = ROOT / "examples/model"
 CHATML = (
@@ -58,6 +59,7 @@ def test_the_exported_template_gives_the_ids_that_were_trained_on_any_conversati
     save_tokenizer(home, bare_tokenizer())  # split into words as Llama 3's
     out = exported(tmp_path, home)
     theirs, ours = AutoTokenizer.from_pretrained(out), ChatFormat(out)
+    assert "other ids" not in describe_chat(str(out), None, ours)
     for turns in CONVERSATIONS:
         messages = [{"role": role, "content": content} for role, content in turns]
         ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -93,6 +95,22 @@ def test_a_model_that_was_trained_on_ids_keeps_its_sources_template(tmp_path):
     out = exported(tmp_path, home, stop_ids=())
     for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (out / name).read_bytes() == (home / name).read_bytes()
+
+
+def test_the_header_says_if_the_exported_template_gives_other_ids_than_those_trained():
+    """GPT-2's pre-tokenizer, which the example has, parts the header's newlines before a word."""
+    chat, said = ChatFormat(EXAMPLE), "that template gives other ids than those trained"
+    assert said in describe_chat(str(EXAMPLE), None, chat)
+    [ids] = chat.encode(["<|eot_id|>"])  # control tokens in texts are still text
+    assert chat.end_of_turn not in ids
+    theirs = AutoTokenizer.from_pretrained(EXAMPLE)
+    served = theirs.apply_chat_template(
+        [{"role": "user", "content": "Hi"}],
+        chat_template=CHAT_TEMPLATE,
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    assert served != chat.prompt([("user", "Hi")])
 
 
 @pytest.mark.parametrize("template", [None, CHATML, CHAT_TEMPLATE])
