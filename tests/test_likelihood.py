@@ -208,10 +208,10 @@ def test_models_whose_tokenizers_differ_are_not_compared(data, other, tmp_path, 
     edit_json(second / "tokenizer.json", model=bpe | {"merges": []})
     refused(EXAMPLE, second, 1)
     # The same ids, except for a last pair, which one of the two drops as empty, or reads otherwise.
-    dropping = {"type": "Replace", "pattern": {"String": "~"}, "content": ""}
+    dropping = {"type": "Replace", "pattern": {"String": "☃"}, "content": ""}
     edit_json(second / "tokenizer.json", model=bpe, normalizer=dropping)
     same = data.read_text()
-    for chosen in ("~", "Yes~"):
+    for chosen in ("☃", "Yes☃"):
         data.write_text(f'{same}{{"prompt": "Well?", "chosen": "{chosen}", "rejected": "No."}}\n')
         refused(EXAMPLE, second, 31)
         refused(second, EXAMPLE, 31)
