@@ -75,7 +75,7 @@ def read_preferences(
     """Reads a whole file before anything is trained on; each record may have a form of its own.
 
     `counts` gains "read", "bad lines", "unequal prompts" (dropped: the two sides have different
-    prompts), and what `doubts` finds in rows that are kept. Unless skip_bad_lines, raises
+    prompts), and what `doubts` finds in the rows returned. Unless skip_bad_lines, raises
     InputError with the place and fault of the first 20 records that are neither a pair nor a
     labelled answer. `read_records` says what is never skipped.
     """
@@ -370,8 +370,8 @@ def split_pairs(
     """[process][micro-batch] -> indexes of pairs. A micro-batch has at most max_tokens_per_gpu
     packed tokens; InputError if one pair has more.
 
-    Pairs go, longest first, into the emptiest of processes x m micro-batches, with the smallest m
-    with which all fit. Every process gets m of them, since the collectives of a sharded model need
+    Pairs go, longest first, into the emptiest of processes x m micro-batches; m is the smallest for
+    which all fit. Every process gets m of them, since the collectives of a sharded model need
     equal numbers; some are empty if pairs are few. The fullest come first, so that what does not
     fit in memory fails at once, and the n-th ones of all processes are alike in size.
     """

@@ -148,8 +148,7 @@ class Batch:
         return Batch(*(moved(value, device) for value in vars(self).values()))
 
 
-# torch 2.13 refuses unequal head counts without this argument; 2.11, which the GPU figures are of,
-# does not know it.
+# torch 2.13 needs this argument if head counts differ; 2.11, used for the GPU figures, lacks it.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
@@ -295,6 +294,27 @@ class Attention(nn.Module):
         return self.o_proj(out_THK.flatten(-2))
 
 
+class _GatedProduct(torch.autograd.Function):
+    """(silu(gate) * up) @ weight.T. Keeps gate and up; backward computes silu(gate) and the product
+    with up again. Autograd would keep all four."""
+
+    @staticmethod
+    def forward(ctx, gate_TF: Tensor, up_TF: Tensor, weight_DF: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_TF, up_TF, weight_DF)
+        return F.linear(F.silu(gate_TF) * up_TF, weight_DF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TD: Tensor):
+        gate_TF, up_TF, weight_DF = ctx.saved_tensors
+        silu_TF = F.silu(gate_TF)
+        grad_weight_DF = grad_TD.T @ (silu_TF * up_TF)
+        grad_TF = grad_TD @ weight_DF
+        grad_up_TF = silu_TF.mul_(grad_TF)
+        grad_gate_TF = torch.ops.aten.silu_backward(grad_TF.mul_(up_TF), gate_TF)
+        return grad_gate_TF, grad_up_TF, grad_weight_DF
+
+
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
@@ -305,7 +325,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return _GatedProduct.apply(self.gate_proj(x_TD), self.up_proj(x_TD), self.down_proj.weight)
 
 
 class Block(nn.Module):
@@ -350,7 +370,7 @@ class Block(nn.Module):
 # How many logits of half types are held in fp32 at once: on a CPU as many as fit in its cache, on a
 # GPU enough to keep it busy (1 GiB).
 CHUNK_ELEMENTS, CHUNK_ELEMENTS_CUDA = 2**20, 2**28
-# About how many scored tokens share one matrix product without gradients, unless a chunk has more:
+# Without gradients, about so many scored tokens share a matrix product (more if a chunk has more):
 # with fewer, the weights are read too often.
 MATMUL_ROWS = 256
 
@@ -463,8 +483,8 @@ class Llama(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else Head(config)
 
     def recompute_first(self, blocks: int) -> None:
-        """Lets the first `blocks` blocks recompute in backward, the others keep what they computed.
-        The last ones keep, since backward uses and frees theirs first."""
+        """Lets the first `blocks` blocks recompute in backward; the others keep what they computed.
+        The last ones keep theirs because backward uses and frees those first."""
         for i, block in enumerate(self.model["layers"]):
             block.recompute = i < blocks
 
@@ -548,7 +568,7 @@ def check_weights(directory: str | Path, config: LlamaConfig) -> dict[str, Path]
     """Key -> the file that holds it; reads only headers.
 
     Raises InputError unless every expected key is there exactly once, in the right shape and a
-    floating dtype, and nothing else is there. Two may be there: `rotary_emb.inv_freq` of old
+    floating dtype, and no other key is. Two extras are allowed: `rotary_emb.inv_freq` of old
     exports, which is computed here, and a tied model's spare `lm_head.weight`, in the embedding's
     shape and a floating dtype (`load_weights` compares it).
     """

@@ -46,6 +46,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -121,7 +122,7 @@ class Config:
     ipo_sum: bool = flag(False, "ipo: summed log-probs. OPEN: public code has both; TRL has means")
     reference: str = flag(
         "precompute",
-        "its log-probs: computed once, or in each step by a frozen copy. PAPER: live",
+        "reference's log-probs: computed once, or in each step by a frozen copy. PAPER: live",
         ("precompute", "live"),
     )
     reference_cache: str | None = flag(
@@ -249,11 +250,11 @@ class Dataset:
         steps = self.config.epochs * self.steps_per_epoch
         return min(steps, self.config.max_steps or steps)
 
-    def micro_batches(self, step: int, processes: int) -> list[list[MicroBatch]]:
+    def micro_batches(self, step: int, world: int) -> list[list[MicroBatch]]:
         """[process][micro-batch] -> indexes of the pairs of update `step` (from 0)."""
         c = self.config
         seed, most = c.seed if c.shuffle else None, self.max_tokens_per_gpu
-        return plan_step(self.sizes, c.pairs_per_step, seed, step, processes, most)
+        return plan_step(self.sizes, c.pairs_per_step, seed, step, world, most)
 
     def own_micro_batches(self) -> list[MicroBatch]:
         """All pairs once: this process's micro-batches of them."""
@@ -285,16 +286,16 @@ def step_loss(
     """Forward pass of one micro-batch: packed pairs -> one loss per pair.
 
     Returns loss_B, and metrics per pair, detached: the loss's own, and those that every loss has.
-    rows is 1, and 0 of a stand-in, which must not count. A pair may have one answer: rows_chosen,
-    rows_rejected and rows_both say which have what, and a metric is averaged over those that have
-    what it measures (support/metrics.py).
+    rows is 1, or 0 of a stand-in, which must not count. A pair may have one answer: rows_chosen,
+    rows_rejected and rows_both are 1 of pairs that have that answer, or both, and a metric is
+    averaged over the pairs that have what it measures (support/metrics.py).
     """
     loss = dataset.config.loss_row
     batch = dataset.batch(indexes)
     mean_R, sum_R = model(batch)  # responses 2i and 2i+1: chosen and rejected of pair i
     logp_R = mean_R if loss.logps == "mean" else sum_R
     has_chosen_B, has_rejected_B = batch.length_R[0::2] > 0, batch.length_R[1::2] > 0
-    # The term of an absent answer vanishes: l_w = 0, which the model gives, or p_l = 0.
+    # An absent answer's term is 0: the model gives l_w = 0; l_l = -inf makes p_l = 0.
     inputs = [logp_R[0::2], logp_R[1::2].masked_fill(~has_rejected_B, -math.inf)]
     if loss.reference:
         mean_ref_R, sum_ref_R = dataset.reference_logps(indexes, batch)
@@ -317,7 +318,7 @@ def step_loss(
         "rows_rejected": rows_B * has_rejected_B,
         "rows_both": rows_B * has_chosen_B * has_rejected_B,
     }
-    # The common ones come last: the loss's own margin is infinite if an answer is absent.
+    # The common ones come last: without a rejected answer the loss's own margin is infinite.
     return loss_B, {"loss": loss_B.detach()} | metrics | common
 
 
@@ -339,7 +340,7 @@ class Run:
 
 
 def train(run: Run, done: int) -> None:
-    """Runs the updates after the first `done`.
+    """Runs the updates from number `done` + 1 to the last.
 
     One update: draw its pairs; for each micro-batch forward, loss, backward; then clip, set the
     rate, update, log. Raises StoppedError if the loss or the gradient is not finite, before the
@@ -407,9 +408,9 @@ def learning_rate(
 ) -> float:
     """Rate of update `step` (from 0) of `steps`: linear warm-up to the peak, then cosine.
 
-    The first update has the rate peak / warmup, which is above 0, and the last one of the warm-up
-    the peak. The last of all has min_lr_ratio * peak (unless all are warm-up): with a ratio of 0
-    that update changes nothing. The paper says linear warm-up and cosine, not how long and how far.
+    The first update's rate is peak / warmup, not 0; the warm-up's last update has the peak. The
+    run's last one has min_lr_ratio * peak (unless all are warm-up): at 0 it changes nothing. The
+    paper says linear warm-up and cosine, not how long and how far.
     """
     warmup = max(1, math.ceil(round(warmup_ratio * steps, 6)))  # 0.07 * 100 is above 7 in floats
     if step < warmup:
@@ -503,7 +504,7 @@ def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
 
 
 def set_reduction(model: Llama, mesh: DeviceMesh, last: bool) -> None:
-    """Tells FSDP if the next backward reduces gradients over processes. last: it is its step's.
+    """Tells FSDP if the next backward reduces gradients over processes. last: the step ends there.
 
     On several processes they are reduced in every micro-batch: otherwise each process would hold
     those of the whole model. On one process waiting costs no memory, so they are reduced once per
@@ -532,6 +533,9 @@ def build_model(config: Config, mesh: DeviceMesh) -> Llama:
     large = sum(parameter.numel() for parameter in model.parameters()) >= COMPILE_PARAMETERS
     worthwhile = large and mesh.device_type == "cuda"
     if config.compile == "on" or (config.compile == "auto" and worthwhile):
+        # Lets backward compute again what takes no matrix product, though a product will read it:
+        # a block that is not recomputed then keeps a third less.
+        functorch_config.ban_recompute_materialized_backward = False
         for block in model.model["layers"]:
             block.compile(dynamic=True)
     _, compute_dtype = processes.choose_device(config.device, config.precision)
@@ -631,8 +635,8 @@ def fine_tune(config: Config) -> None:
         return step_loss(model, training, indexes)[0]
 
     gpu = memory.Gpu() if mesh.device_type == "cuda" else None
-    # Forward and backward of the largest ones, without an update. Then it sets how many blocks are
-    # recomputed, and may raise training.max_tokens_per_gpu.
+    # Runs them without an update, sets how many blocks are recomputed, and may raise
+    # training.max_tokens_per_gpu.
     with processes.announced("trying the run's costliest micro-batches"):
         facts["memory"] = memory.rehearse(model, training, losses_of, log.say, gpu)
 
@@ -657,7 +661,7 @@ def fine_tune(config: Config) -> None:
 
 def export(run: Run) -> None:
     """Writes OUT/model: the last weights, or with --keep-best the best ones; prints the answers to
-    --samples prompts before and after training."""
+    --samples prompts of the starting weights and of these."""
     config, model, chat, log = run.config, run.model, run.chat, run.log
     last = run.training.steps
     checkpoints.stop_unless_finite(checkpoints.trained_tensors(model, run.optimizer), last)

@@ -124,8 +124,8 @@ STEPS = {
 VARIANTS = {  # parts that run bench/variants.py, with this name, instead of train.py
     f"step-{pairs}-{name}": name
     for pairs in ("uf", "3b")
-    for name in ("reduce-always", "two-pools", "gathered", "pageable")
-    if (pairs, name) != ("uf", "gathered")  # an 8B has no room for it
+    for name in ("reduce-always", "two-pools", "gathered", "pageable", "keep-more")
+    if pairs == "3b" or name not in ("gathered", "keep-more")  # an 8B has no room for these
 }
 LEAST_SECONDS = 120  # what a part takes at least: with less time left it is not begun
 for _part in VARIANTS:

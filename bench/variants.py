@@ -8,11 +8,14 @@
     gathered         keeps the weights gathered, in the dtype of the products, from a step's first
                      micro-batch to its last: 2 bytes a parameter more, and each is gathered once
     pageable         copies batches from memory that is not pinned: the CPU may wait for the copy
+    keep-more        compiled blocks keep for backward what they could make again without a matrix
+                     product too, as torch.compile does by itself
 
 The updates are those of train.py. bench/gpu.py has parts for these.
 """
 
 import sys
+from types import SimpleNamespace
 
 from common import ROOT
 
@@ -53,11 +56,16 @@ def pageable() -> None:
     torch.Tensor.pin_memory = lambda tensor: tensor
 
 
+def keep_more() -> None:
+    train.functorch_config = SimpleNamespace()  # what train.py sets there has no effect
+
+
 VARIANTS = {
     "reduce-always": reduce_always,
     "two-pools": two_pools,
     "gathered": gathered,
     "pageable": pageable,
+    "keep-more": keep_more,
 }
 
 if __name__ == "__main__":

@@ -335,7 +335,7 @@ NOTHING = ("nan", "NaN", "None", "null", "<NA>")  # missing values, written as t
 
 
 def doubts(record: dict, prompt, *answers) -> list[str]:
-    """What may be wrong with a pair that is kept, by the names of its counts."""
+    """What may be wrong with a pair that is not refused, by the names of its counts."""
     found = ["repeat their prompt"] * repeats_prompt(prompt, *answers)
     if isinstance(prompt, list):
         texts = [*(content for _, content in prompt), *filter(None, answers)]

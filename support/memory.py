@@ -71,7 +71,7 @@ def pair_bytes(llama, dataset, recomputed: int) -> np.ndarray:
     its input. llama: model.LlamaConfig; dataset: train.Dataset.
     """
     heads = 2 * llama.num_attention_heads + 4 * llama.num_key_value_heads
-    kept = 4 * llama.intermediate_size + 4 * llama.hidden_size + heads * llama.head_dim
+    kept = 2 * llama.intermediate_size + 4 * llama.hidden_size + heads * llama.head_dim
     numbers = (llama.num_hidden_layers - recomputed) * kept + recomputed * llama.hidden_size
     if recomputed:
         numbers += kept  # of the block that backward has just computed again

@@ -246,7 +246,7 @@ def stop_non_finite(
     pairs: list,
 ) -> typing.NoReturn:
     """Raises StoppedError on all processes. It names the pairs (of data.Pair) whose loss is not
-    finite, or all pairs of the step if only the gradient is not.
+    finite, or the step's pairs if only the gradient is not; of many the first 20.
 
     losses: of each micro-batch of this process, the indexes of its pairs (none of a stand-in) and
     their losses; drawn: the indexes of all processes."""

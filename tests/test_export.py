@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, edit_json, save_tiny
+from conftest import ROOT, edit_json, save_tiny, tiny_config
 from safetensors.torch import load_file, save_file
 from test_data import bare_tokenizer, save_tokenizer
 from transformers import AutoTokenizer
@@ -196,11 +196,12 @@ def test_keys_of_a_wrapped_model_are_shown_beside_the_wanted_ones(tmp_path, pref
 
 
 def test_a_second_derivative_is_an_error_and_not_a_wrong_number():
-    from model import RMSNorm, target_logps
+    from model import MLP, RMSNorm, target_logps
 
-    x = torch.randn(3, 8, requires_grad=True)
-    weight, target = torch.randn(5, 8, requires_grad=True), torch.tensor([0, 1, 4])
-    for value in (RMSNorm(8, 1e-5)(x).square().sum(), target_logps(x, weight, target).sum()):
+    x = torch.randn(3, 32, requires_grad=True)
+    weight, target = torch.randn(5, 32, requires_grad=True), torch.tensor([0, 1, 4])
+    outputs = RMSNorm(32, 1e-5)(x).square(), MLP(tiny_config())(x).square()
+    for value in (output.sum() for output in (*outputs, target_logps(x, weight, target))):
         (first,) = torch.autograd.grad(value, x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
             first.sum().backward()

@@ -10,6 +10,7 @@ import re
 import weakref
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,6 +30,7 @@ from conftest import (
 )
 from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.distributed.device_mesh import init_device_mesh
@@ -52,7 +54,7 @@ def flash_attention():
     """CUDA's attention, for the CPU: nothing but its shapes."""
 
     def forward(q, *_, **__):
-        return torch.zeros_like(q), q.new_zeros(q.shape[1::-1]), torch.zeros(2, dtype=torch.uint64)
+        return torch.zeros_like(q), torch.zeros(q.shape[1::-1]), torch.zeros(2, dtype=torch.uint64)
 
     def backward(_, q, k, v, *__, **___):
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -65,9 +67,9 @@ class Counting:
     """A compiler that counts graphs, and the matrix products that run in them."""
 
     def __init__(self):
-        self.graphs = self.products = 0
+        self.graphs = self.products = self.kept = 0
         self.backend = aot_autograd(
-            fw_compiler=self.compiled,
+            fw_compiler=self.compiled_forward,
             bw_compiler=self.compiled,
             partition_fn=min_cut_rematerialization_partition,  # inductor's
         )
@@ -81,6 +83,19 @@ class Counting:
             return graph(*inputs)
 
         return make_boxed_func(run)
+
+    def compiled_forward(self, graph, inputs):
+        compiled = self.compiled(graph, inputs)
+
+        def run(inputs):
+            given = {tensor.data_ptr() for tensor in inputs if isinstance(tensor, torch.Tensor)}
+            output, *rest = compiled(inputs)
+            tensors = [tensor for tensor in rest if isinstance(tensor, torch.Tensor)]
+            self.kept = sum(t.nbytes for t in tensors if t.data_ptr() not in given)
+            return output, *rest
+
+        run._boxed_call = True
+        return run
 
     def take(self) -> int:
         """The products since the last call."""
@@ -111,6 +126,29 @@ def test_a_compiled_block_recomputes_six_of_its_seven_matrix_products(
         output.float().square().sum().backward()
         assert counting.take() == in_backward
     assert counting.graphs == 2
+
+
+def test_a_compiled_block_keeps_what_its_matrix_products_made(counting):
+    """And besides, what attention keeps. What is made from these without a product is not kept."""
+    config = tiny_model().config
+    batch = pack(random_pairs([(6, 2, 3), (2, 2, 5)]), longest=64)
+    tokens, keys = len(batch.tokens_T), len(batch.segments.key_index_N)
+    heads, head_dim = config.num_attention_heads, config.head_dim
+    wide = config.hidden_size + 2 * config.intermediate_size + 2 * heads * head_dim
+    key_wide = 2 * config.num_key_value_heads * head_dim
+    small = tokens * (2 + heads) * 4 + 16  # two norms' scales, attention's sums, its random state
+    kept = []
+    for ban in (True, False):
+        block = Block(config).bfloat16()
+        block.compile(dynamic=True, backend=counting.backend, fullgraph=True)
+        x_TD = torch.randn(tokens, 32, dtype=torch.bfloat16, requires_grad=True)
+        with functorch_config.patch(ban_recompute_materialized_backward=ban):
+            block(x_TD, rope_tables(config, batch.positions_T), batch.segments).sum().backward()
+        kept.append(counting.kept)
+        torch._dynamo.reset()
+    assert kept[1] == 2 * (tokens * wide + keys * key_wide) + small
+    again = config.intermediate_size + 2 * config.hidden_size  # a product's input, two norms'
+    assert kept[0] == kept[1] + 2 * tokens * again
 
 
 @contextlib.contextmanager
@@ -145,9 +183,9 @@ def test_a_sharded_run_compiles_five_graphs_whatever_is_recomputed(counting):
 
 
 def test_small_models_are_not_compiled(start, monkeypatch):
-    compiled = []
+    compiled, banned = [], "ban_recompute_materialized_backward"  # see the test of what is kept
     monkeypatch.setattr(Block, "compile", lambda block, dynamic: compiled.append(dynamic))
-    with group():
+    with group(), functorch_config.patch(banned, True):
         mesh = SimpleNamespace(device_type="cuda", size=lambda: 1)
         for choice, least, expected in [
             ("auto", 50_000_000, 0),
@@ -156,6 +194,7 @@ def test_small_models_are_not_compiled(start, monkeypatch):
             ("off", 1000, 0),
         ]:
             monkeypatch.setattr(train, "COMPILE_PARAMETERS", least)
+            setattr(functorch_config, banned, True)
             monkeypatch.setattr(train, "shard", lambda *_: None)
             monkeypatch.setattr(train.Llama, "to_empty", lambda model, device: model)
             monkeypatch.setattr(train, "load_weights", lambda *_: None)
@@ -164,6 +203,7 @@ def test_small_models_are_not_compiled(start, monkeypatch):
             )
             train.build_model(config, mesh)
             assert compiled == [True] * expected
+            assert getattr(functorch_config, banned) == (not expected)
             compiled.clear()
 
 
@@ -210,14 +250,16 @@ def test_gradients_are_reduced_no_more_often_than_memory_needs(
 def test_two_processes_with_several_micro_batches_train_as_one(start, tmp_path, more):
     """In bf16: sharded, one process shares the code that delays reductions."""
     run = "--max-steps 4 --precision bf16 --max-tokens-per-gpu 40 --checkpoint-blocks 1"
+    # Otherwise a gradient that is 0 but for rounding moves its weight as far as any other.
+    run += " --adam-eps 1e-3"
     trained(start, tmp_path / "one", run)
     run_joined(flags(start, tmp_path / "two", run, more))
     one, two = (load_file(tmp_path / n / "model/model.safetensors") for n in ("one", "two"))
     for key in one:
-        torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-3)
+        torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-4)
     first, second = (rows(tmp_path / name) for name in ("one", "two"))
     for a, b in zip(first, second, strict=True):
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
 
 
 # ------------------------------------------------------------------- what is tried before the run
@@ -366,7 +408,7 @@ def peak_with(rehearsed, recomputed, **flags):
 def test_as_few_blocks_are_recomputed_as_memory_demands(rehearsed):
     """4% stay free. The run never took more, also not while it tried."""
     peaks = [peak_with(rehearsed, k) for k in range(9)]
-    assert sorted(peaks, reverse=True) == peaks and peaks[0] > 3 * peaks[8]
+    assert all(b < a + 512 for a, b in pairwise(peaks)) and peaks[0] > 3 * peaks[8]
     for k in (0, 1, 4, 7, 8):
         found = rehearsed(1.01 * peaks[k] / 0.96)
         chosen = found.chosen["recomputed_blocks"]
@@ -528,9 +570,9 @@ def plan(capsys, *flags) -> tuple[list[float], list[int], str]:
 
 @pytest.fixture
 def wide(tmp_path):
-    """The flags of a model whose blocks are costly: 4 of width 512, in a file of 32 pairs."""
-    sizes = dict(model_type="llama", vocab_size=97, hidden_size=512, intermediate_size=2048)
-    sizes |= dict(num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
+    """The flags of a model whose blocks are costly: 4 of width 1,024, in a file of 32 pairs."""
+    sizes = dict(model_type="llama", vocab_size=97, hidden_size=1024, intermediate_size=4096)
+    sizes |= dict(num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=8)
     sizes |= dict(rope_theta=1e4, max_position_embeddings=2048, rms_norm_eps=1e-5)
     (tmp_path / "config.json").write_text(json.dumps(sizes))
     data = write_pairs(tmp_path / "pairs.jsonl", random_pairs([(200, 100, 100)] * 32))
@@ -549,8 +591,8 @@ def test_a_plan_chooses_as_a_run_would(wide, capsys):
     (middle,), blocks, _ = plan(capsys, *wide, "--checkpoint-blocks 2")
     assert blocks == [2] and least < middle < most
     for memory_gib, recomputed, micro_batch in [
-        (middle / 0.96 + 0.02, 2, 8192),
-        (most / 0.96 + 0.02, 0, 8192),
+        ((middle + 0.05) / 0.96, 2, 8192),  # what is printed is rounded
+        ((most + 0.05) / 0.96, 0, 8192),
         (2 * most, 0, 16_384),
         (least / 2, 4, 8192),
     ]:

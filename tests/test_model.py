@@ -234,6 +234,14 @@ def test_the_gradients_of_norm_and_mlp_are_those_of_finite_differences():
         assert torch.autograd.gradcheck(call, (x, *module.parameters()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mlp_gives_the_bits_of_a_plain_one(dtype):
+    mlp, (x, grad) = model.MLP(tiny_config()).to(dtype), randoms((5, 32), (5, 32), dtype=dtype)
+    found = torch.autograd.grad(out := mlp(x), (x, *mlp.parameters()), grad)
+    plain = mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+    assert_equal((out, *found), (plain, *torch.autograd.grad(plain, (x, *mlp.parameters()), grad)))
+
+
 class Storages(TorchDispatchMode):
     """Every storage that appears: a weak reference to it -> (bytes, dtype)."""
 
@@ -259,11 +267,11 @@ class Storages(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype, scale_bytes", [(torch.bfloat16, 4), (torch.float64, 8)])
-def test_norm_keeps_a_number_per_token_and_mlp_four_wide_tensors_for_backward(dtype, scale_bytes):
-    """The norm keeps a number per token beside its input."""
+def test_norm_keeps_a_number_per_token_and_mlp_two_wide_tensors_for_backward(dtype, scale_bytes):
+    """The norm keeps a number per token beside its input; the MLP keeps gate and up."""
     (x,) = randoms((5, 32), dtype=dtype)
     mlp, norm = model.MLP(tiny_config()).to(dtype), RMSNorm(32, 0.1).to(dtype)
-    for module, kept in ((norm, 5 * scale_bytes), (mlp, 4 * 5 * 48 * dtype.itemsize)):
+    for module, kept in ((norm, 5 * scale_bytes), (mlp, 2 * 5 * 48 * dtype.itemsize)):
         with Storages() as made:
             out = module(x)
         for given in (out, x, *module.parameters()):  # the weights' transposes are views of them
