@@ -618,7 +618,7 @@ def fine_tune(config: Config) -> None:
     out, fingerprint = run_directory.open_run(config, weight_files, datasets)
     log = Log(out)
     if processes.on_first_process((out / "model").exists):
-        log.say(f"{out} is finished: its model is {out / 'model'}")
+        log.say(f"{out} is finished: its model is {out / 'model'}; the flags given change nothing")
         return
 
     model = build_model(config, mesh)

@@ -19,8 +19,10 @@ from evaluation.generate import CACHE_TOKENS, Request, generate
 from evaluation.prompts import Prompt, encode_prompts, is_ids, read_prompts
 from evaluation.rows import (
     add_model_flags,
+    agree_on,
     append_row,
     between,
+    hold_out,
     join_parts,
     read_rows,
     share,
@@ -28,7 +30,7 @@ from evaluation.rows import (
     wait_for_all,
 )
 from model import Llama, LlamaConfig, check_weights, load_model
-from support.files import InputError, files_checksum, naming, read_json, write_json
+from support.files import InputError, files_checksum, read_json, write_json
 from support.llama_config import generation_eos
 from support.processes import choose_device, is_first, on_first_process
 from support.tokenizer import load_tokenizer
@@ -84,31 +86,35 @@ def claim_rows(
 
     FILE.json beside --out says how its rows were made: a checksum of the model, one of the file of
     the flag `asked`, the dtype, and the values of the flags `names`. Raises InputError, naming the
-    first difference, if that is not how this call makes them, and for a file of another origin.
+    first difference, if that is not how this call makes them or how all its processes do, for a
+    file of another origin, and if another call is writing --out.
     """
     out, beside = Path(flags.out), Path(f"{flags.out}.json")
-
-    def claim() -> set:
-        with naming(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-        rows = read_rows(out, key, order)
-        settings = {
+    settings = agree_on(
+        lambda: {
             "model": model_checksum(Path(flags.model)),
             asked: files_checksum([getattr(flags, asked)]),
             "dtype": str(choose_device(flags.device, flags.precision)[1]),
             **{name: getattr(flags, name) for name in names},
         }
-        if not rows:
-            with naming(beside):
-                write_json(beside, settings)
-        elif not beside.exists():
+    )
+
+    def claim() -> set:
+        hold_out(out)
+        rows = read_rows(out, key, order)
+        if beside.exists():
+            found = read_json(beside)
+            if not isinstance(found, dict) or found.keys() != settings.keys():
+                raise InputError(f"{beside} does not say how answers were made; name another --out")
+        elif rows:
             raise InputError(f"{beside} is missing, which says how {out} was made; name another")
-        found = read_json(beside)
-        for name, value in settings.items():
-            was = found.get(name) if isinstance(found, dict) else None
-            if was != value:
+        if not rows:
+            write_json(beside, settings)
+        for name, value in settings.items() if rows else ():
+            if found[name] != value:
                 raise InputError(
-                    f"--out {out} was made with {name} {was}, not {value}; name another file"
+                    f"--out {out} was made with {name} {found[name]}, not {value}; name another "
+                    "file"
                 )
         return {row[key] for row in join_parts(out, key, order)}
 

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch.distributed as dist
+
 from evaluation import rows
 from evaluation.answers import add_generation_flags, claim_rows, load_generator, with_progress
 from evaluation.generate import Request, generate
 from evaluation.prompts import Prompt, encode_prompts
 from support.files import InputError, shown
-from support.processes import is_first
+from support.processes import is_first, together
 
 # A category's temperature, as FastChat has it; in the order of the questions' ids.
 MT_TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "reasoning": 0.0, "math": 0.0}
@@ -162,6 +164,10 @@ def run(flags: argparse.Namespace) -> None:
         rows.wait_for_all()
         if is_first():
             rows.join_parts(out, "question_id", ids)
+        if dist.is_initialized():
+            counts = sum(together(lambda: counts), Counter())
+    if not is_first():
+        return
     print(
         f"{out}: {counts['answered']} of {len(ids)} questions answered by {flags.model_id}, "
         f"{len(done)} there before; {counts['overlong']} skipped (no room in the context); "

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from asft import at_least_fp32
 from model import Llama, Segments, attention
+from support.processes import StoppedError
 
 CACHE_TOKENS = 65_536  # 8 GiB for Llama-3-8B in bf16, which takes 128 KiB per token
 MAX_ROWS = 256  # larger batches use more memory for their logits and are not faster
@@ -226,9 +227,12 @@ def choose(
     cumulated `probabilities` exceed the row's uniform number in [0, 1).
 
     They are cumulated in the vocabulary's order: in order of probability, the drawn token would
-    change when rounding swaps two tokens.
+    change when rounding swaps two tokens. Raises StoppedError if a row's logits hold a NaN or
+    infinity.
     """
-    best_B = logits_BV.argmax(-1)
+    top_B, best_B = logits_BV.max(-1)  # a NaN counts as the largest
+    if not top_B.isfinite().all():
+        raise StoppedError("the model's logits are not finite; nothing can be drawn from them")
     if not any(temperatures):
         return best_B.tolist()
     temperature_B = torch.tensor(temperatures, device=best_B.device)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from evaluation.benchmarks import MT_BENCH, Bench, judge_of, read_answers, read_questions
 from evaluation.endpoint import Judge, UnjudgedError, append, ask, end_in_whole_line, open_judge
-from evaluation.rows import between, json_rows
+from evaluation.rows import between, hold_out, json_rows
 from support.files import JSON_BYTES, InputError, read_start, shown
 from support.processes import StoppedError
 
@@ -67,6 +67,7 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: Jobs, settings: dict)
     When interrupted, it waits for the replies under way, so that all that was paid for is kept.
     Raises StoppedError (exit code 1) if nothing was judged at all."""
     out = Path(flags.out)
+    hold_out(out)
     done = done_jobs(flags, model, jobs)
     waiting = [key for key in jobs if key not in done]
     before = f"of {model} by {flags.judge_model}, {len(done)} there before"

@@ -29,12 +29,14 @@ from data import (
     read_preferences,
     split_pairs,
 )
+from evaluation.answers import model_checksum
 from evaluation.intervals import RESAMPLES, bootstrap
-from evaluation.rows import add_model_flags, between, share, torchrun_group
+from evaluation.rows import add_model_flags, agree_on, between, share, torchrun_group
 from model import Llama, LlamaConfig, load_model
-from support.files import InputError, naming, write_json
+from support.files import InputError, naming, write_json, write_whole
 from support.flags import resolve_max_tokens
-from support.processes import choose_device, every_two_seconds, is_first
+from support.processes import StoppedError, choose_device, every_two_seconds, is_first
+from support.run_directory import fingerprint
 
 # Each line of the table, in the order of the rows' columns.
 MEASURES = {
@@ -179,7 +181,13 @@ def run(flags: argparse.Namespace) -> None:
         rows = []
         for directory in models:  # one after the other: two may not fit into memory
             model = load_model(directory, dtype, device).requires_grad_(False)
+            agree_on(lambda name=directory: fingerprint(model_checksum(Path(name)), [pairs], dtype))
             logps = pair_logps(model, pairs, flags.max_tokens_per_gpu, device)
+            if bad := np.flatnonzero(~np.isfinite(logps).all((1, 2))).tolist():
+                raise StoppedError(
+                    f"{directory}: the log-probs of {len(bad):,} of {len(pairs):,} pairs are not "
+                    f"finite, first {pairs[bad[0]].place}"
+                )
             rows.append(pair_rows(pairs, logps))
             del model
     if not is_first():
@@ -194,7 +202,7 @@ def run(flags: argparse.Namespace) -> None:
     with naming(f"--out {flags.out}"):
         summary_path.parent.mkdir(parents=True, exist_ok=True)
         for path, of_model in zip(row_paths, rows, strict=True):
-            path.write_text("".join(json.dumps(row) + "\n" for row in of_model))
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in of_model))
         write_json(summary_path, facts)
     good, bad = counts["good answers"], counts["bad answers"]
     kept = f"{len(pairs) - good - bad:,} pairs"

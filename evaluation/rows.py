@@ -1,8 +1,8 @@
 """Files of JSON lines, and what the evaluation commands have in common.
 
 In reading order
-    rank, share, torchrun_group, wait_for_all    the processes of torchrun
-    append_row, read_rows, join_parts    a file that several processes write
+    rank ... wait_for_all                the processes of torchrun
+    hold_out ... join_parts              a file that several processes write
     json_rows, write_json                checked reading; writing of results
     named, between, add_model_flags      flags that several commands share
 
@@ -22,8 +22,16 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from support.files import InputError, naming, shown, write_whole
-from support.processes import environment, in_a_group, join_group
+from support import files
+from support.files import InputError, hold, naming, shown, write_whole
+from support.processes import (
+    StoppedError,
+    agree,
+    another_ended,
+    environment,
+    in_a_group,
+    join_group,
+)
 from support.records import read_records
 
 # ---------------------------------------------------------------------------------------- processes
@@ -49,9 +57,18 @@ def torchrun_group() -> Iterator[None]:
         join_group("gloo", timeout=timedelta(days=30))
     try:
         yield
+    except RuntimeError as error:
+        if another_ended(error):  # which only a group that still exists can tell
+            raise StoppedError("another process of the run ended; its message says why") from None
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def agree_on(facts: Callable[[], dict]) -> dict:
+    """facts() of this process. Raises InputError on all processes if those of another differ."""
+    return agree(facts) if dist.is_initialized() else facts()
 
 
 def wait_for_all() -> None:
@@ -70,6 +87,14 @@ def json_line(row: dict) -> bytes:
     """A row as it is written. Half a surrogate pair, at the end of a reply that was cut, is written
     as JSON escapes it."""
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def hold_out(out: Path) -> None:
+    """Makes sure, until this process ends, that no other call writes `out`. Raises InputError if
+    one does."""
+    with naming(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    hold(out.with_name(f".{out.name}.lock"), f"--out {out}")
 
 
 def append_row(out: str | Path, row: dict) -> None:
@@ -136,7 +161,10 @@ def write_json(path: str | Path, value: dict, *read: str | Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and any(path.samefile(other) for other in read):
             raise InputError(f"--json {path} is a file that was read; name another")
-        path.write_text(json.dumps(value, indent=2) + "\n")
+        if path.is_symlink() or (path.exists() and not path.is_file()):  # such as /dev/stdout
+            path.write_text(json.dumps(value, indent=2) + "\n")
+        else:
+            files.write_json(path, value)
 
 
 # -------------------------------------------------------------------------------------------- flags

@@ -4,6 +4,8 @@ Nothing that is read can execute code: JSON, safetensors and tokenizer.json hold
 pickles are never opened. Each reader checks the size that a file claims before it allocates it.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -39,6 +41,8 @@ def read_start(path: Path, limit: int, wanted: str) -> bytes:
     Raises InputError if the path is not a regular file. A pipe is not enough: every process reads
     the file for itself.
     """
+    if "\0" in str(path):
+        raise InputError(f"{shown(str(path))}: a null byte in a file's name; wanted {wanted}")
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"{path}: a directory, a pipe or a device; wanted {wanted}")
@@ -107,8 +111,22 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes a JSON file that people can read."""
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    """Writes a JSON file that people can read, whole."""
+    write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def hold(path: Path, what: str) -> None:
+    """Locks a file, which it makes, until this process ends. `what` begins the messages. Raises
+    InputError if another process holds it; a disk without locks is said."""
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{what}: another process is writing there") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+            raise InputError(f"{what}: {error.strerror}") from None
+        print(f"{what}: its disk has no locks, so a second process there would go unnoticed")
 
 
 # ----------------------------------------------------------------------------------- checksums

@@ -355,7 +355,8 @@ class Log:
             try:
                 if json.loads(line)["step"] > done:
                     break
-            except (ValueError, LookupError, TypeError):  # cut short by a kill, or damaged
+            # Cut short by a kill, or damaged.
+            except (ValueError, LookupError, TypeError, RecursionError):
                 self.say(
                     f"{path}: row {len(kept) + 1} is not whole; it and what follows are dropped"
                 )

@@ -6,11 +6,8 @@ open_run, claim_out      create OUT, or check that it holds the run to resume; l
 check_shared, record     whether every process sees OUT; OUT/config.json
 """
 
-import errno
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +15,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from support.files import InputError, checksum, files_checksum, read_json, write_whole
+from support.files import (
+    InputError,
+    checksum,
+    files_checksum,
+    hold,
+    naming,
+    read_json,
+    write_whole,
+)
 from support.flags import MAY_CHANGE
 from support.processes import (
     agree,
@@ -89,16 +94,9 @@ def claim_out(out: str | None, resume: bool, wanted: dict[str, str]) -> Path:
             f"--out {path} is not empty: a new run needs a fresh directory; --resume continues "
             "the run that is in it"
         )
-    try:
+    with naming(f"--out {path}"):
         path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT)
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"--out {path}: another process is training there") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
-            raise InputError(f"--out {path}: {error.strerror}") from None
-        print(f"--out {path}: its disk has no locks, so a second run there would go unnoticed")
+    hold(path / ".lock", f"--out {path}")
     return path
 
 

@@ -5,6 +5,7 @@ one, the text that others documented for their trained model, byte-equal files.
 """
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -15,12 +16,13 @@ import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import LLAMA31, REAL, ROOT, needs_real, save_tiny, tiny_model
+from conftest import LLAMA31, REAL, ROOT, needs_real, read_json, refusal, save_tiny, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -32,10 +34,11 @@ from data import ChatFormat
 from evaluation.answers import load_generator
 from evaluation.generate import Cache, Request, choose, generate, prefill, probabilities, step
 from evaluation.prompts import encode_prompts, read_prompts
-from evaluation.rows import append_row, join_parts
+from evaluation.rows import append_row, hold_out, join_parts, write_json
 from model import load_model
 from support.export import save_model
 from support.files import InputError
+from support.processes import StoppedError
 
 EXAMPLE = ROOT / "examples" / "model"
 LENGTHS = (5, 1, 23, 9, 40, 2, 14)  # tokens of prompts
@@ -473,7 +476,7 @@ def test_rows_of_the_file_and_of_any_part_are_kept_and_the_others_made_to_the_sa
     assert job.run() == 0 and asked == [set(range(23)) - {9, 2, 20, 7, 0}]
     assert job.run() == 0 and asked[1] == set()  # nothing left to do
     assert job.out.read_bytes() == job.content
-    assert sorted(tmp_path.iterdir()) == [job.out, job.beside]
+    assert sorted(tmp_path.glob("[!.]*")) == [job.out, job.beside]
 
 
 def forked(action, **environment) -> int:
@@ -507,7 +510,7 @@ def test_a_killed_run_continues_on_two_processes_to_the_same_bytes(job, tmp_path
     os.waitpid(child, 0)
     assert 3 <= part.read_bytes().count(b"\n") < 23
     assert on_two_processes(job.run) == [0, 0] and job.out.read_bytes() == job.content
-    assert sorted(tmp_path.iterdir()) == [job.out, job.beside]
+    assert sorted(tmp_path.glob("[!.]*")) == [job.out, job.beside]
 
 
 def test_if_a_process_is_killed_the_others_say_so_and_the_next_call_keeps_the_rows_of_all(
@@ -526,6 +529,51 @@ def test_if_a_process_is_killed_the_others_say_so_and_the_next_call_keeps_the_ro
     assert [job.part(rank).read_bytes().count(b"\n") for rank in (0, 1)] == [12, 1]
     assert job.run() == 0 and job.out.read_bytes() == job.content
     assert "23 prompts, 13 of them answered before" in capfd.readouterr().out
+
+
+def test_processes_that_would_answer_differently_are_refused(job, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("support.processes.time.sleep", lambda _: None)
+    assert on_two_processes(lambda: job.run("--seed", os.environ["RANK"])) == [2, 2]
+    assert "processes differ: seed is 0 on process 0, 1 on 1" in capfd.readouterr().err
+    assert list(tmp_path.glob("[!.]*")) == []
+
+
+def test_a_second_call_with_the_same_out_is_refused_while_the_first_one_lives(job, capsys):
+    held, tell = os.pipe()
+    child = forked(lambda: hold_out(job.out) or os.write(tell, b".") and time.sleep(60))
+    os.read(held, 1)
+    assert job.run() == 2
+    assert f"--out {job.out}: another process is writing there" in capsys.readouterr().err
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert job.run() == 0
+
+
+@pytest.mark.parametrize("content", ['{"vocab_size": 512}', "[]", '"A prompt."'])
+def test_a_file_beside_out_that_says_something_else_stays(job, capsys, content):
+    job.beside.write_text(content)
+    assert job.run() == 2
+    complaint = f"{job.beside} does not say how answers were made; name another --out"
+    assert complaint in capsys.readouterr().err and job.beside.read_text() == content
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nothing_is_drawn_from_logits_that_are_not_finite(bad):
+    good = [0.0, 1.0, -math.inf]
+    assert choose(torch.tensor([good]), [0.0], [0.5], 1.0, 0) == [1]
+    for temperature in (0.0, 1.0):
+        with pytest.raises(StoppedError, match="logits are not finite"):
+            choose(torch.tensor([good, [0.0, bad, 1.0]]), [temperature] * 2, [0.5] * 2, 1.0, 0)
+
+
+def test_a_full_disk_leaves_the_report_that_was_there(tmp_path, monkeypatch):
+    write_json(tmp_path / "r.json", {"a": 1})
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("support.files.flush", mock.Mock(side_effect=full))
+    assert "No space left" in refusal(write_json, tmp_path / "r.json", {"a": 2})
+    assert read_json(tmp_path / "r.json") == {"a": 1}
+    write_json("/dev/null", {})
+    assert not Path("/dev/null").is_file()
 
 
 OTHER_SETTINGS = """
@@ -580,7 +628,7 @@ def test_a_file_of_another_origin_is_refused_and_stays(job, capsys, name, line, 
     assert job.run() == 2
     complaint = complaint.replace("FILE", str(path)).replace("OUT", str(job.out))
     assert capsys.readouterr().err.startswith(f"eval.py: {complaint}")
-    assert list(job.out.parent.iterdir()) == [path] and path.read_text() == text
+    assert list(job.out.parent.glob("[!.]*")) == [path] and path.read_text() == text
 
 
 BAD_FLAGS = """

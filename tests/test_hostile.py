@@ -614,3 +614,8 @@ def test_a_data_file_may_vanish_once_training_has_begun(directory, pairs, monkey
     monkeypatch.setattr(train, "train", vanish)
     assert main(*run_of(directory, "--max-steps 2")) == 0
     assert load_model(directory.parent / "out/model")
+
+
+def test_a_null_byte_in_a_files_name_is_refused():
+    """It can only come from a config.json that was edited."""
+    assert refusal(files.read_start, Path("no\0pe"), 1, "pairs").startswith(r"'no\x00pe': a null")

@@ -6,7 +6,9 @@ distribution, which is what a bootstrap of an accuracy samples from.
 
 import math
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 import transformers
 from conftest import ON_CPU, ROOT, edit_json, random_pairs, read_json, rows, tiny_model
+from test_generate import on_two_processes
 
 import eval as program
 import evaluation.likelihood
@@ -129,6 +132,52 @@ def test_two_processes_write_the_same_files_for_a_single_pair(data, tmp_path):
     for end in ("jsonl", "json"):
         assert (tmp_path / f"two.{end}").read_text() == (tmp_path / f"one.{end}").read_text()
     assert result.stdout.count("accuracy") == 1
+
+
+def test_processes_with_other_pairs_or_another_model_are_refused(
+    data, other, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr("support.processes.time.sleep", lambda _: None)
+    lines = data.read_text().splitlines(keepends=True)
+    (tmp_path / "1").write_text("".join(lines[1:] + lines[:1]))
+
+    def other_pairs():
+        return likelihood(tmp_path / "1" if os.environ["RANK"] == "1" else data, tmp_path / "out")
+
+    def other_model():
+        model = other if os.environ["RANK"] == "1" else EXAMPLE
+        return likelihood(data, tmp_path / "out", model=model)
+
+    for name, action in (("pairs", other_pairs), ("weights", other_model)):
+        assert on_two_processes(action) == [2, 2]
+        assert f"processes differ: {name} is" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_if_a_process_dies_the_other_says_so(data, tmp_path, monkeypatch, capfd):
+    whole = evaluation.likelihood.pair_logps
+
+    def logps_or_die(*args):
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*args)
+
+    monkeypatch.setattr(evaluation.likelihood, "pair_logps", logps_or_die)
+    assert on_two_processes(lambda: likelihood(data, tmp_path / "out")) == [1, -signal.SIGKILL]
+    error = capfd.readouterr().err
+    assert "eval.py: another process of the run ended" in error and "Traceback" not in error
+
+
+def test_log_probs_that_are_not_finite_are_not_averaged(data, tmp_path, capsys):
+    model = load_model(EXAMPLE).requires_grad_(False)
+    word = ChatFormat(EXAMPLE).tokenizer.encode("yes", add_special_tokens=False).ids[0]
+    model.model["embed_tokens"].weight[word] = 3e38
+    save_model(model, tmp_path / "model", dtype=torch.float32, source=EXAMPLE)
+    assert likelihood(data, tmp_path / "out", model=tmp_path / "model") == 1
+    complaint = (
+        rf"{tmp_path}/model: the log-probs of \d+ of 30 pairs are not finite, first {data}:1"
+    )
+    assert re.search(complaint, capsys.readouterr().err) and not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------- intervals

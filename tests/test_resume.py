@@ -2,6 +2,7 @@
 bits."""
 
 import errno
+import fcntl
 import json
 import os
 import pickle
@@ -44,7 +45,7 @@ from conftest import (
 from safetensors.torch import load_file
 
 import train
-from support import checkpoints, run_directory
+from support import checkpoints
 from support.files import checksum, file_checksum
 from support.processes import StopRequest, join_group
 
@@ -387,11 +388,14 @@ def test_lost_rows_of_the_log_are_refused_until_a_line_stands_for_them(out, home
     assert weights(out) == weights(whole)
 
 
-def test_a_damaged_log_is_named_and_a_row_without_its_end_gets_one(out, whole, capsys, complaint):
+@pytest.mark.parametrize("damage", [b"\xff\n", b"[" * 100_000 + b"\n"])
+def test_a_damaged_log_is_named_and_a_row_without_its_end_gets_one(
+    out, whole, capsys, complaint, damage
+):
     log = out / "metrics.jsonl"
     six = b"".join(log.read_bytes().splitlines(keepends=True)[:6])
     log.write_bytes(six[:-1])  # as a disk that fills leaves it
-    (out / "eval.jsonl").write_bytes(b"\xff\n")
+    (out / "eval.jsonl").write_bytes(damage)
     assert resume(out) == 0
     said = capsys.readouterr().out
     assert "eval.jsonl: row 1 is not whole; it and what follows are dropped" in said
@@ -484,7 +488,7 @@ def test_a_signal_saves_and_ends_the_run(start, whole, fresh, within, capsys, nu
 def test_a_run_admits_no_other_and_ends_with_its_signals_code(start, fresh, complaint):
     process = popen(*flags(start, fresh, "--epochs 5000 --save-every 0"))  # takes a minute
     try:
-        assert "another process is training there" in complaint("--resume", fresh)
+        assert "another process is writing there" in complaint("--resume", fresh)
     finally:
         process.send_signal(signal.SIGTERM)
         said, errors = process.communicate(timeout=180)
@@ -630,7 +634,7 @@ def test_resume_with_out_begins_a_run_that_is_not_there_yet(start, whole, fresh,
 
 def test_a_run_begins_on_a_disk_without_locks(start, fresh, monkeypatch, capsys, complaint):
     lockf = mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
-    monkeypatch.setattr(run_directory.fcntl, "lockf", lockf)
+    monkeypatch.setattr(fcntl, "lockf", lockf)
     trained(start, fresh, "--max-steps 1")
     assert "has no locks" in capsys.readouterr().out
     lockf.side_effect = OSError(errno.EIO, "Input/output error")
