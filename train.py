@@ -83,7 +83,7 @@ from support.files import InputError
 from support.flags import check_answers, check_flags, flag, parse, resolve_max_tokens
 from support.held_out import answer, last_turn, read_groups
 from support.log import Log, describe, header, run_facts, size_and_speed
-from support.metrics import Sums
+from support.metrics import Sums, common_metrics
 from support.reference import cached_logps
 
 # ------------------------------------------------------------------------------- configuration
@@ -285,40 +285,23 @@ def step_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Forward pass of one micro-batch: packed pairs -> one loss per pair.
 
-    Returns loss_B, and metrics per pair, detached: the loss's own, and those that every loss has.
-    rows is 1, or 0 of a stand-in, which must not count. A pair may have one answer: rows_chosen,
-    rows_rejected and rows_both are 1 of pairs that have that answer, or both, and a metric is
-    averaged over the pairs that have what it measures (support/metrics.py).
+    Returns loss_B, and metrics per pair, detached: the loss's own, and those that every loss has
+    (support/metrics.py). "rows" among them is 1, or 0 of a stand-in, which must not count.
     """
     loss = dataset.config.loss_row
     batch = dataset.batch(indexes)
     mean_R, sum_R = model(batch)  # responses 2i and 2i+1: chosen and rejected of pair i
     logp_R = mean_R if loss.logps == "mean" else sum_R
-    has_chosen_B, has_rejected_B = batch.length_R[0::2] > 0, batch.length_R[1::2] > 0
     # An absent answer's term is 0: the model gives l_w = 0; l_l = -inf makes p_l = 0.
-    inputs = [logp_R[0::2], logp_R[1::2].masked_fill(~has_rejected_B, -math.inf)]
+    inputs = [logp_R[0::2], logp_R[1::2].masked_fill(batch.length_R[1::2] == 0, -math.inf)]
     if loss.reference:
         mean_ref_R, sum_ref_R = dataset.reference_logps(indexes, batch)
         reference_R = mean_ref_R if loss.logps == "mean" else sum_ref_R
         inputs += [reference_R[0::2], reference_R[1::2]]
     loss_B, metrics = loss.function(*inputs, **dataset.config.loss_options)
 
-    rows_B = torch.full_like(loss_B, bool(indexes))  # 0 of a stand-in
-    mean_R, sum_R = mean_R.detach(), sum_R.detach()
-    logp_w_B, logp_l_B = mean_R[0::2], mean_R[1::2]
-    common = {
-        "sft": -logp_w_B,
-        "logp_w": logp_w_B,
-        "logp_l": logp_l_B,
-        "sum_logp_w": sum_R[0::2],
-        "sum_logp_l": sum_R[1::2],
-        **asft.comparison(logp_w_B, logp_l_B),
-        "rows": rows_B,
-        "rows_chosen": rows_B * has_chosen_B,
-        "rows_rejected": rows_B * has_rejected_B,
-        "rows_both": rows_B * has_chosen_B * has_rejected_B,
-    }
     # The common ones come last: without a rejected answer the loss's own margin is infinite.
+    common = common_metrics(mean_R.detach(), sum_R.detach(), batch.length_R, drawn=bool(indexes))
     return loss_B, {"loss": loss_B.detach()} | metrics | common
 
 

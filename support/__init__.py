@@ -12,7 +12,7 @@
     export.py          a model directory that transformers and vLLM load
     checkpoints.py     OUT/checkpoints: written whole, checked, resumed
     best.py            the weights of the best evaluation (--keep-best)
-    metrics.py         sums and means of the metrics of pairs
+    metrics.py         what is measured of pairs under every loss; sums and means
     held_out.py        answers to held-out prompts (--samples); groups of pairs (--eval-by)
     reference.py       log-probs of the starting model, kept in a file, for dpo, dpo-norm, ipo
     run_directory.py   OUT itself: its lock, what a run is made of

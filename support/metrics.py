@@ -1,8 +1,10 @@
-"""The metrics of pairs: their sums over micro-batches and their means over processes."""
+"""The metrics of pairs: those of every loss, sums over micro-batches, means over processes."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+import asft
 
 ROWS = ("rows", "rows_chosen", "rows_rejected", "rows_both")
 # A pair may be one answer, good (chosen) or bad (rejected). The means of these metrics are over the
@@ -12,6 +14,32 @@ MEASURED = {
     **dict.fromkeys(("logp_l", "sum_logp_l", "align_l", "rejected_weight"), "rows_rejected"),
     **dict.fromkeys(("margin", "accuracy"), "rows_both"),
 }
+
+
+def common_metrics(
+    mean_R: Tensor, sum_R: Tensor, length_R: Tensor, drawn: bool
+) -> dict[str, Tensor]:
+    """What is measured of each pair under every loss, from the mean and summed log-probs of its two
+    answers and their numbers of tokens: each (B,).
+
+    rows is 1; rows_chosen, rows_rejected and rows_both are 1 of a pair that has that answer, or
+    both, otherwise 0. All are 0 unless `drawn`: the pair is a stand-in.
+    """
+    logp_w_B, logp_l_B = mean_R[0::2], mean_R[1::2]
+    rows_B = torch.full_like(logp_w_B, drawn)
+    has_chosen_B, has_rejected_B = length_R[0::2] > 0, length_R[1::2] > 0
+    return {
+        "sft": -logp_w_B,
+        "logp_w": logp_w_B,
+        "logp_l": logp_l_B,
+        "sum_logp_w": sum_R[0::2],
+        "sum_logp_l": sum_R[1::2],
+        **asft.comparison(logp_w_B, logp_l_B),
+        "rows": rows_B,
+        "rows_chosen": rows_B * has_chosen_B,
+        "rows_rejected": rows_B * has_rejected_B,
+        "rows_both": rows_B * has_chosen_B * has_rejected_B,
+    }
 
 
 class Sums(dict):
