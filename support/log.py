@@ -346,7 +346,15 @@ class Log:
             )
         write_whole(path, b"".join(kept))
         path = self.out / "eval.jsonl"
-        write_whole(path, b"".join(self._rows_until(path, done)))
+        evaluated = self._rows_until(path, done)
+        there = {json.loads(line)["step"] for line in evaluated}
+        rows = [row for row in map(json.loads, kept) if "eval_loss" in row]
+        if lost := [row["step"] for row in rows if row["step"] not in there]:
+            self.say(
+                f"{path}: the evaluations of steps {', '.join(map(str, lost))} are missing; their "
+                "means are also in metrics.jsonl"
+            )
+        write_whole(path, b"".join(evaluated))
 
     def _rows_until(self, path: Path, done: int) -> list[bytes]:
         """The rows of a log up to step `done`, each with its line's end."""

@@ -399,6 +399,7 @@ def test_a_damaged_log_is_named_and_a_row_without_its_end_gets_one(
     assert resume(out) == 0
     said = capsys.readouterr().out
     assert "eval.jsonl: row 1 is not whole; it and what follows are dropped" in said
+    assert re.search(r"eval.jsonl: the evaluations of steps [\d, ]+ are missing", said)
     assert facts(out) == facts(whole) and weights(out) == weights(whole)
     shutil.rmtree(out / "model")
     log.write_bytes(six[:5] + bytes([six[5] ^ 0x80]) + six[6:])
