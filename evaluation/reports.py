@@ -86,6 +86,8 @@ def ratings(place: str, row: dict) -> Judged:
     score, turn = row["score"], row["turn"]
     if turn not in (1, 2):
         raise InputError(f"{place}: turn {turn!r}, wanted 1 or 2")
+    if type(score) in (int, float) and abs(score) >= 1e9:  # judge.RATING has 9 digits at most
+        raise InputError(f"{place}: score {shown(score)}, wanted one of at most 9 digits")
     valid = type(score) in (int, float) and math.isfinite(score) and score != -1
     return {(row["question_id"], turn): [score] if valid else []}
 

@@ -172,6 +172,8 @@ REFUSED = [
     ([rating(161, 1, 5)], ":1: question_id 161 is not one of"),
     ([rating([], 1, 5)], ":1: question_id [] is not one of"),
     ([rating(81, 3, 5)], ":1: turn 3, wanted 1 or 2"),
+    ([rating(81, 1, 10**400)], ":1: score 1000"),
+    ([rating(81, 1, 5), rating(81, 2, -1e308)], ":2: score -1e+308, wanted one of at most 9"),
     ([rating(81, 1, 5, model=None)], ":1: None judged by"),
     ([{"question_id": 81}], ":1: model, judge, score, turn is missing"),
     ([], "no judgment in "),
