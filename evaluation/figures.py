@@ -67,13 +67,17 @@ def read_columns(
     path: Path, names: tuple[str, ...], perhaps: tuple[str, ...]
 ) -> dict[str, list[float]]:
     """Columns of a JSONL file: `names`, and those of `perhaps` that a row has, NaN in the others.
-    Raises InputError, with the line, for a row without one of `names`, and unless all values are
-    finite numbers."""
-    rows = json_rows(path, *names)
+    Raises InputError, with the line, for a row without one of `names`, unless all values are
+    numbers that can be drawn, and unless steps grow."""
+    rows, step = json_rows(path, *names), -math.inf
     for place, row in rows:
         for name in row.keys() & {*names, *perhaps}:
-            if type(row[name]) not in (int, float) or not math.isfinite(row[name]):
-                raise InputError(f"{place}: {name} is {shown(row[name])}, wanted a number")
+            if type(row[name]) not in (int, float) or not abs(row[name]) < 1e100:
+                wanted = "wanted a number between -1e100 and 1e100"
+                raise InputError(f"{place}: {name} is {shown(row[name])}, {wanted}")
+        if row["step"] <= step:
+            raise InputError(f"{place}: step {row['step']} after step {step}; wanted a later one")
+        step = row["step"]
     found = [*names, *(name for name in perhaps if any(name in row for _, row in rows))]
     return {name: [float(row.get(name, math.nan)) for _, row in rows] for name in found}
 
@@ -81,6 +85,8 @@ def read_columns(
 def read_run(text: str) -> Run:
     """DIR, labelled by its loss, or NAME=DIR. Raises InputError with file and line."""
     name, path = named(text)
+    if re.search("[\ud800-\udfff]", name):
+        raise InputError(f"--runs: the name {shown(name)} is not UTF-8; wanted NAME=DIR in UTF-8")
     config, metrics, held_out = path / "config.json", path / "metrics.jsonl", path / "eval.jsonl"
     facts = read_json(config, "a directory that train.py wrote")
     try:
@@ -268,6 +274,7 @@ def run(flags: argparse.Namespace) -> None:
     except ImportError as error:
         install = "pip install -r evaluation/requirements.txt"
         raise InputError(f"figures need matplotlib ({error}): {install}") from None
+    matplotlib.rcParams["text.parse_math"] = False  # a dollar sign in a name is one
     drawings = {"figure1": (draw_surfaces, flags.beta)}
     if runs := [read_run(text) for text in flags.runs]:
         if with_pairs := [of_run for of_run in runs if "margin" in of_run.steps]:

@@ -243,12 +243,22 @@ def test_a_run_is_labelled_by_its_loss_and_reference_and_no_two_alike(tmp_path, 
         assert label in complaint(capsys, tmp_path / "out", "--runs", *runs)
 
 
+def test_a_name_is_drawn_as_it_stands_and_one_that_is_not_utf_8_is_refused(tmp_path, capsys):
+    run = fake_run(tmp_path / "run", steps=1)
+    assert r"$\foo$" in draw(capsys, tmp_path / "out", "--runs", rf"$\foo$={run}").out
+    error = complaint(capsys, tmp_path / "other", "--runs", f"\udcff={run}")
+    assert r"--runs: the name '\udcff' is not UTF-8" in error
+
+
 BAD_ROWS = """[1]: step, loss
 {"step": 1: not JSON
 {"step": "x"}: loss
 GOOD, "margin": NaN}: margin is nan
 GOOD, "margin": "0.1"}: margin is '0.1'
-GOOD, "margin": true}: margin is True"""
+GOOD, "margin": true}: margin is True
+GOOD, "margin": -1e308}: margin is -1e+308
+GOOD, "margin": HUGE}: margin is 1000
+GOOD}: after step"""
 
 
 @pytest.mark.parametrize("prefix", ["", "eval_"])
@@ -258,7 +268,10 @@ def test_malformed_rows_are_named_by_file_and_line(tmp_path, capsys, bad, prefix
     file = run / ("eval.jsonl" if prefix else "metrics.jsonl")
     good, (line, said) = file.read_text().splitlines()[0], bad.rsplit(": ", 1)
     fields = {key: value for key, value in json.loads(good).items() if key != prefix + "margin"}
-    line = line.replace("GOOD", json.dumps(fields)[:-1]).replace("margin", prefix + "margin")
+    if "margin" in line:
+        fields["step"] += 1
+    line = line.replace("HUGE", "1" + "0" * 400).replace("margin", prefix + "margin")
+    line = line.replace("GOOD", json.dumps(fields)[:-1])
     file.write_text(f"{good}\n{line}\n")
     error = complaint(capsys, tmp_path / "out", "--runs", run)
     assert f"{file}:2: " in error and said in error.replace("eval_", "")
