@@ -46,10 +46,16 @@ def run(flags: argparse.Namespace) -> None:
         tables[title][name] = dict.fromkeys(OVERLAP, "-")
         tables[title][name] |= cells_of(directory / "score.json", "bleu4_lf", name)
         if title == ULTRAFEEDBACK:  # the paper judged only these models
-            tables[BENCHMARKS][name] = judged = {}
+            tables[BENCHMARKS][name], reports = {}, {}
             for path in paths:
                 if path.name.startswith(("arena_hard", "mt_bench")):
-                    judged |= cells_of(path, "models", name)
+                    cells = cells_of(path, "models", name)
+                    for column in cells:
+                        if (other := reports.setdefault(column, path)) != path:
+                            raise InputError(
+                                f"{path}: a report of {column}, as is {other}; wanted one"
+                            )
+                    tables[BENCHMARKS][name] |= cells
         if likely := cells_of(directory / "likelihood.json", "measures", name):
             tables[LIKELIHOODS][name + suffix] = likely
     for title, models in tables.items():
@@ -77,7 +83,7 @@ def cells_of(path: Path, key: str, name: str) -> dict[str, str]:
             return {column: cell(next(iter(model["scores"].values())))}
         cells = {column: f"{found[column]:.2f}" for column in OVERLAP if column in found}
         return {key: f"{found[key]:.2f}"} | cells
-    except (LookupError, TypeError, AttributeError, ValueError, StopIteration):
+    except (LookupError, TypeError, AttributeError, ValueError, StopIteration, OverflowError):
         raise InputError(f"{path}: wanted what {WRITERS[key].format(name=name)} wrote") from None
 
 

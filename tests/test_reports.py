@@ -253,7 +253,7 @@ SCORE, LIKELY = '{"bleu4_lf": 1.0, "rouge1": 2.0}', '{"measures": {}}'
 UNREADABLE = {
     "mt_bench.json": ["[]", "{}", '{"models": {}}', '{"models": {"a": {}, "b": {}}}', "{"]
     + ['{"models": {"x": {"scores": {}}}}', SCORE, LIKELY],
-    "score.json": ["[]", "{}", '{"bleu4_lf": "x"}', LIKELY],
+    "score.json": ["[]", "{}", '{"bleu4_lf": "x"}', LIKELY, '{"bleu4_lf": 1%s}' % ("0" * 400)],
     "likelihood.json": ["{}", SCORE],
 }
 
@@ -273,3 +273,14 @@ def test_tables_name_what_they_cannot_read(tmp_path, capsys):
             (tmp_path / name).write_text(text)
             assert name in complaint(capsys, run("tables", "--runs", f"x={tmp_path}"))
         (tmp_path / name).unlink()
+
+
+def test_tables_name_two_reports_of_one_judge(report, tmp_path, capsys):
+    report("mt-bench", rating(81, 1, 7))
+    for name in ("mt_bench.json", "mt_bench_old.json"):
+        (tmp_path / name).write_bytes((tmp_path / "report.json").read_bytes())
+    error = complaint(capsys, run("tables", "--runs", f"x={tmp_path}"))
+    assert (
+        "mt_bench_old.json: a report of MT-Bench, gpt-4, as is " in error
+        and "mt_bench.json;" in error
+    )
