@@ -8,6 +8,7 @@ in endpoint.py, the reports are in reports.py.
 import argparse
 import functools
 import re
+import string
 import sys
 import time
 from collections import Counter
@@ -113,11 +114,18 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: Jobs, settings: dict)
     print(said)
 
 
-def fill(template: object, fields: dict[str, str], place: str) -> str:
-    """A judge prompt with its fields put in."""
+def fill(template: object, fields: dict[str, str], place: str, *needed: str) -> str:
+    """A judge prompt with its fields put in. Of each of `needed`, such as "a|b", it must have one:
+    else nothing would be judged."""
     try:
+        parts = [part[1:] for part in string.Formatter().parse(template)]
+        if any(form or conversion for _, form, conversion in parts):
+            raise ValueError("found a field with a format of its own")
+        for names in needed:
+            if {name for name, *_ in parts}.isdisjoint(names.split("|")):
+                raise ValueError(f"found none with {names}")
         return template.format(**fields)
-    except (AttributeError, KeyError, IndexError, ValueError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         wanted = f"a text with fields among {', '.join(fields)}"
         raise InputError(f"{place}: wanted {wanted} ({error})") from None
 
@@ -126,9 +134,12 @@ def mt_bench_jobs(flags: argparse.Namespace, questions: dict, answers: dict) -> 
     """The jobs, and the parameters of a request. Single-answer grading, one request a turn. Math,
     reasoning and coding show the judge reference answers."""
     references = read_answers(flags.references, MT_BENCH, questions)[1]
-    rows = json_rows(flags.prompts, "name", "system_prompt", "prompt_template")
-    prompts = {str(row["name"]): row for _, row in rows}
-    jobs = {}
+    prompts, jobs = {}, {}
+    for place, row in json_rows(flags.prompts, "name", "system_prompt", "prompt_template"):
+        if not isinstance(row["system_prompt"], str):
+            raise InputError(f"{place}: system_prompt {shown(row['system_prompt'])}, wanted a text")
+        if prompts.setdefault(str(row["name"]), row) is not row:
+            raise InputError(f"{place}: a second prompt {shown(row['name'])}; wanted one")
     for number, (one, two) in answers.items():
         category, (first, second) = questions[number].category, questions[number].turns
         fields = {"question": first, "question_1": first, "question_2": second}
@@ -140,11 +151,12 @@ def mt_bench_jobs(flags: argparse.Namespace, questions: dict, answers: dict) -> 
                 needed = f"wanted one, since it is {category}"
                 raise InputError(f"{flags.references}: no answer to question {number}; {needed}")
             fields["ref_answer_1"], fields["ref_answer_2"] = references[number]
-        for turn, prompt in ((1, name), (2, f"{name}-multi-turn")):
+        turns = ((1, name, "answer|answer_1"), (2, f"{name}-multi-turn", "answer_2"))
+        for turn, prompt, needed in turns:
             if prompt not in prompts:
                 raise InputError(f"{flags.prompts}: no prompt {prompt}, as FastChat's file has")
             template = prompts[prompt]["prompt_template"]
-            user = fill(template, fields, f"{flags.prompts}: {prompt}")
+            user = fill(template, fields, f"{flags.prompts}: {prompt}", needed)
             jobs[number, turn] = [user], functools.partial(rate, turn, prompts[prompt], user)
     return jobs, {"temperature": 0.0, "max_tokens": flags.max_tokens or MT_MAX_TOKENS}
 
@@ -169,7 +181,7 @@ CONFIG |= {"system_prompt": (str, type(None)), "regex_patterns": (list, type(Non
 
 
 def read_config(path: str | Path) -> dict:
-    """Raises InputError if a key is missing or of another type."""
+    """Raises InputError if a key is missing, of another type or out of range."""
     try:
         import yaml
     except ImportError:
@@ -184,6 +196,9 @@ def read_config(path: str | Path) -> dict:
         for key, kinds in CONFIG.items():
             if type(found[key]) not in kinds:
                 raise ValueError(f"{key} is {shown(found[key])}")
+        for key, low in (("temperature", 0), ("max_tokens", 1)):
+            if not low <= found[key] < 1e9:  # NaN neither
+                raise ValueError(f"{key} is {shown(found[key])}, wanted {low} or more")
         if any(re.compile(pattern).groups != 1 for pattern in found["regex_patterns"] or ()):
             raise ValueError("regex_patterns: wanted one group in each")
     except (yaml.YAMLError, re.error, ValueError, TypeError, AttributeError, RecursionError) as e:
@@ -212,7 +227,8 @@ def arena_hard_jobs(flags: argparse.Namespace, questions: dict, answers: dict) -
             fields = {"question_1": question, "answer_1": one, "answer_2": two}
             fields |= {"QUESTION": question, "ANSWER_A": one, "ANSWER_B": two}
             place = f"{flags.config}: prompt_template"
-            users.append(fill(config["prompt_template"], fields, place))
+            needed = "answer_1|ANSWER_A", "answer_2|ANSWER_B"
+            users.append(fill(config["prompt_template"], fields, place, *needed))
         jobs[number, None] = users, functools.partial(play, config, users)
     limit = flags.max_tokens or config["max_tokens"]
     return jobs, {"temperature": config["temperature"], "max_tokens": limit}

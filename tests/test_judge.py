@@ -245,7 +245,10 @@ LIMIT, PATTERNS = "max_tokens: 77 # of a judgment", "\nregex_patterns: "
 CONFIG_FAULTS = [
     (LIMIT, "", "max_tokens is None"),
     (LIMIT, "max_tokens: true", "max_tokens is True"),
+    (LIMIT, "max_tokens: 0", "max_tokens is 0, wanted 1 or more"),
     ("temperature: 0", "temperature: [0]", "temperature is [0]"),
+    ("temperature: 0", "temperature: .nan", "temperature is nan, wanted 0 or more"),
+    ("temperature: 0", "temperature: -0.5", "temperature is -0.5, wanted 0 or more"),
     ("system_prompt: ", "system_prompt: 5 # ", "system_prompt is 5"),
     ("prompt_template: [", 'prompt_template: ["a", ', "prompt_template is ['a', "),
     ("prompt_template: [", "prompt_template: [5] # ", "prompt_template is 5"),
@@ -255,6 +258,8 @@ CONFIG_FAULTS = [
     (CONFIG, "a: \x00", "config.yaml"),
     ("{answer_2}", "{answer_9}", "prompt_template: wanted a text with fields among question_1"),
     ("{answer_2}", "{answer_2", "prompt_template: wanted a text with fields"),
+    ("{answer_2}", "{answer_2:>99999999999}", "found a field with a format"),
+    ("{answer_2}", "{answer_1}", "found none with answer_2|ANSWER_B"),
     (LIMIT, LIMIT + PATTERNS + "[a]", "regex_patterns: wanted one group"),
     (LIMIT, LIMIT + PATTERNS + "['(']", "config.yaml"),
     (LIMIT, LIMIT + PATTERNS + "7", "regex_patterns is 7"),
@@ -747,6 +752,24 @@ def test_what_is_missing_from_the_benchmarks_files_is_named(mt, arena):
     assert "prompts.jsonl" in mt.refused()
     write(arena.baseline, [])
     assert "no answer to question q1" in arena.refused() and not mt.asked
+
+
+def test_prompts_that_cannot_be_used_are_named(mt):
+    prompts = rows_of(mt.prompts)
+    for row, said in (
+        (prompts[0], ":5: a second prompt 'single-v1'"),
+        (prompts[0] | {"system_prompt": 5}, ":5: system_prompt 5, wanted a text"),
+    ):
+        write(mt.prompts, [*prompts, row])
+        assert said in mt.refused()
+    for i, fault, said in (
+        (0, "{question}", ": single-v1: wanted a text with fields"),
+        (0, "{answer!r}", "found a field with a format"),
+        (2, "{answer_1}", ": single-v1-multi-turn: wanted"),
+    ):
+        changed = prompts[i] | {"prompt_template": fault}
+        write(mt.prompts, [*prompts[:i], changed, *prompts[i + 1 :]])
+        assert said in mt.refused() and not mt.asked
 
 
 def test_questions_without_an_answer_are_counted_and_not_asked_about(either):
