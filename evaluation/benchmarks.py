@@ -97,6 +97,8 @@ def turn_texts(holder: object, turns: int, place: str) -> list[str]:
         texts.append(turn.get("content", turn.get("answer")) if isinstance(turn, dict) else turn)
     if len(texts) != turns or not all(isinstance(text, str) for text in texts):
         raise InputError(f"{place}: wanted turns with {turns} text(s); found {shown(found)}")
+    if re.search("[\ud800-\udfff]", "".join(texts)):
+        raise InputError(f"{place}: turns hold half a surrogate pair; wanted Unicode text")
     return texts
 
 
@@ -111,8 +113,8 @@ def read_questions(path: str | Path, bench: Bench) -> dict[int | str, Question]:
         if bench.temperatures and category not in list(bench.temperatures):
             wanted = ", ".join(bench.temperatures)
             raise InputError(f"{place}: category {shown(category)}, wanted one of {wanted}")
-        if re.search("[\ud800-\udfff]", "".join(turns)):
-            raise InputError(f"{place}: turns hold half a surrogate pair; wanted Unicode text")
+        if not all(map(str.strip, turns)):
+            raise InputError(f"{place}: a turn is empty; wanted a question")
         questions[number] = Question(number, category, turns, place)
     if not questions:
         raise InputError(f"{path}: no question in it")
@@ -128,7 +130,9 @@ def read_answers(
     for place, row in bench_rows(path, "model_id", "choices", questions=questions):
         number, author, choices = row["question_id"], row["model_id"], row["choices"]
         model = author if model is None else model
-        if author != model or not isinstance(model, str):
+        if not isinstance(author, str) or not author:
+            raise InputError(f"{place}: model_id {shown(author)}, wanted the model's name")
+        if author != model:
             raise InputError(f"{place}: by {author!r}, above by {model!r}; wanted one model")
         if number in answers:
             raise InputError(f"{place}: question {number} is answered twice")

@@ -38,6 +38,8 @@ def run(flags: argparse.Namespace) -> None:
     bench = flags.bench
     questions = read_questions(flags.questions, bench)
     model, answers = read_answers(flags.answers, bench, questions)
+    if not answers:
+        raise InputError(f"{flags.answers}: no answer in it")
     print(f"{model}: {len(answers)} of {len(questions)} questions have an answer")
     jobs_of = mt_bench_jobs if bench is MT_BENCH else arena_hard_jobs
     judge_all(flags, model, *jobs_of(flags, questions, answers))

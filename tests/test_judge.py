@@ -579,11 +579,6 @@ def test_a_word_in_the_place_of_a_key_changes_no_reply(mt, monkeypatch):
     assert {row["judgment"] for row in rows_of(mt.out)} == {"a fair answer [[7]]"}
 
 
-def test_half_a_surrogate_pair_in_an_answer_is_that_questions_failure(mt):
-    write(mt.answers, answers(ANSWERS | {111: ["\ud800", "x"]}))
-    assert "2 failed" in mt.judge() and len(rows_of(mt.out)) == 4
-
-
 def test_a_full_disk_stops_the_run_with_one_line_and_what_is_there_stays(mt):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (900, limits[1]))  # bytes of a file
@@ -720,6 +715,9 @@ MALFORMED = [
     ("answers.jsonl", 'ANSWER FIRST mine [{"turns":TURNS}]', "is answered twice"),
     ("answers.jsonl", "ANSWER SECOND mine []", ":2: wanted turns with"),
     ("answers.jsonl", 'ANSWER SECOND mine [{"turns":[1,2]}]', "wanted turns"),
+    ("answers.jsonl", 'ANSWER SECOND mine [{"turns":HALVES}]', "half a surrogate pair"),
+    ("answers.jsonl", '{"question_id": SECOND, "model_id": "", "choices": []}', ":2: model_id ''"),
+    ("answers.jsonl", '{"question_id": SECOND, "model_id": null, "choices": 0}', "model_id None"),
     ("judged/out.jsonl", '{"question_id": FIRST', "not JSON"),
     ("judged/out.jsonl", '{"question_id": FIRST, "model": "mine"}', "wanted a JSON object with"),
 ]
@@ -735,6 +733,7 @@ def test_malformed_lines_are_named_by_file_and_line(either, file, line, wanted):
         line = f'{{"question_id": {number}, "model_id": "{model}", "choices": {choices}}}'
     first, second = ("81", "111") if either.mt else ('"q1"', '"q2"')
     turns = '["a", "b"]' if either.mt else '[{"content": "a"}]'
+    line = line.replace("HALVES", turns.replace('"a"', r'"\ud800"'))
     lines = path.read_text().splitlines()
     lines[1] = line.replace("FIRST", first).replace("SECOND", second).replace("TURNS", turns)
     path.write_text("\n".join(lines) + "\n")
@@ -750,6 +749,8 @@ def test_what_is_missing_from_the_benchmarks_files_is_named(mt, arena):
     assert "no prompt single-v1" in mt.refused()
     mt.prompts.unlink()
     assert "prompts.jsonl" in mt.refused()
+    write(mt.answers, [])
+    assert "answers.jsonl: no answer in it" in mt.refused()
     write(arena.baseline, [])
     assert "no answer to question q1" in arena.refused() and not mt.asked
 
@@ -931,6 +932,7 @@ def test_questions_that_cannot_be_asked_are_one_line(mt, spoken, tmp_path):
         (questions.replace('"stem"', '"cooking"'), ":3: category 'cooking'"),
         ("", "no question"),
         (questions.replace("And weight?", "\\ud800"), ":3: turns hold half a surrogate pair"),
+        (questions.replace("And weight?", " "), ":3: a turn is empty"),
     ):
         mt.questions.write_text(text)
         assert said in mt.answer(code=2)
