@@ -122,20 +122,22 @@ def score_rows(rows: list[Row]) -> dict[str, float]:
     return scores
 
 
-def read_predictions(path: Path) -> tuple[list[Row], int]:
-    """The rows of a JSONL file, and how many of them `generate` left unanswered.
+def read_predictions(path: Path) -> tuple[list[Row], int, int]:
+    """The rows of a JSONL file, how many of them `generate` left unanswered, and how many have an
+    `index` that an earlier one has.
 
     Raises InputError with file and line."""
-    rows, overlong = [], 0
+    rows, overlong, indexes = [], 0, []
     for place, row in json_rows(path, "prediction", "reference"):
         for key in ("prediction", "reference"):
             if not isinstance(row[key], str):
                 raise InputError(f"{place}: {key} is {shown(row[key])}, wanted a string")
         rows.append((row["prediction"], row["reference"]))
         overlong += row.get("finish") == "overlong"
+        indexes += [str(row["index"])] if "index" in row else []
     if not rows:
         raise InputError(f"{path}: no row in it; wanted rows with prediction and reference")
-    return rows, overlong
+    return rows, overlong, len(indexes) - len(set(indexes))
 
 
 def unseen_by_rouge(text: str) -> bool:
@@ -146,7 +148,7 @@ def unseen_by_rouge(text: str) -> bool:
 def run(flags: argparse.Namespace) -> None:
     """Prints both families, with the mean lengths, since scores move with length."""
     path = Path(flags.predictions)
-    rows, overlong = read_predictions(path)
+    rows, overlong, doubled = read_predictions(path)
     scores = score_rows(rows)
     print(f"{path}: {len(rows):,} rows")
     print(" " * 14 + "BLEU-4  ROUGE-1  ROUGE-2  ROUGE-L    mean length: prediction  reference")
@@ -158,6 +160,10 @@ def run(flags: argparse.Namespace) -> None:
         print(f"{family:12}{cells}  {unit}")
     if overlong:
         print(f"{overlong:,} of the rows count as empty: their prompts were too long for generate")
+    if empty := sum(not reference.strip() for _, reference in rows):
+        print(f"{empty:,} of the rows score 0, because their references are empty")
+    if doubled:
+        print(f"{doubled:,} of the rows count once more: their index is that of an earlier row")
     if unseen := sum(any(map(unseen_by_rouge, row)) for row in rows):
         print(
             f"{unseen:,} of the rows have a text without any a-z or 0-9. Conventional ROUGE reads "

@@ -267,7 +267,7 @@ def test_rows_of_generate_blank_lines_and_a_byte_order_mark_are_read(tmp_path):
     rows = row("a\u2028b", "c\x85", **more), row("", "", finish="overlong")
     file = write_rows(tmp_path / "answers.jsonl", *rows)
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n\r\n"))
-    assert scoring.read_predictions(file) == ([("a\u2028b", "c\x85"), ("", "")], 1)
+    assert scoring.read_predictions(file) == ([("a\u2028b", "c\x85"), ("", "")], 1, 0)
 
 
 def test_rows_that_generate_left_unanswered_count_as_empty_and_are_counted(tmp_path, capsys):
@@ -276,6 +276,13 @@ def test_rows_that_generate_left_unanswered_count_as_empty_and_are_counted(tmp_p
         printed = score(capsys, "--predictions", write_rows(tmp_path / "a.jsonl", *rows)).out
         assert ("1 of the rows count as empty" in printed) == (finish == "overlong")
         assert " 50.00 " in printed
+
+
+def test_empty_references_and_rows_that_are_there_twice_are_counted(tmp_path, capsys):
+    rows = [row("a", "a", index=i) for i in (0, 1, 1, 1)] + [row("a", " "), row("a", "")]
+    printed = score(capsys, "--predictions", write_rows(tmp_path / "a.jsonl", *rows)).out
+    assert "\n2 of the rows score 0, because their references are empty\n" in printed
+    assert "\n2 of the rows count once more: their index" in printed
 
 
 def test_rows_with_a_text_that_conventional_rouge_cannot_see_are_counted(tmp_path, capsys):
