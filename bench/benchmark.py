@@ -499,9 +499,14 @@ def run(a: argparse.Namespace) -> int:
 
 def table(a: argparse.Namespace) -> None:
     settings = list(product(a.sizes, a.profiles, a.dtypes))
-    rows = [row for row in read_rows(a.results) if row["job"] in a.only]
-    rows = [row for row in rows if tuple(row["setting"]) in settings]
-    disturbed = [row for row in rows if row["other_load"] > MAX_OTHER_LOAD]
+    try:
+        rows = [row for row in read_rows(a.results) if row["job"] in a.only]
+        rows = [row for row in rows if tuple(row["setting"]) in settings]
+        disturbed = [row for row in rows if row["other_load"] > MAX_OTHER_LOAD]
+    except (ValueError, KeyError, TypeError) as error:
+        sys.exit(f"benchmark.py: {a.results}: {error!r}; wanted what run wrote to --out")
+    if not rows:
+        sys.exit(f"benchmark.py: {a.results}: none of these runs in it")
     quiet: dict[tuple, list[dict]] = {(*row["setting"], row["job"]): [] for row in rows}
     for row in rows:
         if row not in disturbed:

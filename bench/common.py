@@ -4,10 +4,12 @@ Only the standard library: other trainers' environments run this file too, and t
 process that is measured begins with that of the process that started it.
 """
 
+import argparse
 import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +24,17 @@ def read_rows(path: Path) -> list[dict]:
     """The complete rows of a JSONL file; none if the file does not exist."""
     lines = path.read_text().split("\n") if path.exists() else [""]
     return [json.loads(line) for line in lines[:-1]]
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from `low` on."""
+
+    def whole_number(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"found {text}, wanted {low} or more")
+        return int(text)
+
+    return whole_number
 
 
 def append_row(path: Path, row: dict) -> None:

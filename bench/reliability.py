@@ -26,7 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, read_rows, train_command
+from common import ROOT, at_least, read_rows, train_command
 
 CLOCKS = {"seconds", "tokens_per_s", "pairs_per_s", "peak_memory_gib"}
 EXAMPLE = ROOT / "examples"
@@ -124,6 +124,8 @@ def soak(a: argparse.Namespace) -> int:
                     pages = int((home / "statm").read_text().split()[1])
                     memory.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
                     files.append(len(list((home / "fd").iterdir())))
+    if len(memory) < 4:
+        sys.exit(f"soak: {len(memory)} steps, exit code {process.returncode}; wanted 4 or more")
     quarter = len(memory) // 4
     second, last = slice(quarter, 2 * quarter), slice(3 * quarter, None)
     memory_then, memory_now = statistics.fmean(memory[second]), statistics.fmean(memory[last])
@@ -143,11 +145,11 @@ def main() -> int:
     )
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("kill")
-    command.add_argument("--kills", type=int, default=36)
+    command.add_argument("--kills", type=at_least(1), default=36)
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(function=campaign)
     command = commands.add_parser("soak")
-    command.add_argument("--steps", type=int, default=2000)
+    command.add_argument("--steps", type=at_least(4), default=2000)
     command.set_defaults(function=soak)
     a = parser.parse_args()
     return a.function(a)

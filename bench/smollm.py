@@ -14,6 +14,7 @@ prompt is one user turn of the model's chat template, and an answer ends with th
 """
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -70,6 +71,8 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("preferences", type=Path, nargs="*")
     flags = parser.parse_args()
+    if importlib.util.find_spec("gguf") is None:  # transformers needs it after the download
+        parser.error("gguf is missing: pip install gguf")
     flags.directory.mkdir(parents=True, exist_ok=True)
     if not (flags.directory / GGUF).exists():
         download(flags.directory)

@@ -54,7 +54,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-from common import ROOT, append_row, read_rows, train_command
+from common import ROOT, append_row, at_least, read_rows, train_command
 
 sys.path.insert(0, str(ROOT))
 
@@ -432,6 +432,8 @@ def held_out(work: Path, records: list[dict], name: str, method: str, seeds: int
 def table(settings: argparse.Namespace) -> None:
     work, seeds = settings.work, settings.seeds
     records = read_rows(work / "results.jsonl")
+    if not records:
+        sys.exit(f"study.py: {work / 'results.jsonl'}: no training in it; wanted what run wrote")
     methods: dict[str, dict[str, Seeds]] = {}
     for name in settings.datasets:
         rows = {m: held_out(work, records, name, m, seeds) for m in DATASETS[name].methods}
@@ -706,7 +708,7 @@ def main() -> None:
     add("--work", type=Path, required=True, help="directory of data parts, runs, results.jsonl")
     add("--datasets", nargs="+", default=list(DATASETS), choices=DATASETS)
     add("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    add("--seeds", type=int, default=3)
+    add("--seeds", type=at_least(1), default=3)
     add("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="of every method")
     add("--max-steps", type=int, help="instead of each data set's own number, to try the study")
     add("--widen", type=int, default=0, help="most further rates beyond an edge of the grid [0]")
@@ -715,7 +717,7 @@ def main() -> None:
     add("--prompts", type=int, default=40, help="held-out prompts to answer [40]")
     add("--answer-tokens", type=int, default=64, help="most tokens of an answer [64]")
     add("--show", type=int, default=10, help="answers to show side by side [10]")
-    add("--jobs", type=int, default=2, help="trainings at a time [2]")
+    add("--jobs", type=at_least(1), default=2, help="trainings at a time [2]")
     settings = parser.parse_args()
     settings.smollm = settings.smollm.resolve()
     {"run": run, "table": table, "answers": answers}[settings.command](settings)

@@ -21,6 +21,7 @@ or another version of torch may round the weights differently.)
 Left out: general knowledge of language. This model can only answer prompts like these.
 """
 
+import argparse
 import json
 import shutil
 import sys
@@ -331,6 +332,9 @@ def report(directory: Path, path: Path) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     rng, taken = Random(SEED), set()

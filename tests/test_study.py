@@ -1,5 +1,9 @@
-"""bench/study.py: its parts, its choice of rates, its claims, and a study of one step."""
+"""bench/study.py: its parts, its choice of rates, its claims, and a study of one step.
 
+Last, what it and other scripts say to flags and files that they cannot use.
+"""
+
+import importlib
 import json
 import re
 import subprocess
@@ -187,3 +191,39 @@ def test_a_study_goes_on_where_it_stopped_and_keeps_the_chosen_weights(tmp_path)
     assert weights == [f"example-sft-{best['rate']:g}-0"]
     table = subprocess.run([*command, "table", *flags], check=True, capture_output=True, text=True)
     assert f"| sft | {best['rate']:g} | " in table.stdout
+
+
+# --------------------------------------------------------------------- flags of it and of others
+
+
+@pytest.mark.parametrize(
+    "module, flags, said",
+    [
+        ("reliability", "soak --steps 0", "argument --steps: found 0, wanted 4 or more"),
+        ("reliability", "kill --kills 0", "argument --kills: found 0, wanted 1 or more"),
+        ("study", "run --work WORK --seeds 0", "argument --seeds: found 0, wanted 1 or more"),
+        ("study", "run --work WORK --jobs x", "argument --jobs: invalid"),
+        ("study", "table --work WORK", "results.jsonl: no training in it"),
+        ("benchmark", "table WORK", "work: none of these runs in it"),
+        ("benchmark", "table WRONG", "wrong.jsonl: KeyError('job'); wanted what run wrote"),
+        ("smollm", "WORK", "gguf is missing: pip install gguf"),
+        ("make", "--help", "heldout.jsonl beside this file"),
+    ],
+)
+def test_flags_and_files_that_cannot_be_used_are_one_line_and_nothing_is_begun(
+    tmp_path, monkeypatch, capsys, module, flags, said
+):
+    (tmp_path / "wrong.jsonl").write_text('{"a": 1}\n')
+    flags = flags.replace("WORK", f"{tmp_path}/work").replace("WRONG", f"{tmp_path}/wrong.jsonl")
+    monkeypatch.setattr(sys, "argv", [f"{module}.py", *flags.split()])
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    script = importlib.import_module(module)
+    for place, name in ((subprocess, "run"), (subprocess, "Popen"), (script, "draw_all")):
+        monkeypatch.setattr(place, name, None, raising=False)  # whatever begins fails
+    with pytest.raises(SystemExit) as stopped:
+        sys.exit(script.main())
+    printed = capsys.readouterr()
+    words = printed.out + printed.err + str(stopped.value.code)
+    assert said in words and (stopped.value.code == 0) == (module == "make")
+    assert not (tmp_path / "work").exists()
