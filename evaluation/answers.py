@@ -19,7 +19,6 @@ from evaluation.generate import CACHE_TOKENS, Request, generate
 from evaluation.prompts import Prompt, encode_prompts, is_ids, read_prompts
 from evaluation.rows import (
     add_model_flags,
-    agree_on,
     append_row,
     between,
     hold_out,
@@ -32,7 +31,7 @@ from evaluation.rows import (
 from model import Llama, LlamaConfig, check_weights, load_model
 from support.files import InputError, files_checksum, read_json, write_json
 from support.llama_config import generation_eos
-from support.processes import choose_device, is_first, on_first_process
+from support.processes import agree, choose_device, is_first, on_first_process
 from support.tokenizer import load_tokenizer
 
 Answers = Iterator[tuple[int, list[int], str]]  # as `generate` yields them
@@ -90,7 +89,7 @@ def claim_rows(
     file of another origin, and if another call is writing --out.
     """
     out, beside = Path(flags.out), Path(f"{flags.out}.json")
-    settings = agree_on(
+    settings = agree(
         lambda: {
             "model": model_checksum(Path(flags.model)),
             asked: files_checksum([getattr(flags, asked)]),

@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch.distributed as dist
-
 from evaluation import rows
 from evaluation.answers import add_generation_flags, claim_rows, load_generator, with_progress
 from evaluation.generate import Request, generate
@@ -168,8 +166,7 @@ def run(flags: argparse.Namespace) -> None:
         rows.wait_for_all()
         if is_first():
             rows.join_parts(out, "question_id", ids)
-        if dist.is_initialized():
-            counts = sum(together(lambda: counts), Counter())
+        counts = sum(together(lambda: counts), Counter())
     if not is_first():
         return
     print(

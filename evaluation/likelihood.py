@@ -31,11 +31,11 @@ from data import (
 )
 from evaluation.answers import model_checksum
 from evaluation.intervals import RESAMPLES, bootstrap
-from evaluation.rows import add_model_flags, agree_on, between, share, torchrun_group
+from evaluation.rows import add_model_flags, between, share, torchrun_group
 from model import Llama, LlamaConfig, load_model
 from support.files import InputError, naming, write_json, write_whole
 from support.flags import resolve_max_tokens
-from support.processes import StoppedError, choose_device, every_two_seconds, is_first
+from support.processes import StoppedError, agree, choose_device, every_two_seconds, is_first
 from support.run_directory import fingerprint
 
 # Each line of the table, in the order of the rows' columns.
@@ -181,7 +181,9 @@ def run(flags: argparse.Namespace) -> None:
         rows = []
         for directory in models:  # one after the other: two may not fit into memory
             model = load_model(directory, dtype, device).requires_grad_(False)
-            agree_on(lambda name=directory: fingerprint(model_checksum(Path(name)), [pairs], dtype))
+            if dist.is_initialized():
+                weights = model_checksum(Path(directory))
+                agree(lambda found=weights: fingerprint(found, [pairs], dtype))
             logps = pair_logps(model, pairs, flags.max_tokens_per_gpu, device)
             if bad := np.flatnonzero(~np.isfinite(logps).all((1, 2))).tolist():
                 raise StoppedError(

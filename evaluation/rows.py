@@ -26,7 +26,6 @@ from support import files
 from support.files import InputError, hold, naming, shown, write_whole
 from support.processes import (
     StoppedError,
-    agree,
     another_ended,
     environment,
     in_a_group,
@@ -64,11 +63,6 @@ def torchrun_group() -> Iterator[None]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def agree_on(facts: Callable[[], dict]) -> dict:
-    """facts() of this process. Raises InputError on all processes if those of another differ."""
-    return agree(facts) if dist.is_initialized() else facts()
 
 
 def wait_for_all() -> None:

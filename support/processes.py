@@ -156,8 +156,11 @@ def together(action: typing.Callable[[], typing.Any]) -> list:
     """Runs action() on every process and gathers the results.
 
     If it failed on any process, with an InputError or a failure to read or write, raises that
-    InputError on all of them: otherwise the others would wait for the failed one for ever.
+    InputError on all of them: otherwise the others would wait for the failed one for ever. Without
+    a process group, just runs it.
     """
+    if not dist.is_initialized():
+        return [action()]
     everywhere: list = [None] * dist.get_world_size()
     try:
         found = action()
