@@ -301,7 +301,7 @@ class _GatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_TF: Tensor, up_TF: Tensor, weight_DF: Tensor) -> Tensor:
         ctx.save_for_backward(gate_TF, up_TF, weight_DF)
-        return F.linear(F.silu(gate_TF) * up_TF, weight_DF)
+        return F.linear(F.silu(gate_TF).mul_(up_TF), weight_DF)
 
     @staticmethod
     @once_differentiable

@@ -227,8 +227,8 @@ def choose(
     cumulated `probabilities` exceed the row's uniform number in [0, 1).
 
     They are cumulated in the vocabulary's order: in order of probability, the drawn token would
-    change when rounding swaps two tokens. Raises StoppedError if a row's logits hold a NaN or
-    infinity.
+    change when rounding swaps two tokens. Raises StoppedError if a row's largest logit is a
+    NaN or infinite.
     """
     top_B, best_B = logits_BV.max(-1)  # a NaN counts as the largest
     if not top_B.isfinite().all():

@@ -24,13 +24,7 @@ import torch.distributed as dist
 
 from support import files
 from support.files import InputError, hold, naming, shown, write_whole
-from support.processes import (
-    StoppedError,
-    another_ended,
-    environment,
-    in_a_group,
-    join_group,
-)
+from support.processes import environment, in_a_group, join_group
 from support.records import read_records
 
 # ---------------------------------------------------------------------------------------- processes
@@ -54,15 +48,11 @@ def torchrun_group() -> Iterator[None]:
     """
     if in_a_group():
         join_group("gloo", timeout=timedelta(days=30))
-    try:
-        yield
-    except RuntimeError as error:
-        if another_ended(error):  # which only a group that still exists can tell
-            raise StoppedError("another process of the run ended; its message says why") from None
-        raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    yield
+    # After a failure exit_code does this, once this process has said why: without the group the
+    # others end at once, and torchrun then ends this one.
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def wait_for_all() -> None:

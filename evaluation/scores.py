@@ -163,7 +163,7 @@ def run(flags: argparse.Namespace) -> None:
     if empty := sum(not reference.strip() for _, reference in rows):
         print(f"{empty:,} of the rows score 0, because their references are empty")
     if doubled:
-        print(f"{doubled:,} of the rows count once more: their index is that of an earlier row")
+        print(f"{doubled:,} of the rows have the index of an earlier row, and count too")
     if unseen := sum(any(map(unseen_by_rouge, row)) for row in rows):
         print(
             f"{unseen:,} of the rows have a text without any a-z or 0-9. Conventional ROUGE reads "

@@ -117,7 +117,7 @@ def write_json(path: Path, value: object) -> None:
 
 def hold(path: Path, what: str) -> None:
     """Locks a file, which it makes, until this process ends. `what` begins the messages. Raises
-    InputError if another process holds it; a disk without locks is said."""
+    InputError if another process holds it. Prints a line if its disk has no locks."""
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT)
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

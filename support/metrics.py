@@ -23,7 +23,7 @@ def common_metrics(
     answers and their numbers of tokens: each (B,).
 
     rows is 1; rows_chosen, rows_rejected and rows_both are 1 of a pair that has that answer, or
-    both, otherwise 0. All are 0 unless `drawn`: the pair is a stand-in.
+    both, otherwise 0. `drawn` is False of a stand-in, for which all four are 0.
     """
     logp_w_B, logp_l_B = mean_R[0::2], mean_R[1::2]
     rows_B = torch.full_like(logp_w_B, drawn)

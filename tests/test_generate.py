@@ -576,6 +576,21 @@ def test_a_full_disk_leaves_the_report_that_was_there(tmp_path, monkeypatch):
     assert not Path("/dev/null").is_file()
 
 
+def test_a_process_that_fails_says_why_before_the_others_end(job, monkeypatch, capfd):
+    """torchrun ends all processes when the first one has ended."""
+
+    def append_or_fail(path, row):
+        if os.environ["RANK"] == "1":
+            raise StoppedError("the reason")
+        append_row(path, row)
+
+    monkeypatch.setattr("support.processes.time.sleep", lambda _, wait=time.sleep: wait(1))
+    monkeypatch.setattr(evaluation.answers, "append_row", append_or_fail)
+    assert on_two_processes(job.run) == [2, 1]
+    first, second = capfd.readouterr().err.splitlines()
+    assert "process 1: the reason" in first and "another process ended early" in second
+
+
 OTHER_SETTINGS = """
 --temperature 0.8 -> made with temperature 0.9, not 0.8
 --seed 4 -> made with seed 3, not 4

@@ -282,7 +282,7 @@ def test_empty_references_and_rows_that_are_there_twice_are_counted(tmp_path, ca
     rows = [row("a", "a", index=i) for i in (0, 1, 1, 1)] + [row("a", " "), row("a", "")]
     printed = score(capsys, "--predictions", write_rows(tmp_path / "a.jsonl", *rows)).out
     assert "\n2 of the rows score 0, because their references are empty\n" in printed
-    assert "\n2 of the rows count once more: their index" in printed
+    assert "\n2 of the rows have the index of an earlier row" in printed
 
 
 def test_rows_with_a_text_that_conventional_rouge_cannot_see_are_counted(tmp_path, capsys):
