@@ -202,7 +202,7 @@ def test_a_study_goes_on_where_it_stopped_and_keeps_the_chosen_weights(tmp_path)
         ("reliability", "soak --steps 0", "argument --steps: found 0, wanted 4 or more"),
         ("reliability", "kill --kills 0", "argument --kills: found 0, wanted 1 or more"),
         ("study", "run --work WORK --seeds 0", "argument --seeds: found 0, wanted 1 or more"),
-        ("study", "run --work WORK --jobs x", "argument --jobs: invalid"),
+        ("study", "run --work WORK --jobs 0", "argument --jobs: found 0, wanted 1 or more"),
         ("study", "table --work WORK", "results.jsonl: no training in it"),
         ("benchmark", "table WORK", "work: none of these runs in it"),
         ("benchmark", "table WRONG", "wrong.jsonl: KeyError('job'); wanted what run wrote"),
