@@ -109,8 +109,8 @@ def claim_rows(
             raise InputError(f"{beside} is missing, which says how {out} was made; name another")
         if not rows:
             write_json(beside, settings)
-        for name, value in settings.items() if rows else ():
-            if found[name] != value:
+        for name, value in settings.items():
+            if rows and found[name] != value:
                 raise InputError(
                     f"--out {out} was made with {name} {found[name]}, not {value}; name another "
                     "file"

@@ -54,8 +54,8 @@ def read_groups(path: str | Path, key: str, pairs: Sequence) -> dict[str, set[in
 
     `pairs` are of data.Pair. A value that is not a text is named by its JSON, and so is a text that
     another value's name would equal. A row without the key, or with null, is in the group "no KEY".
-    Raises InputError if no row has the key, and for
-    more than 20 values: such a key tells rows apart, not kinds of rows.
+    Raises InputError if no row has the key, and for more than 20 values: such a key tells rows
+    apart, not kinds of rows.
     """
     index = {pair.place: i for i, pair in enumerate(pairs)}
     absent, found = f"no {key}", {}
