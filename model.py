@@ -503,7 +503,8 @@ class Llama(nn.Module):
         t+1."""
         ends = torch.tensor([0, len(tokens_T)], dtype=torch.int32, device=tokens_T.device)
         positions_T = torch.arange(len(tokens_T), device=tokens_T.device)
-        segments = Segments(ends, ends, None, len(tokens_T))
+        longest = max(len(tokens_T), self.config.max_position_embeddings)  # mostly one value
+        segments = Segments(ends, ends, None, longest)
         return self.output(self.hidden(tokens_T, positions_T, segments))
 
     def hidden(

@@ -46,6 +46,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -519,6 +520,9 @@ def build_model(config: Config, mesh: DeviceMesh) -> Llama:
         # Lets backward compute again what takes no matrix product, though a product will read it:
         # a block that is not recomputed then keeps a third less.
         functorch_config.ban_recompute_materialized_backward = False
+        # Lets only counts of tokens vary. Under FSDP, head_dim would vary too: for each number that
+        # they rotate, RoPE's kernels would then divide by it.
+        dynamo_config.specialize_int = True
         for block in model.model["layers"]:
             block.compile(dynamic=True)
     _, compute_dtype = processes.choose_device(config.device, config.precision)

@@ -10,6 +10,7 @@ import re
 import weakref
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ from conftest import (
     write_pairs,
 )
 from safetensors.torch import load_file
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import make_boxed_func
@@ -68,6 +70,7 @@ class Counting:
 
     def __init__(self):
         self.graphs = self.products = self.kept = 0
+        self.scalars, self.widths = set(), set()  # among a forward pass's inputs
         self.backend = aot_autograd(
             fw_compiler=self.compiled_forward,
             bw_compiler=self.compiled,
@@ -86,6 +89,10 @@ class Counting:
 
     def compiled_forward(self, graph, inputs):
         compiled = self.compiled(graph, inputs)
+        sizes = [[str(n) for n in x.shape] for x in inputs if isinstance(x, torch.Tensor)]
+        self.widths |= {width for size in sizes for width in size[1:]}
+        lengths = {size[0] for size in sizes if size}
+        self.scalars |= {str(x) for x in inputs if isinstance(x, torch.SymInt)} - lengths
 
         def run(inputs):
             given = {tensor.data_ptr() for tensor in inputs if isinstance(tensor, torch.Tensor)}
@@ -180,6 +187,27 @@ def test_a_sharded_run_compiles_five_graphs_whatever_is_recomputed(counting):
                     ours(pack(random_pairs(lengths), longest=64))
                 train.reshard(ours)
     assert counting.graphs == 5
+
+
+def test_in_compiled_blocks_only_counts_of_tokens_vary(counting, start, monkeypatch):
+    """Dynamo takes the numbers of FSDP's modules for variables. Kernels of RoPE that divide by a
+    head_dim not known to them have ten times as many instructions."""
+    compiled = partial(Block.compile, backend=counting.backend)
+    monkeypatch.setattr(Block, "compile", lambda block, dynamic: compiled(block, dynamic=dynamic))
+    config = train.Config(
+        model=str(start / "model"), data="x", device="cpu", precision="bf16", compile="on"
+    )
+    with group(), dynamo_config.patch(specialize_int=False):
+        ours = train.build_model(config, init_device_mesh("cpu", (1,)))
+        for lengths in ([(5, 4, 3)], [(6, 2, 3), (2, 2, 5)]):
+            ours(pack(random_pairs(lengths), longest=64))[0].sum().backward()
+        assert counting.graphs == 2
+        assert counting.widths and all(width.isdigit() for width in counting.widths)
+        assert all(scalar.isdigit() for scalar in counting.scalars)
+        with torch.no_grad():
+            for length in (3, 4, 5):
+                ours.logits(torch.arange(length))
+        assert counting.graphs == 3
 
 
 def test_small_models_are_not_compiled(start, monkeypatch):
