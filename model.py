@@ -246,11 +246,12 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad_TD: Tensor):
         x_TD, weight_D, scale_T1 = ctx.saved_tensors
         normed_TD = at_least_fp32(x_TD) * scale_T1
-        product_TD = grad_TD * normed_TD
-        mean_T1 = (product_TD * weight_D).mean(-1, keepdim=True)
-        # The weight in fp32: the product of two half types would be rounded. product_TD is fp32.
-        grad_x_TD = (grad_TD * at_least_fp32(weight_D) - normed_TD * mean_T1) * scale_T1
-        return grad_x_TD.to(x_TD.dtype), product_TD.sum(0).to(weight_D.dtype), None
+        # The weight in fp32: the product of two half types would be rounded.
+        grad_normed_TD = grad_TD * at_least_fp32(weight_D)
+        mean_T1 = (grad_normed_TD * normed_TD).mean(-1, keepdim=True)
+        grad_x_TD = (grad_normed_TD - normed_TD * mean_T1) * scale_T1
+        grad_weight_D = (grad_TD * normed_TD).sum(0)
+        return grad_x_TD.to(x_TD.dtype), grad_weight_D.to(weight_D.dtype), None
 
 
 class RMSNorm(nn.Module):
@@ -376,13 +377,15 @@ CHUNK_ELEMENTS, CHUNK_ELEMENTS_CUDA = 2**20, 2**28
 MATMUL_ROWS = 256
 
 
-def _exp_in_place(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Overwrites logits with exp(logits - their maximum). Returns logp_C = log softmax at the
-    targets, and Z_C1, the sum of each token's exponentials."""
-    top_C1 = logits_CV.amax(-1, keepdim=True)
-    logit_C1 = logits_CV.gather(-1, target_C[:, None])
-    Z_C1 = logits_CV.sub_(top_C1).exp_().sum(-1, keepdim=True)
-    return (logit_C1 - top_C1 - Z_C1.log())[:, 0], Z_C1
+def exp_in_place(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """Overwrites logits with exp(logits - m), m being the largest of each token. Returns m_C1 and
+    Z_C1, the sum of each token's exponentials, at least fp32."""
+    wide_CV = at_least_fp32(logits_CV)  # a copy of half types; else the logits themselves
+    m_C1 = wide_CV.amax(-1, keepdim=True)
+    Z_C1 = wide_CV.sub_(m_C1).exp_().sum(-1, keepdim=True)
+    if wide_CV.dtype != logits_CV.dtype:
+        logits_CV.copy_(wide_CV)
+    return m_C1, Z_C1
 
 
 class _TargetLogps(torch.autograd.Function):
@@ -397,17 +400,18 @@ class _TargetLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor) -> Tensor:
+    def forward(
+        ctx, hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor, exp_in_place: Callable
+    ) -> Tensor:
         logits_SV = hidden_SD @ weight_VD.T
         chunk, logps, factors = _chunk_tokens(hidden_SD, weight_VD), [], []
         for logits_CV, target_C in zip(logits_SV.split(chunk), target_S.split(chunk), strict=True):
-            exp_CV = at_least_fp32(logits_CV)  # a copy of half types; else the logits themselves
-            logp_C, Z_C1 = _exp_in_place(exp_CV, target_C)
-            # Now exp - Z onehot: the gradient, up to the factor.
-            exp_CV.scatter_add_(-1, target_C[:, None], -Z_C1)
-            if exp_CV.dtype != logits_CV.dtype:  # else they are one tensor
-                logits_CV.copy_(exp_CV)
-            logps.append(logp_C)
+            logit_C1 = logits_CV.gather(-1, target_C[:, None])
+            m_C1, Z_C1 = exp_in_place(logits_CV)
+            log_exp_C1 = logit_C1 - m_C1
+            unscaled_C1 = log_exp_C1.exp() - Z_C1  # at the targets; rounded only now
+            logits_CV.scatter_(-1, target_C[:, None], unscaled_C1.to(logits_CV.dtype))
+            logps.append((log_exp_C1 - Z_C1.log())[:, 0])
             factors.append(-1 / Z_C1[:, 0])
         ctx.save_for_backward(hidden_SD, weight_VD, logits_SV, torch.cat(factors))
         return torch.cat(logps)
@@ -419,10 +423,15 @@ class _TargetLogps(torch.autograd.Function):
         factor_S1 = (grad_S * factor_S)[:, None]
         grad_hidden_SD = ((unscaled_SV @ weight_VD) * factor_S1).to(hidden_SD.dtype)
         grad_weight_VD = unscaled_SV.T @ (hidden_SD * factor_S1).to(hidden_SD.dtype)
-        return grad_hidden_SD, grad_weight_VD, None
+        return grad_hidden_SD, grad_weight_VD, None, None
 
 
-def target_logps(hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor) -> Tensor:
+def target_logps(
+    hidden_SD: Tensor,
+    weight_VD: Tensor,
+    target_S: Tensor,
+    exp_in_place: Callable = exp_in_place,
+) -> Tensor:
     """log softmax(hidden @ weight.T)[target]: (S,), fp32 for fp32 and bf16 weights, float64 for
     float64.
 
@@ -432,7 +441,7 @@ def target_logps(hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor) -> Tens
     may be as large as V.
     """
     if torch.is_grad_enabled() and (hidden_SD.requires_grad or weight_VD.requires_grad):
-        return _TargetLogps.apply(hidden_SD, weight_VD, target_S)
+        return _TargetLogps.apply(hidden_SD, weight_VD, target_S, exp_in_place)
     chunk, logps = _chunk_tokens(hidden_SD, weight_VD), []
     per_product = max(chunk, MATMUL_ROWS // chunk * chunk)  # whole chunks, at least one
     for hidden, target in zip(
@@ -440,7 +449,9 @@ def target_logps(hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor) -> Tens
     ):
         logits = hidden @ weight_VD.T
         for logits_CV, target_C in zip(logits.split(chunk), target.split(chunk), strict=True):
-            logps.append(_exp_in_place(at_least_fp32(logits_CV), target_C)[0])
+            logit_C1 = logits_CV.gather(-1, target_C[:, None])
+            m_C1, Z_C1 = exp_in_place(logits_CV)
+            logps.append((logit_C1 - m_C1 - Z_C1.log())[:, 0])
     return torch.cat(logps)
 
 
@@ -456,11 +467,16 @@ class Head(nn.Linear):
     def __init__(self, config: LlamaConfig):
         super().__init__(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, hidden_SD: Tensor, target_S: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden_SD: Tensor,
+        target_S: Tensor | None = None,
+        exp_in_place: Callable = exp_in_place,
+    ) -> Tensor:
         """Log-probs of the targets; without targets, the logits."""
         if target_S is None:
             return super().forward(hidden_SD)
-        return target_logps(hidden_SD, self.weight, target_S)
+        return target_logps(hidden_SD, self.weight, target_S, exp_in_place)
 
 
 # --------------------------------------------------------------------------------------- model
@@ -482,6 +498,7 @@ class Llama(nn.Module):
         )
         # A tied model uses the embedding. Registered twice, to_empty() would make two parameters.
         self.lm_head = None if config.tie_word_embeddings else Head(config)
+        self.exp_in_place = exp_in_place  # train.py may compile it
 
     def recompute_first(self, blocks: int) -> None:
         """Lets the first `blocks` blocks recompute in backward; the others keep what they computed.
@@ -528,11 +545,11 @@ class Llama(nn.Module):
         """Final norm and head: log-probs of the targets (S,); without targets, logits (S, V)."""
         hidden_SD = self.model["norm"](hidden_SD)
         if self.lm_head is not None:
-            return self.lm_head(hidden_SD, target_S)
+            return self.lm_head(hidden_SD, target_S, self.exp_in_place)
         weight_VD = self.model["embed_tokens"].weight
         if target_S is None:
             return F.linear(hidden_SD, weight_VD)
-        return target_logps(hidden_SD, weight_VD, target_S)
+        return target_logps(hidden_SD, weight_VD, target_S, self.exp_in_place)
 
 
 # ------------------------------------------------------------------------------------ loading

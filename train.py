@@ -46,8 +46,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._dynamo import config as dynamo_config
-from torch._functorch import config as functorch_config
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -79,6 +77,7 @@ from model import (
 from support import checkpoints, memory, processes, run_directory
 from support.best import Best
 from support.bins import MicroBatch
+from support.compiler import compile_model
 from support.export import save_model
 from support.files import InputError
 from support.flags import check_answers, check_flags, flag, parse, resolve_max_tokens
@@ -176,7 +175,7 @@ class Config:
     )
     compile: str = flag(
         "auto",
-        "compile each block, once for all lengths: on for CUDA and 50 M parameters or more",
+        "compile blocks and head, once for all lengths: on for CUDA and 50 M parameters or more",
         ("auto", "on", "off"),
     )
     replicas: int = flag(1, "hybrid sharding: number of groups, each with a whole model")
@@ -517,14 +516,7 @@ def build_model(config: Config, mesh: DeviceMesh) -> Llama:
     large = sum(parameter.numel() for parameter in model.parameters()) >= COMPILE_PARAMETERS
     worthwhile = large and mesh.device_type == "cuda"
     if config.compile == "on" or (config.compile == "auto" and worthwhile):
-        # Lets backward compute again what takes no matrix product, though a product will read it:
-        # a block that is not recomputed then keeps a third less.
-        functorch_config.ban_recompute_materialized_backward = False
-        # Lets only counts of tokens vary. Under FSDP, head_dim would vary too: for each number that
-        # they rotate, RoPE's kernels would then divide by it.
-        dynamo_config.specialize_int = True
-        for block in model.model["layers"]:
-            block.compile(dynamic=True)
+        compile_model(model)
     _, compute_dtype = processes.choose_device(config.device, config.precision)
     shard(model, mesh, compute_dtype)
     model.to_empty(device=mesh.device_type)

@@ -36,6 +36,7 @@ Left out: several GPUs. tests/test_cuda.py tests that CUDA computes the right th
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -124,7 +125,10 @@ STEPS = {
 VARIANTS = {  # parts that run bench/variants.py, with this name, instead of train.py
     f"step-{pairs}-{name}": name
     for pairs in ("uf", "3b")
-    for name in ("reduce-always", "two-pools", "gathered", "pageable", "keep-more")
+    for name in (
+        *("reduce-always", "two-pools", "gathered", "pageable"),
+        *("keep-more", "varying-heads", "more-kernels", "eager-head"),
+    )
     if pairs == "3b" or name not in ("gathered", "keep-more")  # an 8B has no room for these
 }
 LEAST_SECONDS = 120  # what a part takes at least: with less time left it is not begun
@@ -272,10 +276,8 @@ def compile_blocks(a: argparse.Namespace) -> None:
     attention does not compile as a whole, dense_attention stands for CUDA's, and a backend that
     only traces stands for Inductor."""
     if a.device == "cpu":
-        whole, model_py.attention = torch.nn.Module.compile, dense_attention
-        torch.nn.Module.compile = lambda self, **options: whole(
-            self, backend="aot_eager", **options
-        )
+        model_py.attention = dense_attention
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")
     step, pairs = prepare(a, "1B", "--compile", "on")
 
     def tokens(*micro_batches: list[int]) -> int:
@@ -289,7 +291,7 @@ def compile_blocks(a: argparse.Namespace) -> None:
     say(
         a,
         f"- 1B, batches of {[tokens(indexes) for indexes in batches]} tokens: graphs compiled so "
-        f"far {graphs}, {graphs[-1] - graphs[0]} of them after the first batch (wanted: 0); "
+        f"far {graphs}, {graphs[-1] - graphs[1]} of them after the second batch (wanted: 0); "
         f"{sum(counters['graph_break'].values())} graph breaks",
     )
     medians, micro_batches = {}, pairs.own_micro_batches()[:4]
@@ -615,6 +617,7 @@ PARTS = {"compile": compile_blocks, "step-3b-defaults": step, "step-uf-defaults"
 PARTS |= {"step-profile": profile, "step-3b-hh": step, "end-to-end-example": example, ORPO: step}
 PARTS |= {"step-3b-recomputed": step, "step-3b-dpo-live": step}
 PARTS |= dict.fromkeys(PEERS, peer)
+PARTS |= {"step-3b-varying-heads": step, "step-3b-eager-head": step}
 PARTS |= {"step-uf-two-pools": step, "step-3b-gathered": step}
 PARTS |= {"step-uf-reduce-always": step, "step-3b-pageable": step}
 PARTS |= {"step-uf-recomputed": step}

@@ -8,8 +8,11 @@
     gathered         keeps the weights gathered, in the dtype of the products, from a step's first
                      micro-batch to its last: 2 bytes a parameter more, and each is gathered once
     pageable         copies batches from memory that is not pinned: the CPU may wait for the copy
-    keep-more        compiled blocks keep for backward what they could make again without a matrix
-                     product too, as torch.compile does by itself
+    keep-more, varying-heads, more-kernels
+                     without one of the settings of support/compiler.py, in their order: compiled
+                     blocks keep more for backward; take head_dim for a variable; have other kernels
+                     of their norms for few tokens
+    eager-head       does not compile the head's element-wise work
 
 The updates are those of train.py. bench/gpu.py has parts for these.
 """
@@ -28,6 +31,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 import train
+from support import compiler
 
 
 def reduce_always() -> None:
@@ -56,8 +60,26 @@ def pageable() -> None:
     torch.Tensor.pin_memory = lambda tensor: tensor
 
 
+# What compiler.py sets in these has no effect.
 def keep_more() -> None:
-    train.functorch_config = SimpleNamespace()  # what train.py sets there has no effect
+    compiler.functorch_config = SimpleNamespace()
+
+
+def varying_heads() -> None:
+    compiler.dynamo_config = SimpleNamespace()
+
+
+def more_kernels() -> None:
+    compiler.inductor_config = SimpleNamespace(triton=SimpleNamespace())
+
+
+def eager_head(compile_model=train.compile_model) -> None:
+    def compile_blocks(model):
+        eager = model.exp_in_place
+        compile_model(model)
+        model.exp_in_place = eager
+
+    train.compile_model = compile_blocks
 
 
 VARIANTS = {
@@ -66,6 +88,9 @@ VARIANTS = {
     "gathered": gathered,
     "pageable": pageable,
     "keep-more": keep_more,
+    "varying-heads": varying_heads,
+    "more-kernels": more_kernels,
+    "eager-head": eager_head,
 }
 
 if __name__ == "__main__":

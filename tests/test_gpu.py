@@ -16,12 +16,17 @@ import torch
 import variants
 from conftest import ROOT, flags, main, random_pairs, tiny_model
 from torch import Tensor
+from torch._dynamo import config as dynamo_config
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from data import pack
+from model import exp_in_place
+from support import compiler
 from support.flops import pair_flops
 from support.memory import OnePool
 
@@ -133,12 +138,11 @@ def test_a_measured_step_is_the_median_of_what_train_py_logged_and_nothing_is_ex
     assert not (options.scratch / "out/model").exists()
 
 
-def test_five_batches_of_other_lengths_through_train_pys_own_model_compile_nothing_after_the_first(
-    tmp_path,
-):
+def test_five_batches_of_other_lengths_compile_nothing_after_the_second(tmp_path):
+    """A block once; the head anew for its second number of tokens, which is a variable then."""
     done, said = run_gpu("compile", tmp_path)
     assert done.returncode == 0, done.stdout
-    assert "graphs compiled so far [1, 1, 1, 1, 1], 0 of them after the first batch" in done.stdout
+    assert "graphs compiled so far [2, 3, 3, 3, 3], 0 of them after the second" in done.stdout
     assert "eager takes" in said
 
 
@@ -292,6 +296,30 @@ def test_variants_change_what_they_say(start, tmp_path, monkeypatch):
     before = train.set_reduction
     variants.reduce_always()
     assert train.set_reduction is not before
+
+
+@pytest.mark.parametrize("name", ["keep-more", "varying-heads", "more-kernels", "eager-head"])
+def test_a_variant_leaves_out_one_thing_that_is_compiled_otherwise(monkeypatch, name):
+    for place in ("functorch_config", "dynamo_config", "inductor_config"):
+        monkeypatch.setattr(compiler, place, getattr(compiler, place))  # put back after the test
+    monkeypatch.setattr(train, "compile_model", train.compile_model)
+    norms = "triton.mix_order_reduction_non_strict_mode"
+    ours = tiny_model()
+    with (
+        functorch_config.patch(ban_recompute_materialized_backward=True),
+        dynamo_config.patch(specialize_int=False),
+        inductor_config.patch({norms: False}),
+    ):
+        variants.VARIANTS[name]()
+        train.compile_model(ours)
+        found = {
+            "keep-more": functorch_config.ban_recompute_materialized_backward,
+            "varying-heads": not dynamo_config.specialize_int,
+            "more-kernels": not inductor_config.triton.mix_order_reduction_non_strict_mode,
+            "eager-head": ours.exp_in_place is exp_in_place,
+        }
+    assert found == {variant: variant == name for variant in found}
+    assert all(block._compiled_call_impl for block in ours.model["layers"])
 
 
 def test_the_gathered_variant_keeps_weights_from_the_first_micro_batch_of_a_step_to_its_last(
