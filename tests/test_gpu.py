@@ -366,3 +366,11 @@ def test_variants_of_train_py_make_the_same_updates(tmp_path):
     expected, *others = found.values()
     for rows in others:
         assert rows == [pytest.approx(pair, rel=1e-4) for pair in expected]
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this build of torch is for CUDA")
+def test_the_kernels_for_a_gpu_need_a_build_of_torch_for_cuda():
+    words = [sys.executable, "bench/kernels.py"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "kernels.py: needs torch's build for CUDA; this one is for CPUs\n"
