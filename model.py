@@ -248,6 +248,8 @@ class _RMSNorm(torch.autograd.Function):
         normed_TD = at_least_fp32(x_TD) * scale_T1
         # The weight in fp32: the product of two half types would be rounded.
         grad_normed_TD = grad_TD * at_least_fp32(weight_D)
+        # Not a product that shares grad_TD * normed_TD with the sum below: torch.compile would
+        # store that one in fp32, because sums over two axes need it.
         mean_T1 = (grad_normed_TD * normed_TD).mean(-1, keepdim=True)
         grad_x_TD = (grad_normed_TD - normed_TD * mean_T1) * scale_T1
         grad_weight_D = (grad_TD * normed_TD).sum(0)
@@ -370,22 +372,35 @@ class Block(nn.Module):
 # ---------------------------------------------------------------------------------------- head
 
 # How many logits of half types are held in fp32 at once: on a CPU as many as fit in its cache, on a
-# GPU enough to keep it busy (1 GiB).
+# GPU enough to keep it busy (1 GiB). Compiled, none are.
 CHUNK_ELEMENTS, CHUNK_ELEMENTS_CUDA = 2**20, 2**28
 # Without gradients, about so many scored tokens share a matrix product (more if a chunk has more):
 # with fewer, the weights are read too often.
 MATMUL_ROWS = 256
 
 
-def exp_in_place(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """Overwrites logits with exp(logits - m), m being the largest of each token. Returns m_C1 and
-    Z_C1, the sum of each token's exponentials, at least fp32."""
-    wide_CV = at_least_fp32(logits_CV)  # a copy of half types; else the logits themselves
-    m_C1 = wide_CV.amax(-1, keepdim=True)
-    Z_C1 = wide_CV.sub_(m_C1).exp_().sum(-1, keepdim=True)
-    if wide_CV.dtype != logits_CV.dtype:
-        logits_CV.copy_(wide_CV)
-    return m_C1, Z_C1
+def _chunk_tokens(like: Tensor, vocab_size: int) -> int:
+    elements = CHUNK_ELEMENTS_CUDA if on_cuda(like) else CHUNK_ELEMENTS
+    return max(1, elements // vocab_size)
+
+
+def exp_in_place(logits_SV: Tensor) -> tuple[Tensor, Tensor]:
+    """Overwrites logits with exp(logits - m), m being the largest of each token. Returns m_S and
+    Z_S, the sum of each token's exponentials, at least fp32."""
+    chunk = _chunk_tokens(logits_SV, logits_SV.shape[-1])
+    if torch.compiler.is_compiling():  # into one kernel, which needs no copy in fp32
+        chunk = len(logits_SV)
+    largest, sums = [], []
+    for logits_CV in logits_SV.split(chunk):
+        wide_CV = at_least_fp32(logits_CV)  # a copy of half types; else the logits themselves
+        # keepdim: torch.compile sees a softmax's sums, and reads the logits twice, not three times.
+        m_C1 = wide_CV.amax(-1, keepdim=True)
+        Z_C1 = wide_CV.sub_(m_C1).exp_().sum(-1, keepdim=True)
+        if wide_CV.dtype != logits_CV.dtype:
+            logits_CV.copy_(wide_CV)
+        largest.append(m_C1[:, 0])
+        sums.append(Z_C1[:, 0])
+    return torch.cat(largest), torch.cat(sums)
 
 
 class _TargetLogps(torch.autograd.Function):
@@ -403,24 +418,19 @@ class _TargetLogps(torch.autograd.Function):
     def forward(
         ctx, hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor, exp_in_place: Callable
     ) -> Tensor:
-        logits_SV = hidden_SD @ weight_VD.T
-        chunk, logps, factors = _chunk_tokens(hidden_SD, weight_VD), [], []
-        for logits_CV, target_C in zip(logits_SV.split(chunk), target_S.split(chunk), strict=True):
-            logit_C1 = logits_CV.gather(-1, target_C[:, None])
-            m_C1, Z_C1 = exp_in_place(logits_CV)
-            log_exp_C1 = logit_C1 - m_C1
-            unscaled_C1 = log_exp_C1.exp() - Z_C1  # at the targets; rounded only now
-            logits_CV.scatter_(-1, target_C[:, None], unscaled_C1.to(logits_CV.dtype))
-            logps.append((log_exp_C1 - Z_C1.log())[:, 0])
-            factors.append(-1 / Z_C1[:, 0])
-        ctx.save_for_backward(hidden_SD, weight_VD, logits_SV, torch.cat(factors))
-        return torch.cat(logps)
+        unscaled_SV, target_S1 = hidden_SD @ weight_VD.T, target_S[:, None]
+        logit_S = unscaled_SV.gather(-1, target_S1)[:, 0]
+        m_S, Z_S = exp_in_place(unscaled_SV)
+        at_target_S = (logit_S - m_S).exp() - Z_S  # in fp32, and only then rounded
+        unscaled_SV.scatter_(-1, target_S1, at_target_S[:, None].to(unscaled_SV.dtype))
+        ctx.save_for_backward(hidden_SD, weight_VD, unscaled_SV, Z_S)
+        return logit_S - m_S - Z_S.log()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_S: Tensor):
-        hidden_SD, weight_VD, unscaled_SV, factor_S = ctx.saved_tensors
-        factor_S1 = (grad_S * factor_S)[:, None]
+        hidden_SD, weight_VD, unscaled_SV, Z_S = ctx.saved_tensors
+        factor_S1 = (grad_S * (-1 / Z_S))[:, None]
         grad_hidden_SD = ((unscaled_SV @ weight_VD) * factor_S1).to(hidden_SD.dtype)
         grad_weight_VD = unscaled_SV.T @ (hidden_SD * factor_S1).to(hidden_SD.dtype)
         return grad_hidden_SD, grad_weight_VD, None, None
@@ -442,22 +452,16 @@ def target_logps(
     """
     if torch.is_grad_enabled() and (hidden_SD.requires_grad or weight_VD.requires_grad):
         return _TargetLogps.apply(hidden_SD, weight_VD, target_S, exp_in_place)
-    chunk, logps = _chunk_tokens(hidden_SD, weight_VD), []
+    chunk, logps = _chunk_tokens(hidden_SD, len(weight_VD)), []
     per_product = max(chunk, MATMUL_ROWS // chunk * chunk)  # whole chunks, at least one
     for hidden, target in zip(
         hidden_SD.split(per_product), target_S.split(per_product), strict=True
     ):
         logits = hidden @ weight_VD.T
-        for logits_CV, target_C in zip(logits.split(chunk), target.split(chunk), strict=True):
-            logit_C1 = logits_CV.gather(-1, target_C[:, None])
-            m_C1, Z_C1 = exp_in_place(logits_CV)
-            logps.append((logit_C1 - m_C1 - Z_C1.log())[:, 0])
+        logit = logits.gather(-1, target[:, None])[:, 0]
+        m, Z = exp_in_place(logits)
+        logps.append(logit - m - Z.log())
     return torch.cat(logps)
-
-
-def _chunk_tokens(hidden_SD: Tensor, weight_VD: Tensor) -> int:
-    elements = CHUNK_ELEMENTS_CUDA if on_cuda(hidden_SD) else CHUNK_ELEMENTS
-    return max(1, elements // len(weight_VD))
 
 
 class Head(nn.Linear):
@@ -498,7 +502,7 @@ class Llama(nn.Module):
         )
         # A tied model uses the embedding. Registered twice, to_empty() would make two parameters.
         self.lm_head = None if config.tie_word_embeddings else Head(config)
-        self.exp_in_place = exp_in_place  # train.py may compile it
+        self.exp_in_place = exp_in_place  # or what support/compiler.py makes of it
 
     def recompute_first(self, blocks: int) -> None:
         """Lets the first `blocks` blocks recompute in backward; the others keep what they computed.
@@ -520,7 +524,8 @@ class Llama(nn.Module):
         t+1."""
         ends = torch.tensor([0, len(tokens_T)], dtype=torch.int32, device=tokens_T.device)
         positions_T = torch.arange(len(tokens_T), device=tokens_T.device)
-        longest = max(len(tokens_T), self.config.max_position_embeddings)  # mostly one value
+        # One value for nearly all lengths: a compiled block specialises on it.
+        longest = max(len(tokens_T), self.config.max_position_embeddings)
         segments = Segments(ends, ends, None, longest)
         return self.output(self.hidden(tokens_T, positions_T, segments))
 

@@ -339,7 +339,7 @@ def train(run: Run, done: int) -> None:
 
         sums, losses = Sums(), []
         for i, indexes in enumerate(micro_batches[rank]):
-            set_reduction(model, run.mesh, last=i + 1 == len(micro_batches[rank]))
+            prepare_backward(model, run.mesh, last=i + 1 == len(micro_batches[rank]))
             loss_B, metrics = step_loss(model, dataset, indexes)
             # A stand-in weighs 0, a pair 1/pairs_per_step, also in an epoch's short last step.
             loss = (loss_B * metrics["rows"]).sum() * scale
@@ -479,6 +479,7 @@ def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
         # The head's backward comes right after its forward: it stays gathered in between.
         split([model.model["norm"], model.lm_head], reshard_after_forward=False)
     split(model)
+    model.stays_gathered = False
     register_fsdp_forward_method(model, "logits")
     if mesh.size() == 1:  # FSDP would take memory for reduced gradients from another stream's pool
         for module in model.modules():
@@ -486,16 +487,27 @@ def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
                 module.set_custom_reduce_scatter(memory.OnePool())
 
 
-def set_reduction(model: Llama, mesh: DeviceMesh, last: bool) -> None:
-    """Tells FSDP if the next backward reduces gradients over processes. last: the step ends there.
+def keep_gathered(model: Llama) -> bool:
+    """From now on gathers the weights once per step, not twice per micro-batch, and keeps them in
+    between. False if the model is not sharded: there is nothing to gather."""
+    if isinstance(model, FSDPModule):
+        model.set_reshard_after_forward(False)
+        model.stays_gathered = True
+    return isinstance(model, FSDPModule)
 
-    On several processes they are reduced in every micro-batch: otherwise each process would hold
-    those of the whole model. On one process waiting costs no memory, so they are reduced once per
-    step. Replicas exchange theirs once per step too.
+
+def prepare_backward(model: Llama, mesh: DeviceMesh, last: bool) -> None:
+    """Tells FSDP whether to reduce gradients over processes, and to give up gathered weights, in
+    the next backward. last: the step ends there.
+
+    On several processes gradients are reduced in every micro-batch: otherwise each process would
+    hold those of the whole model. On one process waiting costs no memory, so they are reduced once
+    per step. Replicas exchange theirs once per step too.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or mesh.size() > 1)
         model.set_requires_all_reduce(last)
+        model.set_reshard_after_backward(last or not model.stays_gathered)
 
 
 def reshard(model: Llama) -> None:
@@ -610,14 +622,15 @@ def fine_tune(config: Config) -> None:
     optimizer = make_optimizer(config, model)
 
     def losses_of(indexes: MicroBatch, last: bool) -> Tensor:
-        set_reduction(model, mesh, last=last)
+        prepare_backward(model, mesh, last=last)
         return step_loss(model, training, indexes)[0]
 
     gpu = memory.Gpu() if mesh.device_type == "cuda" else None
     # Runs them without an update, sets how many blocks are recomputed, and may raise
-    # training.max_tokens_per_gpu.
+    # training.max_tokens_per_gpu and keep weights gathered.
+    keep = partial(keep_gathered, model)
     with processes.announced("trying the run's costliest micro-batches"):
-        facts["memory"] = memory.rehearse(model, training, losses_of, log.say, gpu)
+        facts["memory"] = memory.rehearse(model, training, losses_of, keep, log.say, gpu)
 
     identity = run_directory.identity(config, fingerprint)
     checkpoint, state = checkpoints.newest_checkpoint(out, identity, log.say)
@@ -665,13 +678,15 @@ def plan(config: Config, llama: LlamaConfig) -> None:
     memory.init_fake_group(config.plan)
     (training, *_), (counts, *_), _ = read_pairs(config, llama, "cpu")
 
-    def build(mesh: DeviceMesh, recomputed: int) -> tuple:
+    def build(mesh: DeviceMesh, recomputed: int, gathered: bool) -> tuple:
         with torch.device("meta"):
             model = Llama(llama)
         model.recompute_first(recomputed)
         shard(model, mesh, torch.bfloat16)
+        if gathered:
+            keep_gathered(model)
         model.to_empty(device="cpu")
-        return model, make_optimizer(config, model), partial(set_reduction, model, mesh)
+        return model, make_optimizer(config, model), partial(prepare_backward, model, mesh)
 
     parameters = sum(map(math.prod, expected_shapes(llama).values()))
     print(f"{config.data}: {describe(counts)}")

@@ -126,10 +126,16 @@ VARIANTS = {  # parts that run bench/variants.py, with this name, instead of tra
     f"step-{pairs}-{name}": name
     for pairs in ("uf", "3b")
     for name in (
-        *("reduce-always", "two-pools", "gathered", "pageable"),
-        *("keep-more", "varying-heads", "more-kernels", "eager-head"),
+        "reduce-always",
+        "two-pools",
+        "resharded",
+        "pageable",
+        "keep-more",
+        "varying-heads",
+        "more-kernels",
+        "eager-head",
     )
-    if pairs == "3b" or name not in ("gathered", "keep-more")  # an 8B has no room for these
+    if pairs == "3b" or name not in ("resharded", "keep-more")  # an 8B has no room for these
 }
 LEAST_SECONDS = 120  # what a part takes at least: with less time left it is not begun
 for _part in VARIANTS:
@@ -242,7 +248,7 @@ def prepare(a: argparse.Namespace, shape: str, *flags):
         """Returns its seconds."""
         started = time.perf_counter()
         for i, indexes in enumerate(micro_batches):
-            train_py.set_reduction(model, mesh, last=i + 1 == len(micro_batches))
+            train_py.prepare_backward(model, mesh, last=i + 1 == len(micro_batches))
             train_py.step_loss(model, pairs, indexes)[0].mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
@@ -618,7 +624,7 @@ PARTS |= {"step-profile": profile, "step-3b-hh": step, "end-to-end-example": exa
 PARTS |= {"step-3b-recomputed": step, "step-3b-dpo-live": step}
 PARTS |= dict.fromkeys(PEERS, peer)
 PARTS |= {"step-3b-varying-heads": step, "step-3b-eager-head": step}
-PARTS |= {"step-uf-two-pools": step, "step-3b-gathered": step}
+PARTS |= {"step-uf-two-pools": step, "step-3b-resharded": step}
 PARTS |= {"step-uf-reduce-always": step, "step-3b-pageable": step}
 PARTS |= {"step-uf-recomputed": step}
 PARTS |= dict.fromkeys(STEPS, step)

@@ -2,17 +2,17 @@
 
     python bench/kernels.py                                 8B, 8,192 tokens, nothing recomputed
     python bench/kernels.py --shape 3B --tokens 16384 --recompute
-    python bench/kernels.py --variant varying-heads         see variants.py
+    python bench/kernels.py --variant varying-heads         one of variants.py
 
 For each kernel of the forward and the backward pass, without the matrix products and attention: the
 instructions of its machine code, how many of them load from memory, the widest load in bits, and
 the calls (divisions of integers). Each thread of an element-wise kernel makes 8 numbers. Also the
-conditions on sizes (s12 is the number of tokens) without which it would write other programs.
---code DIR writes the programs there.
+conditions on sizes (s12 is the number of tokens) under which these programs hold. --code DIR writes
+them there.
 
 Needs torch's build for CUDA, on Linux (2.11 was tried): pip takes it from PyPI, with triton and its
-assembler. It works by deceit: the model is traced with tensors that have no data, as under FSDP;
-then each of them is said to be on a GPU, and Inductor is told what an H200 can do.
+assembler. How: the model is traced on the CPU with tensors that have no data, marked as FSDP marks
+it. Then the tensors' device is changed to a GPU, and Inductor is given an H200's properties.
 """
 
 import argparse
@@ -39,6 +39,7 @@ import variants
 from gpu import SHAPES
 from torch import Tensor
 from torch._inductor import compile_fx, graph
+from torch._inductor import config as inductor_config
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -117,8 +118,9 @@ class Programs:
         self.guards: set[str] = set()
         self.on_cuda: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, module, inputs):
-        return compile_fx.compile_fx(module, inputs, inner_compile=self.write)
+    def __call__(self, module, inputs, options=None):
+        with inductor_config.patch(options or {}):
+            return compile_fx.compile_fx(module, inputs, inner_compile=self.write)
 
     def moved(self, values):
         """The same, with each tensor on a GPU."""
@@ -160,7 +162,8 @@ class Programs:
 
 
 def write_programs(a: argparse.Namespace) -> Programs:
-    """The programs of a block's forward and backward pass and of the head's element-wise work."""
+    """The programs of a block's forward and backward pass and of the head's element-wise work: for
+    its first batch, and for all others."""
     programs = Programs()
     torch._functorch.config.force_non_lazy_backward_lowering = True
     torch._inductor.config.force_disable_caches = True
@@ -184,10 +187,10 @@ def write_programs(a: argparse.Namespace) -> Programs:
         keys = torch.empty(a.tokens * 11 // 10, dtype=torch.int64)
         starts = torch.empty(17, dtype=torch.int32)
         rope = rope_tables(a.shape, torch.empty(a.tokens, dtype=torch.int64))
-        logits_CV = torch.empty(2000, a.shape.vocab_size, **half)
+        logits = [torch.empty(tokens, a.shape.vocab_size, **half) for tokens in (2000, 7)]
         for run in (
             lambda: block(x_TD, rope, Segments(starts, starts.clone(), keys, 2048)),
-            lambda: model.exp_in_place(logits_CV),
+            *(functools.partial(model.exp_in_place, logits_SV) for logits_SV in logits),
         ):
             try:
                 run()
@@ -249,10 +252,12 @@ def main() -> None:
     pretend_h200()
     torch.cuda.is_available = lambda: False  # until Inductor asks: tracing is done on the CPU
     programs = write_programs(a)
-    limits = {guard for guard in programs.guards if not re.search(r"Eq|2147483647", guard)}
-    print(f"other programs unless: {', '.join(sorted(limits)) or '-'}")
+    simple = re.compile(r"(\d+\*)?s\d+ [<>]=? (?!2147483647)\d+")
+    limits = {guard for guard in programs.guards if simple.fullmatch(guard)}
+    print(f"these programs hold if: {', '.join(sorted(limits)) or '-'}")
     print(f"{'instructions':>12} {'loads':>5} {'bits':>4} {'calls':>5}  kernel")
-    for title, text in zip(("forward", "backward", "head"), programs.texts, strict=True):
+    titles = ("forward", "backward", "head-first", "head")
+    for title, text in zip(titles, programs.texts, strict=True):
         print(title)
         if a.code:
             a.code.mkdir(parents=True, exist_ok=True)

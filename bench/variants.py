@@ -5,13 +5,13 @@
     reduce-always    reduces gradients in every micro-batch, on one process too
     two-pools        lets FSDP take the memory of reduced gradients as it does by itself, and not
                      as support/memory.py's OnePool does
-    gathered         keeps the weights gathered, in the dtype of the products, from a step's first
-                     micro-batch to its last: 2 bytes a parameter more, and each is gathered once
+    resharded        gathers the weights twice in each micro-batch, even if there is room to keep
+                     them gathered
     pageable         copies batches from memory that is not pinned: the CPU may wait for the copy
-    keep-more, varying-heads, more-kernels
-                     without one of the settings of support/compiler.py, in their order: compiled
-                     blocks keep more for backward; take head_dim for a variable; have other kernels
-                     of their norms for few tokens
+    keep-more        compiled blocks keep for backward what they could make again without a matrix
+                     product
+    varying-heads    compiled blocks take head_dim for a variable
+    more-kernels     small batches have other kernels of the norms
     eager-head       does not compile the head's element-wise work
 
 The updates are those of train.py. bench/gpu.py has parts for these.
@@ -34,33 +34,28 @@ import train
 from support import compiler
 
 
-def reduce_always() -> None:
-    train.set_reduction = lambda model, mesh, last: None
+def reduce_always(prepare_backward=train.prepare_backward) -> None:
+    def prepare(model, mesh, last):
+        prepare_backward(model, mesh, last)
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(True)
+
+    train.prepare_backward = prepare
 
 
 def two_pools() -> None:
     FSDPModule.set_custom_reduce_scatter = lambda module, comm: None
 
 
-def gathered(shard=train.shard, set_reduction=train.set_reduction) -> None:
-    def shard_and_keep(model, mesh, compute_dtype):
-        shard(model, mesh, compute_dtype)
-        if isinstance(model, FSDPModule):
-            model.set_reshard_after_forward(False)
-
-    def keep_until_last(model, mesh, last):
-        set_reduction(model, mesh, last)
-        if isinstance(model, FSDPModule):
-            model.set_reshard_after_backward(last)
-
-    train.shard, train.set_reduction = shard_and_keep, keep_until_last
+def resharded() -> None:
+    train.keep_gathered = lambda model: False
 
 
 def pageable() -> None:
     torch.Tensor.pin_memory = lambda tensor: tensor
 
 
-# What compiler.py sets in these has no effect.
+# support/compiler.py then sets its options on an object that nothing reads.
 def keep_more() -> None:
     compiler.functorch_config = SimpleNamespace()
 
@@ -85,7 +80,7 @@ def eager_head(compile_model=train.compile_model) -> None:
 VARIANTS = {
     "reduce-always": reduce_always,
     "two-pools": two_pools,
-    "gathered": gathered,
+    "resharded": resharded,
     "pageable": pageable,
     "keep-more": keep_more,
     "varying-heads": varying_heads,

@@ -1,7 +1,8 @@
-"""How the model is compiled for GPUs, and what torch.compile would do by itself.
+"""How the model is compiled for GPUs.
 
-What it would do was read in the code that it makes for an H200 (docs/gpu.md). The settings here
-hold for the whole process, and its caches on disk tell them apart.
+Each comment says what torch.compile would do without the setting, as read in the programs that it
+writes for an H200 (docs/gpu.md). The settings hold for the whole process. torch's caches on disk
+keep the programs of different settings apart.
 """
 
 import torch
@@ -14,15 +15,18 @@ from torch._inductor import config as inductor_config
 def compile_model(model: nn.Module) -> None:
     """Compiles each block, once for batches of all sizes, and the head's element-wise work, which
     becomes one kernel that holds no logits in fp32. model: model.Llama, not sharded yet."""
-    # By itself, a block would keep for backward whatever a matrix product will read there, also
-    # what takes no product to make again: half as much again as it keeps now.
+    # torch.compile would keep for backward whatever a matrix product will read there, also what
+    # takes no product to make again: half as much again as is kept now.
     functorch_config.ban_recompute_materialized_backward = False
-    # By itself, it takes the integers of modules under FSDP for variables, head_dim among them.
-    # RoPE's kernels would then divide by it for each number: ten times as many instructions.
+    # It would take the integers of modules that FSDP shards for variables, head_dim among them. For
+    # each number, RoPE's kernels would then divide by it: ten times as many instructions.
     dynamo_config.specialize_int = True
-    # By itself, it makes other kernels of the norms for batches of fewer tokens than twice the
-    # width, or than 4,096: a run would stop to compile them, and dynamo gives up after eight times.
+    # It would write other kernels of the norms for small batches: fewer than 4,096 tokens, than
+    # twice the width, or 5 million numbers. A run would stop to compile them, and after eight
+    # programs it would compile no more.
     inductor_config.triton.mix_order_reduction_non_strict_mode = True
     for block in model.model["layers"]:
         block.compile(dynamic=True)
-    model.exp_in_place = torch.compile(model.exp_in_place)
+    # It would split each token's sums over several kernels if the batch for which it compiles has
+    # few tokens, and use those for larger batches too.
+    model.exp_in_place = torch.compile(model.exp_in_place, options={"split_reductions": False})

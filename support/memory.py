@@ -8,9 +8,10 @@ In reading order
     fewest_recomputed           the same choice by simulation
     simulated_peak, print_plan  the peak on N GPUs, without a GPU (--plan N)
 
-The policy of --checkpoint-blocks auto on GPUs: first keep blocks, then enlarge micro-batches. On
-the GPU where both were measured (docs/gpu.md), a 3B model gained 27% by keeping all of its blocks,
-and 6% by micro-batches twice as large.
+The policy of --checkpoint-blocks auto on GPUs: first keep blocks, then enlarge micro-batches, then
+keep weights gathered. On the GPU where the first two were measured (docs/gpu.md), a 3B model gained
+27% by keeping all of its blocks, and 6% by micro-batches twice as large. By the bytes that are then
+not copied, the third should gain 2%.
 """
 
 import contextlib
@@ -76,8 +77,13 @@ def pair_bytes(llama, dataset, recomputed: int) -> np.ndarray:
     if recomputed:
         numbers += kept  # of the block that backward has just computed again
     scored = np.array([len(pair.chosen) + len(pair.rejected) for pair in dataset.pairs])
-    dtype = choose_device(dataset.config.device, dataset.config.precision)[1]
-    return dtype.itemsize * (dataset.sizes * numbers + scored * llama.vocab_size)
+    numbers = dataset.sizes * numbers + scored * llama.vocab_size
+    return compute_dtype(dataset).itemsize * numbers
+
+
+def compute_dtype(dataset) -> torch.dtype:
+    """That of matrix products. dataset: train.Dataset."""
+    return choose_device(dataset.config.device, dataset.config.precision)[1]
 
 
 class Costliest(NamedTuple):
@@ -235,6 +241,7 @@ def rehearse(
     model: nn.Module,
     dataset,
     losses_of: Callable[[MicroBatch, bool], Tensor],
+    keep_gathered: Callable[[], bool],
     say: Callable[[str], None],
     gpu: Gpu | None,
 ) -> dict[str, int]:
@@ -248,8 +255,9 @@ def rehearse(
     tries, because the others would wait for it.
 
     model: model.Llama; dataset: train.Dataset, whose max_tokens_per_gpu may be raised.
-    losses_of(indexes, last) gives each pair's loss; `last` of its step. gpu: None on a CPU, where
-    nothing can be measured. Returns and says what was chosen.
+    losses_of(indexes, last) gives each pair's loss; `last` of its step. keep_gathered(): see
+    train.keep_gathered. gpu: None on a CPU, where nothing can be measured. Returns and says what
+    was chosen.
     """
     layers, llama = len(model.model["layers"]), model.config
     fixed = recomputed_blocks(dataset.config.checkpoint_blocks, layers, gpu is not None)
@@ -264,12 +272,12 @@ def rehearse(
         return smallest((limit - tried.peak) // one, dataset.device)
 
     found = find([layers, layers // 2, 0] if fixed is None else [fixed])
-    resting = gpu.allocated() if gpu else 0
+    resting, gathered = gpu.allocated() if gpu else 0, False
     recomputed = layers if fixed is None else fixed
     tried = try_with(recomputed)
+    limit = gpu.available() * (1 - MARGIN) if gpu else math.inf
     if fixed is None:
         tried = try_with(layers)  # again: the first time, compiling took memory too
-        limit = gpu.available() * (1 - MARGIN)
         kept = pair_bytes(llama, dataset, layers - 1) - pair_bytes(llama, dataset, layers)
         one = max(kept[indexes].sum() for step in found.steps for indexes in step)
         if blocks_that_fit():
@@ -283,12 +291,22 @@ def rehearse(
         if recomputed == 0 and dataset.config.max_tokens_per_gpu is None:
             found = enlarge(dataset, found, find, tried.peak, resting, limit)
             tried = try_with(0)
+    weights = compute_dtype(dataset).itemsize * sum(p.numel() for p in model.parameters())
+    if gpu and recomputed == 0 and smallest(tried.peak + weights <= limit, dataset.device):
+        gathered = keep_gathered()
+        tried = try_with(0)
     text = f"recomputes {recomputed} of {layers} blocks"
+    if gathered:
+        text += ", gathers weights once a step"
     if gpu:
         text += f"; {tried.peak / 2**30:.1f} of {gpu.available() / 2**30:.1f} GiB at the peak"
         gpu.reset_peak()  # from here on it is that of the steps
     say(f"  memory     {text}\n  batches    {describe(found, dataset)}")
-    return {"recomputed_blocks": recomputed, "max_tokens_per_gpu": dataset.max_tokens_per_gpu}
+    return {
+        "recomputed_blocks": recomputed,
+        "max_tokens_per_gpu": dataset.max_tokens_per_gpu,
+        "weights_stay_gathered": gathered,
+    }
 
 
 def smallest(number: float, device: str) -> int:
@@ -317,7 +335,9 @@ def advising(where: str, model: nn.Module, dataset, tokens: float = math.inf) ->
         from_compiler = type(error).__module__.startswith("torch._inductor")
         if from_compiler and not out_of_memory(error):
             reason = shown(str(error).strip(), 150)
-            raise StoppedError(f"blocks do not compile ({reason}); pass --compile off") from None
+            raise StoppedError(
+                f"the model does not compile ({reason}); pass --compile off"
+            ) from None
         if not out_of_memory(error):
             raise
         longest, most = int(dataset.sizes.max()), dataset.config.max_tokens
@@ -341,12 +361,16 @@ def advising(where: str, model: nn.Module, dataset, tokens: float = math.inf) ->
 
 # ---------------------------------------------------------------------------------- simulation
 
-# (mesh, recomputed blocks) -> the sharded model, its optimizer, and a function to be called before
-# each batch: with True before the last one of a step.
-Build = Callable[[DeviceMesh, int], tuple[nn.Module, torch.optim.Optimizer, Callable[[bool], None]]]
+# (mesh, recomputed blocks, whether weights stay gathered) -> the sharded model, its optimizer, and
+# a function to be called before each batch: with True before the last one of a step.
+Build = Callable[
+    [DeviceMesh, int, bool], tuple[nn.Module, torch.optim.Optimizer, Callable[[bool], None]]
+]
 
 
-def simulated_peak(build: Build, steps: list[list], gpus: int, recomputed: int) -> dict[str, float]:
+def simulated_peak(
+    build: Build, steps: list[list], gpus: int, recomputed: int, gathered: bool = False
+) -> dict[str, float]:
     """GiB by kind ("total" among them) at the peak of one of `gpus` CUDA devices.
 
     The batches of each step run forward and backward with fake tensors, under torch's memory
@@ -358,7 +382,7 @@ def simulated_peak(build: Build, steps: list[list], gpus: int, recomputed: int) 
     mesh, highest = init_device_mesh("cpu", (gpus,)), {"Total": 0}
     for batches in steps:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model, optimizer, before_batch = build(mesh, recomputed)
+            model, optimizer, before_batch = build(mesh, recomputed, gathered)
             # The moments exist already; the update itself is fused and allocates nothing.
             tracker = FSDPMemTracker(model, optimizer)
             with tracker:
@@ -408,8 +432,9 @@ def print_plan(dataset, llama, parameters: int, build: Build) -> None:
     def peak_of(recomputed: int) -> dict[str, float]:
         batches = [[dataset.batch(indexes) for indexes in step] for step in found.steps]
         with announced(f"simulating a step that recomputes {recomputed} of {layers} blocks"):
-            return simulated_peak(build, batches, gpus, recomputed)
+            return simulated_peak(build, batches, gpus, recomputed, gathered)
 
+    gathered = False
     found = find([layers, layers // 2, 0] if fixed is None else [fixed])
     if fixed is not None:
         numbers = [fixed]
@@ -421,6 +446,10 @@ def print_plan(dataset, llama, parameters: int, build: Build) -> None:
             resting = 12 * parameters / gpus / 2**30  # weights and moments
             found = enlarge(dataset, found, find, peak_of(0)["total"], resting, limit)
             peak_of.cache_clear()
+    weights = 2 * parameters / 2**30  # in bf16
+    if numbers == [0] and config.gpu_memory and peak_of(0)["total"] + weights <= limit:
+        gathered = True
+        peak_of.cache_clear()
     share = config.pairs_per_step / len(dataset.pairs)  # of an epoch, in one step
     flops = 3 * share * pair_flops(llama, dataset.pairs, config.share_prompt)[:, :2].sum()
     print(
@@ -436,7 +465,8 @@ def print_plan(dataset, llama, parameters: int, build: Build) -> None:
         kinds = ", ".join(f"{k} {size:.1f}" for k, size in peak.items() if size >= 0.05)
         print(
             f"  memory      {peak['total']:.1f} GiB at the peak on each GPU, if {number} of "
-            f"{layers} blocks are recomputed: {kinds}"
+            f"{layers} blocks are recomputed{' and weights gathered once a step' * gathered}: "
+            f"{kinds}"
         )
     if peak["total"] > limit:
         print(f"  That is more than {limit:.1f} GiB, {1 - MARGIN:.0%} of --gpu-memory.")

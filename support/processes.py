@@ -330,7 +330,7 @@ def exit_code(program: str, action: typing.Callable[[], None], memory_advice: ty
 
     0: done. 2: a user's mistake, or a file that cannot be read or written. 1: out of memory
     (memory_advice() says which flag to lower; None: the error is raised), numbers that are not
-    finite, blocks that do not compile, or the end of another process. 128 + a signal's number:
+    finite, a model that does not compile, or the end of another process. 128 + a signal's number:
     stopped by that signal.
 
     After a failure NCCL's group stays: to destroy it, all processes of a machine must take part,

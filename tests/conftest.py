@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._dynamo import config as dynamo_config
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "real"  # real weights and data, if a checkout has them beside it
@@ -53,6 +56,17 @@ LENGTHS += [(3, 9, 1), (6, 6, 10), (4, 1, 2), (8, 11, 7), (1, 4, 9)]
 def tiny_config(**changes) -> LlamaConfig:
     """Two layers, grouped heads (4 queries over 2 keys), untied, unless changed."""
     return LlamaConfig(**(TINY | changes))
+
+
+@pytest.fixture(autouse=True)
+def settings_of_the_compiler():
+    """Puts back what support/compiler.py sets for the whole process."""
+    with (
+        functorch_config.patch(ban_recompute_materialized_backward=True),
+        dynamo_config.patch(specialize_int=False),
+        inductor_config.patch({"triton.mix_order_reduction_non_strict_mode": False}),
+    ):
+        yield
 
 
 def tiny_model(seed=0, dtype=torch.float32, std=0.15, **changes) -> Llama:

@@ -1,5 +1,5 @@
-"""The CUDA path against the CPU's in fp32, which defines it; memory on CUDA; compiled blocks on any
-device."""
+"""The CUDA path against the CPU's in fp32, which defines it; memory on CUDA; compiled models
+against eager ones."""
 
 import os
 from functools import partial
@@ -82,7 +82,7 @@ def test_summed_gradients_and_their_reduced_copies_share_one_pool_of_memory():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         for micro_batch in 2 * [1, 2, 3]:
-            train.set_reduction(ours, mesh, last=micro_batch == 3)
+            train.prepare_backward(ours, mesh, last=micro_batch == 3)
             ours(batch)[0].sum().backward()
             if micro_batch == 3:
                 torch.cuda.synchronize()  # as the loop waits for the norm
@@ -97,9 +97,10 @@ def test_summed_gradients_and_their_reduced_copies_share_one_pool_of_memory():
 @needs_cuda
 def test_a_compiled_model_gives_an_eager_ones_numbers_and_compiles_no_more_for_other_sizes():
     """Sizes on both sides of those at which torch.compile would by itself change the norms'
-    kernels: 4,096 tokens, twice the width, and 5 M numbers."""
+    kernels: 4,096 tokens, twice the width, and 5 M numbers. And a vocabulary above 8,192, for
+    which it would split the head's sums."""
     sizes = dict(hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
-    sizes |= dict(intermediate_size=384, std=0.05)
+    sizes |= dict(intermediate_size=384, vocab_size=16_384, std=0.05)
     eager, compiled = (tiny_model(**sizes).cuda().bfloat16() for _ in range(2))
     torch._dynamo.reset()
     compile_model(compiled)

@@ -20,7 +20,6 @@ from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
@@ -277,7 +276,7 @@ def test_a_variants_part_runs_that_variant(options, monkeypatch):
 
 
 def test_variants_change_what_they_say(start, tmp_path, monkeypatch):
-    for place, name in [(train, "set_reduction"), (FSDPModule, "set_custom_reduce_scatter")]:
+    for place, name in [(train, "prepare_backward"), (FSDPModule, "set_custom_reduce_scatter")]:
         monkeypatch.setattr(place, name, getattr(place, name))  # put back after the test
     sizes, allocate = [], OnePool.allocate
 
@@ -293,9 +292,9 @@ def test_variants_change_what_they_say(start, tmp_path, monkeypatch):
     sizes.clear()
     variants.two_pools()
     assert main(*flags(start, tmp_path / "b", more)) == 0 and not sizes
-    before = train.set_reduction
+    before = train.prepare_backward
     variants.reduce_always()
-    assert train.set_reduction is not before
+    assert train.prepare_backward is not before
 
 
 @pytest.mark.parametrize("name", ["keep-more", "varying-heads", "more-kernels", "eager-head"])
@@ -322,39 +321,12 @@ def test_a_variant_leaves_out_one_thing_that_is_compiled_otherwise(monkeypatch, 
     assert all(block._compiled_call_impl for block in ours.model["layers"])
 
 
-def test_the_gathered_variant_keeps_weights_from_the_first_micro_batch_of_a_step_to_its_last(
-    start, tmp_path, monkeypatch
-):
-    for name in ("shard", "set_reduction", "step_loss"):
-        monkeypatch.setattr(train, name, getattr(train, name))  # put back after the test
-    seen, step_loss = [], train.step_loss
-
-    def watched(model, dataset, indexes):
-        before = all_gathered(model)
-        losses = step_loss(model, dataset, indexes)
-        seen.append("-+"[before] + "-+"[all_gathered(model)])
-        return losses
-
-    def all_gathered(model) -> bool:
-        return not any(isinstance(p, DTensor) for p in model.parameters())
-
-    train.step_loss = watched
-    more = "--precision bf16 --max-steps 2 --pairs-per-step 4 --max-tokens-per-gpu 30"
-    assert main(*flags(start, tmp_path / "a", more)) == 0
-    assert set(seen) == {"--"}
-    seen.clear()
-    variants.gathered()
-    assert main(*flags(start, tmp_path / "b", more)) == 0
-    # The rehearsal and both steps have several micro-batches. Only the first one gathers.
-    assert re.fullmatch(r"(-\+( \+\+)+ ?){3}", " ".join(seen)), seen
-
-
 def test_variants_of_train_py_make_the_same_updates(tmp_path):
     """In bf16, so that FSDP shards over one process; in several micro-batches."""
     small = "--max-steps 2 --samples 0 --eval-every 0 --pairs-per-step 8 --precision bf16"
     small += " --max-tokens-per-gpu 160 --save-every 0 --device cpu --out"
     found = {}
-    names = ("reduce-always", "two-pools", "gathered")
+    names = ("reduce-always", "two-pools", "resharded")
     for program in ("train.py", *(f"bench/variants.py {name}" for name in names)):
         out = tmp_path / str(len(found))
         words = [sys.executable, *program.split(), *small.split(), out]

@@ -36,6 +36,7 @@ from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_py
@@ -200,7 +201,7 @@ def test_in_compiled_blocks_only_counts_of_tokens_vary(counting, start, monkeypa
         ours = train.build_model(config, init_device_mesh("cpu", (1,)))
         for lengths in ([(5, 4, 3)], [(6, 2, 3), (2, 2, 5)]):
             ours(pack(random_pairs(lengths), longest=64))[0].sum().backward()
-        assert counting.graphs == 4  # a block's forward and backward, and the head's for 2 sizes
+        assert counting.graphs == 4  # a block's forward and backward; the head's, twice
         assert counting.widths and all(width.isdigit() for width in counting.widths)
         assert all(scalar.isdigit() for scalar in counting.scalars)
         with torch.no_grad():
@@ -211,14 +212,14 @@ def test_in_compiled_blocks_only_counts_of_tokens_vary(counting, start, monkeypa
 
 def test_small_models_are_not_compiled(start, monkeypatch):
     compiled, banned = [], "ban_recompute_materialized_backward"  # see the test of what is kept
-    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function))
+    monkeypatch.setattr(torch, "compile", lambda _, **how: compiled.append(how.get("dynamic")))
     with group(), functorch_config.patch(banned, True):
         mesh = SimpleNamespace(device_type="cuda", size=lambda: 1)
         for choice, least, expected in [
-            ("auto", 50_000_000, 0),
-            ("auto", 1000, 3),
-            ("on", 50_000_000, 3),
-            ("off", 1000, 0),
+            ("auto", 50_000_000, []),
+            ("auto", 1000, [True, True, None]),  # two blocks, and the head
+            ("on", 50_000_000, [True, True, None]),
+            ("off", 1000, []),
         ]:
             monkeypatch.setattr(train, "COMPILE_PARAMETERS", least)
             setattr(functorch_config, banned, True)
@@ -229,7 +230,7 @@ def test_small_models_are_not_compiled(start, monkeypatch):
                 model=str(start / "model"), data="x", device="cpu", compile=choice
             )
             train.build_model(config, mesh)
-            assert len(compiled) == expected  # two blocks and the head
+            assert compiled == expected
             assert getattr(functorch_config, banned) == (not expected)
             compiled.clear()
 
@@ -266,11 +267,51 @@ def test_gradients_are_reduced_no_more_often_than_memory_needs(
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         train.shard(ours, mesh, torch.bfloat16)
         for i in range(3):
-            train.set_reduction(ours, mesh, last=i == 2)
+            train.prepare_backward(ours, mesh, last=i == 2)
             ours(pack(random_pairs([(5, 4, 3)])))[0].sum().backward()
     assert counter.calls["chunk_cat"] == copies  # where a reduction begins
     assert counter.calls["_reduce_scatter_base_"] == scatters
     assert counter.calls["allreduce_"] == sums
+
+
+@pytest.mark.parametrize("gathered, gathers", [(False, 3 * (4 + 2)), (True, 4)])
+def test_weights_are_gathered_twice_in_a_micro_batch_or_once_in_a_step(gathered, gathers):
+    """Two steps of three micro-batches, four processes. In backward only the blocks are gathered
+    again: the head still is, and the embedding is not needed. Between steps nothing is gathered."""
+    ours = tiny_model()
+    with group(4, "fake"):
+        mesh = init_device_mesh("cpu", (4,))
+        train.shard(ours, mesh, torch.bfloat16)
+        if gathered:
+            assert train.keep_gathered(ours)
+        for _ in range(2):
+            with Operations() as counter:
+                for i in range(3):
+                    train.prepare_backward(ours, mesh, last=i == 2)
+                    ours(pack(random_pairs([(5, 4, 3)])))[0].sum().backward()
+            assert counter.calls["_allgather_base_"] == gathers
+            assert all(isinstance(parameter, DTensor) for parameter in ours.parameters())
+    assert not train.keep_gathered(tiny_model())  # not sharded
+
+
+def test_weights_that_stay_gathered_change_no_number(start, tmp_path, monkeypatch):
+    """Also in evaluations, in checkpoints and in the best weights."""
+    run = "--precision bf16 --max-steps 4 --pairs-per-step 4 --max-tokens-per-gpu 40"
+    run += " --eval-every 1 --save-every 1 --keep-best accuracy --eval-data"
+    rehearse, out = memory.rehearse, [tmp_path / "plain", tmp_path / "gathered"]
+    for i in range(2):
+        trained(start, out[i], run, start / "heldout.jsonl")
+        monkeypatch.setattr(
+            memory,
+            "rehearse",
+            lambda model, pairs, losses_of, keep, *rest: (
+                keep() and rehearse(model, pairs, losses_of, keep, *rest)
+            ),
+        )
+    for name in ("model/model.safetensors", "eval.jsonl"):
+        assert (out[0] / name).read_bytes() == (out[1] / name).read_bytes()
+    plain, gathered = ([row["loss"] for row in rows(directory)] for directory in out)
+    assert plain == gathered
 
 
 @pytest.mark.parametrize("more", ["", "--replicas 2"])
@@ -409,7 +450,7 @@ def rehearsed(tmp_path):
     Returns what it chose, what it said, its pairs and its meter."""
     with group():
 
-        def run(total, most=None, **flags):
+        def run(total, most=None, keep=lambda: False, **flags):
             config = train.Config(
                 model="m", data="d", device="cpu", pairs_per_step=4, max_steps=2, **flags
             )
@@ -420,7 +461,7 @@ def rehearsed(tmp_path):
             batch = lambda i: pack([pairs.pairs[j] for j in i], longest=128)  # noqa: E731
             with gpu:
                 chosen = memory.rehearse(
-                    ours, pairs, lambda i, last: ours(batch(i))[0], said.append, gpu
+                    ours, pairs, lambda i, last: ours(batch(i))[0], keep, said.append, gpu
                 )
             return SimpleNamespace(chosen=chosen, said=said, pairs=pairs, gpu=gpu, model=ours)
 
@@ -460,7 +501,7 @@ def test_all_processes_recompute_as_many_blocks_as_the_one_with_the_least_memory
     others = [1, 2, 1, 0]  # whether one block fits, then how many more
     with_group = memory.dist
     monkeypatch.setattr(memory, "dist", SimpleNamespace(**vars(with_group) | {"all_reduce": least}))
-    assert rehearsed(1e12).chosen == {"recomputed_blocks": 5, "max_tokens_per_gpu": 8192}
+    assert rehearsed(1e12).chosen["recomputed_blocks"] == 5
 
 
 def test_micro_batches_are_larger_than_by_default_if_nothing_is_recomputed_and_they_surely_fit(
@@ -480,6 +521,25 @@ def test_micro_batches_are_larger_than_by_default_if_nothing_is_recomputed_and_t
     tight = rehearsed(2.05 * peak_with(rehearsed, 0, most=170) / 0.96, most=170)
     # Whatever it chooses, no try runs out of memory.
     assert tight.pairs.max_tokens_per_gpu in (170, 340)
+
+
+def test_weights_stay_gathered_if_nothing_is_recomputed_and_they_surely_fit(rehearsed):
+    """They take 4 bytes a parameter here, where products are in fp32."""
+    weights = 4 * sum(
+        parameter.numel() for parameter in tiny_model(num_hidden_layers=8).parameters()
+    )
+    peak, calls = peak_with(rehearsed, 0), []
+    keep = lambda: calls.append(0) or True  # noqa: E731
+    for checkpoint_blocks, room, expected in [
+        ("auto", 1.001 * (2.05 * peak + weights) / 0.96, True),
+        ("off", 1.001 * (peak + weights) / 0.96, True),
+        ("off", 0.999 * (peak + weights) / 0.96, False),
+        ("1", 3 * peak, False),
+    ]:
+        found = rehearsed(room, keep=keep, checkpoint_blocks=checkpoint_blocks)
+        assert found.chosen["weights_stay_gathered"] == expected == bool(calls)
+        assert (" blocks, gathers weights once a step; " in found.said[0]) == expected
+        calls.clear()
 
 
 def test_larger_micro_batches_must_fit_beside_weights_and_moments_by_what_they_would_hold():
@@ -507,6 +567,7 @@ def test_on_a_cpu_nothing_is_recomputed_unless_asked_for(start, tmp_path, capsys
         out = tmp_path / f"out{blocks}"
         trained(start, out, "--max-steps 2", more)
         found = {"recomputed_blocks": blocks, "max_tokens_per_gpu": 8192}
+        found["weights_stay_gathered"] = False
         assert read_json(out / "config.json")["memory"] == found
         said = capsys.readouterr().out
         assert f"memory     recomputes {blocks} of 2 blocks\n" in said

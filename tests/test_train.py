@@ -279,7 +279,7 @@ def test_a_network_that_does_not_exist_and_a_compiler_that_does_not_work_are_one
         patch.setenv("GLOO_SOCKET_IFNAME", "nosuch")
         assert "no process group: " in complaint(*given)
     monkeypatch.setattr(train, "step_loss", mock.Mock(side_effect=InvalidCxxCompiler()))
-    assert 'blocks do not compile ("No working C++ compiler' in complaint(*given, code=1)
+    assert 'the model does not compile ("No working C++ compiler' in complaint(*given, code=1)
     # The compiler wraps whatever goes wrong while it compiles.
     full = InductorError(
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), None
