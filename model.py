@@ -398,6 +398,7 @@ def exp_in_place(logits_SV: Tensor) -> tuple[Tensor, Tensor]:
         Z_C1 = wide_CV.sub_(m_C1).exp_().sum(-1, keepdim=True)
         if wide_CV.dtype != logits_CV.dtype:
             logits_CV.copy_(wide_CV)
+        del wide_CV  # before the next one is made
         largest.append(m_C1[:, 0])
         sums.append(Z_C1[:, 0])
     return torch.cat(largest), torch.cat(sums)
