@@ -248,8 +248,8 @@ class _RMSNorm(torch.autograd.Function):
         normed_TD = at_least_fp32(x_TD) * scale_T1
         # The weight in fp32: the product of two half types would be rounded.
         grad_normed_TD = grad_TD * at_least_fp32(weight_D)
-        # Not a product that shares grad_TD * normed_TD with the sum below: torch.compile would
-        # store that one in fp32, because sums over two axes need it.
+        # Does not reuse grad_TD * normed_TD, which grad_weight_D needs: torch.compile would store a
+        # product that sums over two axes need, in fp32.
         mean_T1 = (grad_normed_TD * normed_TD).mean(-1, keepdim=True)
         grad_x_TD = (grad_normed_TD - normed_TD * mean_T1) * scale_T1
         grad_weight_D = (grad_TD * normed_TD).sum(0)
@@ -372,7 +372,7 @@ class Block(nn.Module):
 # ---------------------------------------------------------------------------------------- head
 
 # How many logits of half types are held in fp32 at once: on a CPU as many as fit in its cache, on a
-# GPU enough to keep it busy (1 GiB). Compiled, none are.
+# GPU enough to keep it busy (1 GiB). If compiled, no logits are held in fp32.
 CHUNK_ELEMENTS, CHUNK_ELEMENTS_CUDA = 2**20, 2**28
 # Without gradients, about so many scored tokens share a matrix product (more if a chunk has more):
 # with fewer, the weights are read too often.
@@ -393,7 +393,7 @@ def exp_in_place(logits_SV: Tensor) -> tuple[Tensor, Tensor]:
     largest, sums = [], []
     for logits_CV in logits_SV.split(chunk):
         wide_CV = at_least_fp32(logits_CV)  # a copy of half types; else the logits themselves
-        # keepdim: torch.compile sees a softmax's sums, and reads the logits twice, not three times.
+        # With keepdim torch.compile recognises a softmax, and reads the logits twice, not thrice.
         m_C1 = wide_CV.amax(-1, keepdim=True)
         Z_C1 = wide_CV.sub_(m_C1).exp_().sum(-1, keepdim=True)
         if wide_CV.dtype != logits_CV.dtype:

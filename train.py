@@ -479,7 +479,7 @@ def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
         # The head's backward comes right after its forward: it stays gathered in between.
         split([model.model["norm"], model.lm_head], reshard_after_forward=False)
     split(model)
-    model.stays_gathered = False
+    model.kept_gathered = False
     register_fsdp_forward_method(model, "logits")
     if mesh.size() == 1:  # FSDP would take memory for reduced gradients from another stream's pool
         for module in model.modules():
@@ -488,11 +488,12 @@ def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
 
 
 def keep_gathered(model: Llama) -> bool:
-    """From now on gathers the weights once per step, not twice per micro-batch, and keeps them in
-    between. False if the model is not sharded: there is nothing to gather."""
+    """From now on each weight is gathered once per step and kept until the step's last backward.
+    Before, every micro-batch gathered it, a block's twice. Returns False, and does nothing, if the
+    model is not sharded."""
     if isinstance(model, FSDPModule):
         model.set_reshard_after_forward(False)
-        model.stays_gathered = True
+        model.kept_gathered = True
     return isinstance(model, FSDPModule)
 
 
@@ -507,7 +508,7 @@ def prepare_backward(model: Llama, mesh: DeviceMesh, last: bool) -> None:
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or mesh.size() > 1)
         model.set_requires_all_reduce(last)
-        model.set_reshard_after_backward(last or not model.stays_gathered)
+        model.set_reshard_after_backward(last or not model.kept_gathered)
 
 
 def reshard(model: Llama) -> None:

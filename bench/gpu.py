@@ -440,10 +440,11 @@ def step(a: argparse.Namespace) -> None:
     chosen = json.loads((a.scratch / "out/config.json").read_text())["memory"]
     emptied = [rows[i].get("memory_retries", 0) for i in (WARMUP - 1, -1)]
     hfu = f"; HFU {found['hfu']:.2%}" if "hfu" in found else ""
+    gathered = ", weights kept gathered" * chosen["weights_kept_gathered"]
     say(
         a,
         f"  - {chosen['recomputed_blocks']} of {config.num_hidden_layers} blocks recomputed, "
-        f"at most {chosen['max_tokens_per_gpu']} tokens a micro-batch{hfu}"
+        f"at most {chosen['max_tokens_per_gpu']} tokens a micro-batch{gathered}{hfu}"
         f"; the allocator emptied its cache {emptied[1] - emptied[0]} times in these steps and "
         f"{emptied[0]} times before",
     )

@@ -2,7 +2,7 @@
 
     python bench/kernels.py                                 8B, 8,192 tokens, nothing recomputed
     python bench/kernels.py --shape 3B --tokens 16384 --recompute
-    python bench/kernels.py --variant varying-heads         one of variants.py
+    python bench/kernels.py --variant varying-heads         or keep-more, more-kernels
 
 For each kernel of the forward and the backward pass, without the matrix products and attention: the
 instructions of its machine code, how many of them load from memory, the widest load in bits, and

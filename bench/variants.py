@@ -5,8 +5,8 @@
     reduce-always    reduces gradients in every micro-batch, on one process too
     two-pools        lets FSDP take the memory of reduced gradients as it does by itself, and not
                      as support/memory.py's OnePool does
-    resharded        gathers the weights twice in each micro-batch, even if there is room to keep
-                     them gathered
+    resharded        gathers weights in every micro-batch, a block's twice, even if there is room to
+                     keep them gathered
     pageable         copies batches from memory that is not pinned: the CPU may wait for the copy
     keep-more        compiled blocks keep for backward what they could make again without a matrix
                      product

@@ -21,9 +21,9 @@ def compile_model(model: nn.Module) -> None:
     # It would take the integers of modules that FSDP shards for variables, head_dim among them. For
     # each number, RoPE's kernels would then divide by it: ten times as many instructions.
     dynamo_config.specialize_int = True
-    # It would write other kernels of the norms for small batches: fewer than 4,096 tokens, than
-    # twice the width, or 5 million numbers. A run would stop to compile them, and after eight
-    # programs it would compile no more.
+    # It would write other kernels of the norms for small batches: with fewer than 4,096 tokens,
+    # with fewer tokens than twice the width, or with fewer than 5 * 2**20 numbers. A run would stop
+    # to compile them, and after eight programs it would compile no more.
     inductor_config.triton.mix_order_reduction_non_strict_mode = True
     for block in model.model["layers"]:
         block.compile(dynamic=True)

@@ -10,8 +10,9 @@ In reading order
 
 The policy of --checkpoint-blocks auto on GPUs: first keep blocks, then enlarge micro-batches, then
 keep weights gathered. On the GPU where the first two were measured (docs/gpu.md), a 3B model gained
-27% by keeping all of its blocks, and 6% by micro-batches twice as large. By the bytes that are then
-not copied, the third should gain 2%.
+27% by keeping all of its blocks, and 6% by micro-batches twice as large. The third is not measured:
+for that model on one GPU, with four micro-batches a step, the copies that it saves should be 2% of
+a step.
 """
 
 import contextlib
@@ -40,6 +41,7 @@ from support.processes import (
 )
 
 MARGIN = 0.04  # of a GPU's memory is left free: for gaps between tensors and what grows later
+MARGIN_GATHERED = 0.08  # more of it if weights are kept gathered: that gains little
 LARGER = 2  # how many times the default micro-batch a GPU with room gets: more was not measured
 ADVICE = (  # if memory ran out where nothing says more exactly what to change
     "weights, gradients and moments take 16 bytes a parameter, split over the processes of a "
@@ -275,9 +277,10 @@ def rehearse(
     resting, gathered = gpu.allocated() if gpu else 0, False
     recomputed = layers if fixed is None else fixed
     tried = try_with(recomputed)
+    if gpu and not fixed:
+        tried = try_with(recomputed)  # again: the first time, compiling took memory too
     limit = gpu.available() * (1 - MARGIN) if gpu else math.inf
     if fixed is None:
-        tried = try_with(layers)  # again: the first time, compiling took memory too
         kept = pair_bytes(llama, dataset, layers - 1) - pair_bytes(llama, dataset, layers)
         one = max(kept[indexes].sum() for step in found.steps for indexes in step)
         if blocks_that_fit():
@@ -291,13 +294,15 @@ def rehearse(
         if recomputed == 0 and dataset.config.max_tokens_per_gpu is None:
             found = enlarge(dataset, found, find, tried.peak, resting, limit)
             tried = try_with(0)
-    weights = compute_dtype(dataset).itemsize * sum(p.numel() for p in model.parameters())
-    if gpu and recomputed == 0 and smallest(tried.peak + weights <= limit, dataset.device):
-        gathered = keep_gathered()
-        tried = try_with(0)
+    if gpu and recomputed == 0:
+        weights = compute_dtype(dataset).itemsize * sum(p.numel() for p in model.parameters())
+        room = gpu.available() * (1 - MARGIN_GATHERED) - tried.peak
+        gathered = bool(smallest(weights <= room, dataset.device)) and keep_gathered()
+        if gathered:
+            tried = try_with(0)
     text = f"recomputes {recomputed} of {layers} blocks"
     if gathered:
-        text += ", gathers weights once a step"
+        text += ", keeps weights gathered"
     if gpu:
         text += f"; {tried.peak / 2**30:.1f} of {gpu.available() / 2**30:.1f} GiB at the peak"
         gpu.reset_peak()  # from here on it is that of the steps
@@ -305,7 +310,7 @@ def rehearse(
     return {
         "recomputed_blocks": recomputed,
         "max_tokens_per_gpu": dataset.max_tokens_per_gpu,
-        "weights_stay_gathered": gathered,
+        "weights_kept_gathered": gathered,
     }
 
 
@@ -352,17 +357,19 @@ def advising(where: str, model: nn.Module, dataset, tokens: float = math.inf) ->
         blocks = [block.recompute for block in model.model["layers"]]
         if not all(blocks):
             more = min(len(blocks), sum(blocks) + max(1, len(blocks) // 8))
+            # Not set if the model is not sharded.
+            kept = " and weights kept gathered" * getattr(model, "kept_gathered", False)
             advice += (
                 f", or pass --checkpoint-blocks {more}: {sum(blocks)} of {len(blocks)} blocks were "
-                "recomputed"
+                f"recomputed{kept}"
             )
         raise StoppedError(f"out of memory {where}; {advice}") from None
 
 
 # ---------------------------------------------------------------------------------- simulation
 
-# (mesh, recomputed blocks, whether weights stay gathered) -> the sharded model, its optimizer, and
-# a function to be called before each batch: with True before the last one of a step.
+# (mesh, recomputed blocks, whether weights are kept gathered) -> the sharded model, its optimizer,
+# and a function to be called before each batch: with True before the last one of a step.
 Build = Callable[
     [DeviceMesh, int, bool], tuple[nn.Module, torch.optim.Optimizer, Callable[[bool], None]]
 ]
@@ -446,10 +453,12 @@ def print_plan(dataset, llama, parameters: int, build: Build) -> None:
             resting = 12 * parameters / gpus / 2**30  # weights and moments
             found = enlarge(dataset, found, find, peak_of(0)["total"], resting, limit)
             peak_of.cache_clear()
-    weights = 2 * parameters / 2**30  # in bf16
-    if numbers == [0] and config.gpu_memory and peak_of(0)["total"] + weights <= limit:
-        gathered = True
-        peak_of.cache_clear()
+    if numbers == [0] and config.gpu_memory:
+        weights = 2 * parameters / 2**30  # in bf16
+        room = config.gpu_memory * (1 - MARGIN_GATHERED) - peak_of(0)["total"]
+        gathered = weights <= room
+        if gathered:
+            peak_of.cache_clear()
     share = config.pairs_per_step / len(dataset.pairs)  # of an epoch, in one step
     flops = 3 * share * pair_flops(llama, dataset.pairs, config.share_prompt)[:, :2].sum()
     print(
@@ -465,7 +474,7 @@ def print_plan(dataset, llama, parameters: int, build: Build) -> None:
         kinds = ", ".join(f"{k} {size:.1f}" for k, size in peak.items() if size >= 0.05)
         print(
             f"  memory      {peak['total']:.1f} GiB at the peak on each GPU, if {number} of "
-            f"{layers} blocks are recomputed{' and weights gathered once a step' * gathered}: "
+            f"{layers} blocks are recomputed{' and weights are kept gathered' * gathered}: "
             f"{kinds}"
         )
     if peak["total"] > limit:

@@ -295,6 +295,9 @@ def test_variants_change_what_they_say(start, tmp_path, monkeypatch):
     before = train.prepare_backward
     variants.reduce_always()
     assert train.prepare_backward is not before
+    monkeypatch.setattr(train, "keep_gathered", lambda model: True)
+    variants.resharded()
+    assert not train.keep_gathered(tiny_model())
 
 
 @pytest.mark.parametrize("name", ["keep-more", "varying-heads", "more-kernels", "eager-head"])
