@@ -17,6 +17,7 @@ it. Then the tensors' device is changed to a GPU, and Inductor is given an H200'
 
 import argparse
 import ast
+import contextlib
 import functools
 import importlib.util
 import re
@@ -150,12 +151,9 @@ class Programs:
 
         graph.GraphLowering.save_output_code = staticmethod(keep)
         available, torch.cuda.is_available = torch.cuda.is_available, lambda: True
-        try:
+        with contextlib.suppress(Written):
             compile_fx.compile_fx_inner(module, self.moved(list(inputs)), **options)
-        except Written:
-            pass
-        finally:
-            torch.cuda.is_available = available
+        torch.cuda.is_available = available
         modes = {x.fake_mode for x in inputs if isinstance(x, FakeTensor)}
         self.guards |= {str(guard.expr) for mode in modes for guard in mode.shape_env.guards}
         return lambda *_: (_ for _ in ()).throw(Written)
@@ -192,10 +190,8 @@ def write_programs(a: argparse.Namespace) -> Programs:
             lambda: block(x_TD, rope, Segments(starts, starts.clone(), keys, 2048)),
             *(functools.partial(model.exp_in_place, logits_SV) for logits_SV in logits),
         ):
-            try:
+            with contextlib.suppress(Written):
                 run()
-            except Written:
-                pass
     return programs
 
 
