@@ -149,6 +149,9 @@ class Programs:
             self.texts.append(text)
             raise Written
 
+        def stop(*_) -> None:
+            raise Written
+
         graph.GraphLowering.save_output_code = staticmethod(keep)
         available, torch.cuda.is_available = torch.cuda.is_available, lambda: True
         with contextlib.suppress(Written):
@@ -156,7 +159,7 @@ class Programs:
         torch.cuda.is_available = available
         modes = {x.fake_mode for x in inputs if isinstance(x, FakeTensor)}
         self.guards |= {str(guard.expr) for mode in modes for guard in mode.shape_env.guards}
-        return lambda *_: (_ for _ in ()).throw(Written)
+        return stop
 
 
 def write_programs(a: argparse.Namespace) -> Programs:

@@ -279,8 +279,8 @@ def rehearse(
     tried = try_with(recomputed)
     if gpu and not fixed:
         tried = try_with(recomputed)  # again: the first time, compiling took memory too
-    limit = gpu.available() * (1 - MARGIN) if gpu else math.inf
     if fixed is None:
+        limit = gpu.available() * (1 - MARGIN)
         kept = pair_bytes(llama, dataset, layers - 1) - pair_bytes(llama, dataset, layers)
         one = max(kept[indexes].sum() for step in found.steps for indexes in step)
         if blocks_that_fit():
@@ -297,9 +297,8 @@ def rehearse(
     if gpu and recomputed == 0:
         weights = compute_dtype(dataset).itemsize * sum(p.numel() for p in model.parameters())
         room = gpu.available() * (1 - MARGIN_GATHERED) - tried.peak
-        gathered = bool(smallest(weights <= room, dataset.device)) and keep_gathered()
-        if gathered:
-            tried = try_with(0)
+        if smallest(weights <= room, dataset.device) and keep_gathered():
+            gathered, tried = True, try_with(0)
     text = f"recomputes {recomputed} of {layers} blocks"
     if gathered:
         text += ", keeps weights gathered"
@@ -376,7 +375,7 @@ Build = Callable[
 
 
 def simulated_peak(
-    build: Build, steps: list[list], gpus: int, recomputed: int, gathered: bool = False
+    build: Build, steps: list[list], gpus: int, recomputed: int, gathered: bool
 ) -> dict[str, float]:
     """GiB by kind ("total" among them) at the peak of one of `gpus` CUDA devices.
 

@@ -305,21 +305,15 @@ def test_a_variant_leaves_out_one_thing_that_is_compiled_otherwise(monkeypatch, 
     for place in ("functorch_config", "dynamo_config", "inductor_config"):
         monkeypatch.setattr(compiler, place, getattr(compiler, place))  # put back after the test
     monkeypatch.setattr(train, "compile_model", train.compile_model)
-    norms = "triton.mix_order_reduction_non_strict_mode"
     ours = tiny_model()
-    with (
-        functorch_config.patch(ban_recompute_materialized_backward=True),
-        dynamo_config.patch(specialize_int=False),
-        inductor_config.patch({norms: False}),
-    ):
-        variants.VARIANTS[name]()
-        train.compile_model(ours)
-        found = {
-            "keep-more": functorch_config.ban_recompute_materialized_backward,
-            "varying-heads": not dynamo_config.specialize_int,
-            "more-kernels": not inductor_config.triton.mix_order_reduction_non_strict_mode,
-            "eager-head": ours.exp_in_place is exp_in_place,
-        }
+    variants.VARIANTS[name]()
+    train.compile_model(ours)
+    found = {
+        "keep-more": functorch_config.ban_recompute_materialized_backward,
+        "varying-heads": not dynamo_config.specialize_int,
+        "more-kernels": not inductor_config.triton.mix_order_reduction_non_strict_mode,
+        "eager-head": ours.exp_in_place is exp_in_place,
+    }
     assert found == {variant: variant == name for variant in found}
     assert all(block._compiled_call_impl for block in ours.model["layers"])
 

@@ -30,7 +30,6 @@ from conftest import (
     write_pairs,
 )
 from safetensors.torch import load_file
-from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import make_boxed_func
@@ -197,7 +196,7 @@ def test_in_compiled_blocks_only_counts_of_tokens_vary(counting, start, monkeypa
     config = train.Config(
         model=str(start / "model"), data="x", device="cpu", precision="bf16", compile="on"
     )
-    with group(), dynamo_config.patch(specialize_int=False):
+    with group():
         ours = train.build_model(config, init_device_mesh("cpu", (1,)))
         for lengths in ([(5, 4, 3)], [(6, 2, 3), (2, 2, 5)]):
             ours(pack(random_pairs(lengths), longest=64))[0].sum().backward()
@@ -213,7 +212,7 @@ def test_in_compiled_blocks_only_counts_of_tokens_vary(counting, start, monkeypa
 def test_small_models_are_not_compiled(start, monkeypatch):
     compiled, banned = [], "ban_recompute_materialized_backward"  # see the test of what is kept
     monkeypatch.setattr(torch, "compile", lambda _, **how: compiled.append(how.get("dynamic")))
-    with group(), functorch_config.patch(banned, True):
+    with group():
         mesh = SimpleNamespace(device_type="cuda", size=lambda: 1)
         for choice, least, expected in [
             ("auto", 50_000_000, []),
@@ -519,7 +518,11 @@ def test_all_processes_recompute_as_many_blocks_as_the_one_with_the_least_memory
     others = [1, 2, 1, 0]  # whether one block fits, then how many more
     with_group = memory.dist
     monkeypatch.setattr(memory, "dist", SimpleNamespace(**vars(with_group) | {"all_reduce": least}))
-    assert rehearsed(1e12).chosen["recomputed_blocks"] == 5
+    assert rehearsed(1e12).chosen == {
+        "recomputed_blocks": 5,
+        "max_tokens_per_gpu": 8192,
+        "weights_kept_gathered": False,
+    }
 
 
 def test_micro_batches_are_larger_than_by_default_if_nothing_is_recomputed_and_they_surely_fit(
