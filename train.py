@@ -10,15 +10,15 @@ In reading order
     Config                           every setting: its flag, its default, its line of help
     Dataset, step_loss               what a step draws; the forward pass and loss of a micro-batch
     Run, train, learning_rate        the loop; warm-up and cosine
-    evaluate                         held-out figures
+    evaluate                         held-out metrics
     attach_reference                 log-probs of the starting model, for dpo, dpo-norm and ipo
-    shard ... make_optimizer         one process and many, on a CPU and on GPUs (FSDP2); AdamW
+    shard ... make_optimizer         FSDP2 over any number of processes, one included; AdamW
     read_pairs, fine_tune, export    what is trained on; a whole run; the model that it leaves
     plan                             what a run would need
 
-Weights and AdamW's moments are kept in fp32, sharded over the processes of a replica; matrix
-products run in bf16 on CUDA and in fp32 on a CPU (--precision). A step's pairs do not depend on the
-number of processes, and each pair weighs 1/pairs_per_step wherever it is computed.
+Weights and AdamW's moments are kept in fp32, sharded over the processes; matrix products run in
+bf16 on CUDA and in fp32 on a CPU (--precision). A step's pairs do not depend on the number of
+processes, and each pair weighs 1/pairs_per_step wherever it is computed.
 
 The state of a run is its step number, its weights and AdamW's moments (with --keep-best also the
 best weights so far). Nothing is drawn at random except the order of the pairs, a function of seed
@@ -34,7 +34,6 @@ Left out: LoRA, other optimisers, configuration files.
 import support  # noqa: F401  before torch, which reads what it sets
 
 # isort: split
-import dataclasses
 import math
 import time
 from collections import Counter
@@ -48,7 +47,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
-    FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
@@ -74,13 +72,13 @@ from model import (
     expected_shapes,
     load_weights,
 )
-from support import checkpoints, memory, processes, run_directory
+from support import checkpoints, memory, processes, run_directory, sharding
 from support.best import Best
 from support.bins import MicroBatch
 from support.compiler import compile_model
 from support.export import save_model
 from support.files import InputError
-from support.flags import check_answers, check_flags, flag, parse, resolve_max_tokens
+from support.flags import check_answers, check_flags, flag, parse, resolved
 from support.held_out import answer, last_turn, read_groups
 from support.log import Log, describe, header, run_facts, size_and_speed
 from support.metrics import Sums, common_metrics
@@ -236,8 +234,7 @@ class Dataset:
         self.reference: Llama | Tensor | None = None
         check_longest(self.sizes, self.max_tokens_per_gpu, pairs)
         self.stand_in = [int(self.sizes.argmin())]  # see `batch`
-        # A value of --eval-by -> indexes of its pairs; None -> all pairs.
-        self.groups: dict[str | None, range | set[int]] = {None: range(len(pairs))}
+        self.groups: dict[str, set[int]] = {}  # a value of --eval-by -> indexes of its pairs
 
     @property
     def steps_per_epoch(self) -> int:
@@ -269,7 +266,8 @@ class Dataset:
         sharded model: it computes a stand-in, the shortest pair, which then counts 0.
         """
         drawn = [self.pairs[i] for i in indexes or self.stand_in]
-        return pack(drawn, self.config.share_prompt, self.config.max_tokens).to(self.device)
+        batch = pack(drawn, self.config.share_prompt, longest=self.config.max_tokens)
+        return batch.to(self.device)
 
     @torch.no_grad()
     def reference_logps(self, indexes: MicroBatch, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -337,12 +335,12 @@ def train(run: Run, done: int) -> None:
         micro_batches = dataset.micro_batches(step - 1, world)  # [process][micro-batch] -> indexes
         drawn = [i for by_rank in micro_batches for indexes in by_rank for i in indexes]
 
-        sums, losses = Sums(), []
-        for i, indexes in enumerate(micro_batches[rank]):
-            prepare_backward(model, run.mesh, last=i + 1 == len(micro_batches[rank]))
+        sums, losses, own = Sums(), [], micro_batches[rank]
+        for i, indexes in enumerate(own):
+            sharding.prepare_backward(model, last=i + 1 == len(own))
             loss_B, metrics = step_loss(model, dataset, indexes)
-            # A stand-in weighs 0, a pair 1/pairs_per_step, also in an epoch's short last step.
-            loss = (loss_B * metrics["rows"]).sum() * scale
+            # A pair weighs 1/pairs_per_step, also in an epoch's short last step; a stand-in 0.
+            loss = loss_B.sum() * (scale if indexes else 0.0)
             loss.backward()
             sums.add(metrics)
             losses.append((indexes, loss_B.detach()))
@@ -366,24 +364,19 @@ def train(run: Run, done: int) -> None:
         row |= {"grad_norm": norm} | size_and_speed(run, drawn, started)
         run.log.step(row, dataset.steps)
         last = step == dataset.steps
-        if run.held_out and (last or due(config.eval_every, step)):
+        if run.held_out and (last or (config.eval_every and step % config.eval_every == 0)):
             row |= evaluate(run, step)
             run.best.offer(step, row)
         run.log.append("metrics.jsonl", row)
         if last:
             return  # no checkpoint: the export follows
         stop = run.stop.signal_anywhere(dataset.device)
-        if stop or due(config.save_every, step):
+        if stop or (config.save_every and step % config.save_every == 0):
             checkpoints.save_checkpoint(
                 run.log.out, step, run.identity, model, optimizer, run.mesh, config.keep
             )
         if stop:
             raise run.log.stopped(stop, step, dataset.steps)
-
-
-def due(every: int, step: int) -> bool:
-    """True if `step` is a multiple of `every`; 0 means never."""
-    return every > 0 and step % every == 0
 
 
 def learning_rate(
@@ -407,25 +400,26 @@ def learning_rate(
 
 @torch.no_grad()
 def evaluate(run: Run, step: int) -> dict[str, float]:
-    """Held-out metrics (eval_loss and so on): means over all pairs that have what is measured, each
-    counted once on any number of processes. Logged, also for each value of --eval-by, with answers
-    to the first --samples prompts. To be called on every process."""
+    """Held-out metrics, eval_loss and so on, each the mean over the pairs that have it (a margin
+    needs both answers). Each pair counts once on any number of processes. Logged, also for each
+    value of --eval-by, with answers to the first --samples prompts. To be called on every process.
+    """
     dataset = run.held_out
     prompts = [pair.prompt for pair in dataset.pairs[: run.config.samples]]
     answers = [answer(run.model, run.chat, prompt, dataset.device) for prompt in prompts]
-    sums = {name: Sums() for name in dataset.groups}
+    of_all, of_groups = Sums(), {name: Sums() for name in dataset.groups}
     for indexes in dataset.own_micro_batches():
         _, metrics = step_loss(run.model, dataset, indexes)
+        of_all.add(metrics)
         for name, group in dataset.groups.items():
             within = [float(i in group) for i in indexes or dataset.stand_in]
-            sums[name].add(metrics, torch.tensor(within, device=dataset.device))
-    reshard(run.model)
-    by = {}
-    for name, group in dataset.groups.items():
-        means = sums[name].mean_over_processes()
-        figures = {f"eval_{metric}": mean for metric, mean in means.items()}
-        by[name] = figures if name is None else {"pairs": len(group)} | figures
-    row = by.pop(None)
+            of_groups[name].add(metrics, torch.tensor(within, device=dataset.device))
+    sharding.reshard(run.model)
+    row = of_all.mean_over_processes("eval_")
+    by = {
+        name: {"pairs": len(group)} | of_groups[name].mean_over_processes("eval_")
+        for name, group in dataset.groups.items()
+    }
     run.log.evaluation(step, row, by, answers)
     return row
 
@@ -449,7 +443,7 @@ def attach_reference(
     else:
         cache = Path(config.reference_cache or out / "reference.safetensors")
         references = cached_logps(cache, fingerprint, model, datasets)
-        reshard(model)
+        sharding.reshard(model)
     for dataset, reference in zip(datasets, references, strict=True):
         dataset.reference = reference
 
@@ -479,44 +473,9 @@ def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
         # The head's backward comes right after its forward: it stays gathered in between.
         split([model.model["norm"], model.lm_head], reshard_after_forward=False)
     split(model)
-    model.kept_gathered = False
     register_fsdp_forward_method(model, "logits")
-    if mesh.size() == 1:  # FSDP would take memory for reduced gradients from another stream's pool
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_custom_reduce_scatter(memory.OnePool())
-
-
-def keep_gathered(model: Llama) -> bool:
-    """From now on each weight is gathered once per step and kept until the step's last backward.
-    Before, every micro-batch gathered it, a block's twice. Returns False, and does nothing, if the
-    model is not sharded."""
-    if isinstance(model, FSDPModule):
-        model.set_reshard_after_forward(False)
-        model.kept_gathered = True
-    return isinstance(model, FSDPModule)
-
-
-def prepare_backward(model: Llama, mesh: DeviceMesh, last: bool) -> None:
-    """Tells FSDP whether to reduce gradients over processes, and to give up gathered weights, in
-    the next backward. last: the step ends there.
-
-    On several processes gradients are reduced in every micro-batch: otherwise each process would
-    hold those of the whole model. On one process waiting costs no memory, so they are reduced once
-    per step. Replicas exchange theirs once per step too.
-    """
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last or mesh.size() > 1)
-        model.set_requires_all_reduce(last)
-        model.set_reshard_after_backward(last or not model.kept_gathered)
-
-
-def reshard(model: Llama) -> None:
-    """Frees the weights that a forward pass without backward left gathered. Until then,
-    parameters() are not the ones that are trained."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    if mesh.size() == 1:
+        sharding.use_one_pool(model)
 
 
 COMPILE_PARAMETERS = 50_000_000  # a smaller model's run is over before compilation has paid
@@ -588,7 +547,7 @@ def read_pairs(
         datasets.append(Dataset(pairs, config, device))
     if config.eval_by:
         held_out = datasets[1]
-        held_out.groups |= read_groups(config.eval_data, config.eval_by, held_out.pairs)
+        held_out.groups = read_groups(config.eval_data, config.eval_by, held_out.pairs)
     return datasets, counts, chat
 
 
@@ -597,9 +556,7 @@ def fine_tune(config: Config) -> None:
     before OUT is made, the values of the weights before the first step."""
     processes.refuse_restart(config.resume is not None)
     llama = LlamaConfig.load(config.model)
-    max_tokens = resolve_max_tokens(config.max_tokens, llama.max_position_embeddings)
-    config = dataclasses.replace(config, max_tokens=max_tokens)
-    memory.recomputed_blocks(config.checkpoint_blocks, llama.num_hidden_layers)  # checks the flag
+    config = resolved(config, llama)
     if config.plan:
         return plan(config, llama)
     weight_files = check_weights(config.model, llama)
@@ -622,33 +579,33 @@ def fine_tune(config: Config) -> None:
         attach_reference(config, mesh, model, datasets, out, fingerprint)
     optimizer = make_optimizer(config, model)
 
-    def losses_of(indexes: MicroBatch, last: bool) -> Tensor:
-        prepare_backward(model, mesh, last=last)
+    def losses_of(indexes: MicroBatch) -> Tensor:
         return step_loss(model, training, indexes)[0]
 
     gpu = memory.Gpu() if mesh.device_type == "cuda" else None
-    # Runs them without an update, sets how many blocks are recomputed, and may raise
-    # training.max_tokens_per_gpu and keep weights gathered.
-    keep = partial(keep_gathered, model)
+    # Runs the costliest micro-batches without an update, so that running out of memory shows now.
+    # Sets how many blocks are recomputed; may raise training.max_tokens_per_gpu, and may keep
+    # weights gathered.
     with processes.announced("trying the run's costliest micro-batches"):
-        facts["memory"] = memory.rehearse(model, training, losses_of, keep, log.say, gpu)
+        facts["memory"] = memory.rehearse(model, training, losses_of, log.say, gpu)
 
     identity = run_directory.identity(config, fingerprint)
-    checkpoint, state = checkpoints.newest_checkpoint(out, identity, log.say)
+    checkpoint, written = checkpoints.newest_checkpoint(out, identity, log.say)
+    done = written["step"]  # 0 without a checkpoint
     if config.resume is not None:
-        processes.on_first_process(lambda: log.rewind(state["step"]))
+        processes.on_first_process(lambda: log.rewind(done))
         log.say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint: from step 1")
     run_directory.record(out, facts)
     best = Best(config.keep_best, out, identity, model, mesh, log.say)
     stop = processes.StopRequest()
     run = Run(config, mesh, model, optimizer, training, held_out, chat, log, best, stop, identity)
     if checkpoint:
-        checkpoints.load_checkpoint(checkpoint, state, model, optimizer)
+        checkpoints.load_checkpoint(checkpoint, written, model, optimizer)
     elif held_out:
         evaluate(run, 0)  # not offered to `best`: only trained weights count
     with stop:  # also during the export: the first signal lets it finish
         with memory.advising("in a step", model, training):
-            train(run, state["step"])
+            train(run, done)
         export(run)
 
 
@@ -677,28 +634,26 @@ def export(run: Run) -> None:
 def plan(config: Config, llama: LlamaConfig) -> None:
     """Prints the steps, FLOPs and memory of the run on --plan CUDA devices."""
     memory.init_fake_group(config.plan)
-    (training, *_), (counts, *_), _ = read_pairs(config, llama, "cpu")
+    datasets, counts, _ = read_pairs(config, llama, "cpu")
 
-    def build(mesh: DeviceMesh, recomputed: int, gathered: bool) -> tuple:
+    def build(mesh: DeviceMesh) -> tuple[Llama, torch.optim.AdamW]:
         with torch.device("meta"):
             model = Llama(llama)
-        model.recompute_first(recomputed)
         shard(model, mesh, torch.bfloat16)
-        if gathered:
-            keep_gathered(model)
         model.to_empty(device="cpu")
-        return model, make_optimizer(config, model), partial(prepare_backward, model, mesh)
+        return model, make_optimizer(config, model)
 
     parameters = sum(map(math.prod, expected_shapes(llama).values()))
-    print(f"{config.data}: {describe(counts)}")
-    memory.print_plan(training, llama, parameters, build)
+    print(f"{config.data}: {describe(counts[0])}")
+    memory.print_plan(datasets[0], llama, parameters, build)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code (support.processes.exit_code)."""
+    help_text = __doc__.partition("\n\nIn reading order")[0]
     return processes.exit_code(
         "train.py",
-        lambda: fine_tune(parse(Config, arguments, EXAMPLE, __doc__)),
+        lambda: fine_tune(parse(Config, arguments, EXAMPLE, help_text)),
         lambda: memory.ADVICE,
     )
 

@@ -68,6 +68,7 @@ import model as model_py
 import train as train_py
 from data import Pair
 from model import LlamaConfig, Segments, expected_shapes
+from support import sharding
 from support.flags import parse
 from support.flops import pair_flops
 from support.processes import peak_memory_gib
@@ -248,7 +249,7 @@ def prepare(a: argparse.Namespace, shape: str, *flags):
         """Returns its seconds."""
         started = time.perf_counter()
         for i, indexes in enumerate(micro_batches):
-            train_py.prepare_backward(model, mesh, last=i + 1 == len(micro_batches))
+            sharding.prepare_backward(model, last=i + 1 == len(micro_batches))
             train_py.step_loss(model, pairs, indexes)[0].mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()

@@ -4,7 +4,7 @@
 
     reduce-always    reduces gradients in every micro-batch, on one process too
     two-pools        lets FSDP take the memory of reduced gradients as it does by itself, and not
-                     as support/memory.py's OnePool does
+                     as support/sharding.py's OnePool does
     resharded        gathers weights in every micro-batch, a block's twice, even if there is room to
                      keep them gathered
     pageable         copies batches from memory that is not pinned: the CPU may wait for the copy
@@ -31,16 +31,16 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 import train
-from support import compiler
+from support import compiler, sharding
 
 
-def reduce_always(prepare_backward=train.prepare_backward) -> None:
-    def prepare(model, mesh, last):
-        prepare_backward(model, mesh, last)
+def reduce_always(prepare_backward=sharding.prepare_backward) -> None:
+    def prepare(model, last):
+        prepare_backward(model, last)
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(True)
 
-    train.prepare_backward = prepare
+    sharding.prepare_backward = prepare
 
 
 def two_pools() -> None:
@@ -48,7 +48,7 @@ def two_pools() -> None:
 
 
 def resharded() -> None:
-    train.keep_gathered = lambda model: False
+    sharding.keep_gathered = lambda model: False
 
 
 def pageable() -> None:

@@ -5,7 +5,7 @@ steps between it and what a user types or resumes:
 
     flag, spell             a field with its line of help; a field's name as a flag
     RANGES, check_flags     what a field may hold, and what goes with what
-    resolve_max_tokens      --max-tokens, or its default
+    resolved                --max-tokens and --checkpoint-blocks, for a certain model
     check_answers           rows with one answer, and a loss that compares two
     FlagParser, parse       the command line -> a Config, with the options of its loss checked
     recorded_flags          the flags of the run that --resume names
@@ -99,6 +99,30 @@ def check_flags(config) -> None:
         raise InputError(
             "--plan simulates neither --precision fp32, --replicas nor a live reference"
         )
+
+
+def recomputed_blocks(choice: str, layers: int, on_gpu: bool = False) -> int | None:
+    """How many blocks --checkpoint-blocks recomputes; None: as few as a measurement allows. Raises
+    InputError for anything but auto, on, off and a number of blocks that the model has."""
+    if choice == "auto":
+        return None if on_gpu else 0
+    if choice in ("on", "off"):
+        return layers if choice == "on" else 0
+    if not (choice.isascii() and choice.isdigit()):
+        raise InputError(
+            f"--checkpoint-blocks is {choice}, wanted auto, on, off or a number of blocks"
+        )
+    if int(choice) > layers:
+        raise InputError(f"--checkpoint-blocks is {choice}, but the model has {layers} blocks")
+    return int(choice)
+
+
+def resolved(config, llama):
+    """The configuration for this model (model.LlamaConfig), with --max-tokens set. Raises
+    InputError as `resolve_max_tokens` and `recomputed_blocks` do."""
+    recomputed_blocks(config.checkpoint_blocks, llama.num_hidden_layers)
+    limit = llama.max_position_embeddings
+    return dataclasses.replace(config, max_tokens=resolve_max_tokens(config.max_tokens, limit))
 
 
 def resolve_max_tokens(asked: int | None, limit: int) -> int:

@@ -2,7 +2,6 @@
 
 In reading order
     pair_bytes ... enlarge      the micro-batches that take most memory over the whole run
-    OnePool                     gradients without a second pool of memory, on one process
     measure, rehearse           runs them before the first step, so that too little memory shows
                                 there; chooses how many blocks are recomputed
     fewest_recomputed           the same choice by simulation
@@ -28,8 +27,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from support import sharding
 from support.bins import MicroBatch
 from support.files import InputError, shown
+from support.flags import recomputed_blocks
 from support.flops import pair_flops
 from support.processes import (
     StoppedError,
@@ -48,22 +49,6 @@ ADVICE = (  # if memory ran out where nothing says more exactly what to change
     "replica, and a micro-batch takes more, the higher --max-tokens-per-gpu; --plan N says how "
     "much on N GPUs"
 )
-
-
-def recomputed_blocks(choice: str, layers: int, on_gpu: bool = False) -> int | None:
-    """How many blocks --checkpoint-blocks recomputes; None: as few as a measurement allows. Raises
-    InputError for anything but auto, on, off and a number of blocks that the model has."""
-    if choice == "auto":
-        return None if on_gpu else 0
-    if choice in ("on", "off"):
-        return layers if choice == "on" else 0
-    if not (choice.isascii() and choice.isdigit()):
-        raise InputError(
-            f"--checkpoint-blocks is {choice}, wanted auto, on, off or a number of blocks"
-        )
-    if int(choice) > layers:
-        raise InputError(f"--checkpoint-blocks is {choice}, but the model has {layers} blocks")
-    return int(choice)
 
 
 def pair_bytes(llama, dataset, recomputed: int) -> np.ndarray:
@@ -161,28 +146,6 @@ def enlarge(
     return found
 
 
-class OnePool:
-    """Gives FSDP, on one process, the memory for the gradients that it reduces.
-
-    FSDP reduces on a stream of its own, and CUDA's allocator keeps the free memory of each stream
-    in a pool of its own. So what a step's summed gradients leave free could not hold their reduced
-    copies, and a step would need 4 bytes a parameter more. Here both come from the pool of the
-    stream that computes. (The gaps fit only in segments that can grow: support/__init__.py.)
-    """
-
-    def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        if device.type != "cuda":
-            return torch.empty(size, dtype=dtype, device=device)
-        user = torch.cuda.current_stream()
-        with torch.cuda.stream(torch.cuda.default_stream()):
-            tensor = torch.empty(size, dtype=dtype, device=device)
-        tensor.record_stream(user)  # not reused before that stream is done with it
-        return tensor
-
-    def __call__(self, *_args, **_options):
-        raise NotImplementedError("one process has nothing to send")
-
-
 # ----------------------------------------------------------------------------------- rehearsal
 
 
@@ -215,7 +178,7 @@ def measure(
     dataset,
     steps: list[list[MicroBatch]],
     recomputed: int,
-    losses_of: Callable[[MicroBatch, bool], Tensor],
+    losses_of: Callable[[MicroBatch], Tensor],
     gpu: Gpu | None,
 ) -> Measured:
     """Forward and backward of these micro-batches with so many blocks recomputed, without an
@@ -229,7 +192,8 @@ def measure(
             tokens = int(dataset.sizes[indexes].sum())
             where = f"in the run's costliest micro-batch, {tokens} tokens"
             with advising(where, model, dataset, tokens):
-                loss = losses_of(indexes, i + 1 == len(step)).sum() * 0
+                sharding.prepare_backward(model, last=i + 1 == len(step))
+                loss = losses_of(indexes).sum() * 0
                 held.append(gpu.allocated() if gpu else 0)
                 loss.backward()
                 loss.item()  # waits, as the loop does for the norm, before gradients are freed
@@ -242,8 +206,7 @@ def measure(
 def rehearse(
     model: nn.Module,
     dataset,
-    losses_of: Callable[[MicroBatch, bool], Tensor],
-    keep_gathered: Callable[[], bool],
+    losses_of: Callable[[MicroBatch], Tensor],
     say: Callable[[str], None],
     gpu: Gpu | None,
 ) -> dict[str, int]:
@@ -257,9 +220,8 @@ def rehearse(
     tries, because the others would wait for it.
 
     model: model.Llama; dataset: train.Dataset, whose max_tokens_per_gpu may be raised.
-    losses_of(indexes, last) gives each pair's loss; `last` of its step. keep_gathered(): see
-    train.keep_gathered. gpu: None on a CPU, where nothing can be measured. Returns and says what
-    was chosen.
+    losses_of: gives each pair's loss. gpu: None on a CPU, where nothing can be measured. Returns
+    and says what was chosen.
     """
     layers, llama = len(model.model["layers"]), model.config
     fixed = recomputed_blocks(dataset.config.checkpoint_blocks, layers, gpu is not None)
@@ -297,7 +259,7 @@ def rehearse(
     if gpu and recomputed == 0:
         weights = compute_dtype(dataset).itemsize * sum(p.numel() for p in model.parameters())
         room = gpu.available() * (1 - MARGIN_GATHERED) - tried.peak
-        if smallest(weights <= room, dataset.device) and keep_gathered():
+        if smallest(weights <= room, dataset.device) and sharding.keep_gathered(model):
             gathered, tried = True, try_with(0)
     text = f"recomputes {recomputed} of {layers} blocks"
     if gathered:
@@ -356,8 +318,7 @@ def advising(where: str, model: nn.Module, dataset, tokens: float = math.inf) ->
         blocks = [block.recompute for block in model.model["layers"]]
         if not all(blocks):
             more = min(len(blocks), sum(blocks) + max(1, len(blocks) // 8))
-            # Not set if the model is not sharded.
-            kept = " and weights kept gathered" * getattr(model, "kept_gathered", False)
+            kept = " and weights kept gathered" * sharding.weights_kept_gathered(model)
             advice += (
                 f", or pass --checkpoint-blocks {more}: {sum(blocks)} of {len(blocks)} blocks were "
                 f"recomputed{kept}"
@@ -367,11 +328,8 @@ def advising(where: str, model: nn.Module, dataset, tokens: float = math.inf) ->
 
 # ---------------------------------------------------------------------------------- simulation
 
-# (mesh, recomputed blocks, whether weights are kept gathered) -> the sharded model, its optimizer,
-# and a function to be called before each batch: with True before the last one of a step.
-Build = Callable[
-    [DeviceMesh, int, bool], tuple[nn.Module, torch.optim.Optimizer, Callable[[bool], None]]
-]
+# A mesh -> the sharded model and its optimizer.
+Build = Callable[[DeviceMesh], tuple[nn.Module, torch.optim.Optimizer]]
 
 
 def simulated_peak(
@@ -388,13 +346,16 @@ def simulated_peak(
     mesh, highest = init_device_mesh("cpu", (gpus,)), {"Total": 0}
     for batches in steps:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model, optimizer, before_batch = build(mesh, recomputed, gathered)
+            model, optimizer = build(mesh)
+            model.recompute_first(recomputed)
+            if gathered:
+                sharding.keep_gathered(model)
             # The moments exist already; the update itself is fused and allocates nothing.
             tracker = FSDPMemTracker(model, optimizer)
             with tracker:
                 for i, batch in enumerate(batches):
                     tracker.reset_mod_stats()  # or it takes a second forward pass for a mistake
-                    before_batch(i + 1 == len(batches))
+                    sharding.prepare_backward(model, last=i + 1 == len(batches))
                     model(batch)[0].sum().backward()
             (peak,) = tracker.get_tracker_snapshot("peak").values()
         highest = max(highest, peak, key=lambda kinds: kinds["Total"])

@@ -51,10 +51,10 @@ class Sums(dict):
             counts_B = within_B * metrics[MEASURED.get(name, "rows")]
             self[name] = self.get(name, 0) + value_B.where(counts_B > 0, 0).sum()
 
-    def mean_over_processes(self) -> dict[str, float]:
-        """Means, equal on all processes. Those of MEASURED are left out if no pair has what they
-        measure. If any lacks an answer, also rows_chosen, rows_rejected and rows_both, the numbers
-        of pairs that have it."""
+    def mean_over_processes(self, prefix: str = "") -> dict[str, float]:
+        """Means, equal on all processes, each name with the prefix. Those of MEASURED are left out
+        if no pair has what they measure. If any lacks an answer, also rows_chosen, rows_rejected
+        and rows_both, the numbers of pairs that have it."""
         total = torch.stack([value.double() for value in self.values()])
         dist.all_reduce(total)
         sums = dict(zip(self, total.tolist(), strict=True))
@@ -63,4 +63,6 @@ class Sums(dict):
         for name, value in sums.items():
             if count := rows[MEASURED.get(name, "rows")]:
                 means[name] = value / count
-        return means if rows.pop("rows") == rows["rows_both"] else means | rows
+        if rows.pop("rows") != rows["rows_both"]:
+            means |= rows
+        return {prefix + name: mean for name, mean in means.items()}

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import model
 import train
 from data import pack
+from support import sharding
 from support.compiler import compile_model
 from support.processes import join_group
 
@@ -82,7 +83,7 @@ def test_summed_gradients_and_their_reduced_copies_share_one_pool_of_memory():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         for micro_batch in 2 * [1, 2, 3]:
-            train.prepare_backward(ours, mesh, last=micro_batch == 3)
+            sharding.prepare_backward(ours, last=micro_batch == 3)
             ours(batch)[0].sum().backward()
             if micro_batch == 3:
                 torch.cuda.synchronize()  # as the loop waits for the norm

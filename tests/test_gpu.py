@@ -25,9 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from data import pack
 from model import exp_in_place
-from support import compiler
+from support import compiler, sharding
 from support.flops import pair_flops
-from support.memory import OnePool
+from support.sharding import OnePool
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])
@@ -276,7 +276,7 @@ def test_a_variants_part_runs_that_variant(options, monkeypatch):
 
 
 def test_variants_change_what_they_say(start, tmp_path, monkeypatch):
-    for place, name in [(train, "prepare_backward"), (FSDPModule, "set_custom_reduce_scatter")]:
+    for place, name in [(sharding, "prepare_backward"), (FSDPModule, "set_custom_reduce_scatter")]:
         monkeypatch.setattr(place, name, getattr(place, name))  # put back after the test
     sizes, allocate = [], OnePool.allocate
 
@@ -292,12 +292,12 @@ def test_variants_change_what_they_say(start, tmp_path, monkeypatch):
     sizes.clear()
     variants.two_pools()
     assert main(*flags(start, tmp_path / "b", more)) == 0 and not sizes
-    before = train.prepare_backward
+    before = sharding.prepare_backward
     variants.reduce_always()
-    assert train.prepare_backward is not before
-    monkeypatch.setattr(train, "keep_gathered", lambda model: True)
+    assert sharding.prepare_backward is not before
+    monkeypatch.setattr(sharding, "keep_gathered", lambda model: True)
     variants.resharded()
-    assert not train.keep_gathered(tiny_model())
+    assert not sharding.keep_gathered(tiny_model())
 
 
 @pytest.mark.parametrize("name", ["keep-more", "varying-heads", "more-kernels", "eager-head"])

@@ -42,7 +42,7 @@ import model as model_py
 import train
 from data import pack
 from model import Block, rope_tables
-from support import memory
+from support import memory, sharding
 from support.flops import peak_tflops, utilisation
 from support.processes import StoppedError, join_group
 
@@ -185,7 +185,7 @@ def test_a_sharded_run_compiles_five_graphs_whatever_is_recomputed(counting):
                 ours(pack(random_pairs(lengths), longest=64))[0].sum().backward()
                 with torch.no_grad():
                     ours(pack(random_pairs(lengths), longest=64))
-                train.reshard(ours)
+                sharding.reshard(ours)
     assert counting.graphs == 5
 
 
@@ -266,7 +266,7 @@ def test_gradients_are_reduced_no_more_often_than_memory_needs(
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         train.shard(ours, mesh, torch.bfloat16)
         for i in range(3):
-            train.prepare_backward(ours, mesh, last=i == 2)
+            sharding.prepare_backward(ours, last=i == 2)
             ours(pack(random_pairs([(5, 4, 3)])))[0].sum().backward()
     assert counter.calls["chunk_cat"] == copies  # where a reduction begins
     assert counter.calls["_reduce_scatter_base_"] == scatters
@@ -282,15 +282,15 @@ def test_weights_are_gathered_twice_in_a_micro_batch_or_once_in_a_step(gathered,
         mesh = init_device_mesh("cpu", (4,))
         train.shard(ours, mesh, torch.bfloat16)
         if gathered:
-            assert train.keep_gathered(ours)
+            assert sharding.keep_gathered(ours)
         for _ in range(2):
             with Operations() as counter:
                 for i in range(3):
-                    train.prepare_backward(ours, mesh, last=i == 2)
+                    sharding.prepare_backward(ours, last=i == 2)
                     ours(pack(random_pairs([(5, 4, 3)])))[0].sum().backward()
             assert counter.calls["_allgather_base_"] == gathers
             assert all(isinstance(parameter, DTensor) for parameter in ours.parameters())
-    assert not train.keep_gathered(tiny_model())  # not sharded
+    assert not sharding.keep_gathered(tiny_model())  # not sharded
 
 
 @pytest.mark.parametrize("more", ["", "--loss dpo --reference live"])
@@ -311,9 +311,9 @@ def test_weights_that_are_kept_gathered_change_no_number(start, tmp_path, monkey
             seen.append("-+"[before] + "-+"[all_gathered(model)])
         return losses
 
-    def keeping(model, pairs, losses_of, keep, *rest):
-        assert keep()
-        return rehearse(model, pairs, losses_of, keep, *rest)
+    def keeping(model, *rest):
+        assert sharding.keep_gathered(model)
+        return rehearse(model, *rest)
 
     monkeypatch.setattr(train, "step_loss", watched)
     trained(start, tmp_path / "plain", more, run, start / "heldout.jsonl")
@@ -462,12 +462,12 @@ LENGTHS = [(40, 30, 20), (10, 60, 50), (30, 30, 30), (5, 9, 8)]
 
 
 @pytest.fixture
-def rehearsed(tmp_path):
+def rehearsed(monkeypatch):
     """rehearsed(total, **flags): a rehearsal on a GPU with so many bytes, eight blocks, fp32.
     Returns what it chose, what it said, its pairs and its meter."""
     with group():
 
-        def run(total, most=None, keep=lambda: False, **flags):
+        def run(total, most=None, keep=lambda model: False, **flags):
             config = train.Config(
                 model="m", data="d", device="cpu", pairs_per_step=4, max_steps=2, **flags
             )
@@ -476,10 +476,10 @@ def rehearsed(tmp_path):
             pairs.max_tokens_per_gpu = most or pairs.max_tokens_per_gpu
             ours, gpu, said = tiny_model(num_hidden_layers=8), Bytes(total), []
             batch = lambda i: pack([pairs.pairs[j] for j in i], longest=128)  # noqa: E731
+            monkeypatch.setattr(sharding, "keep_gathered", keep)
             with gpu:
-                chosen = memory.rehearse(
-                    ours, pairs, lambda i, last: ours(batch(i))[0], keep, said.append, gpu
-                )
+                losses_of = lambda i: ours(batch(i))[0]  # noqa: E731
+                chosen = memory.rehearse(ours, pairs, losses_of, said.append, gpu)
             return SimpleNamespace(chosen=chosen, said=said, pairs=pairs, gpu=gpu, model=ours)
 
         yield run
@@ -550,7 +550,7 @@ def test_weights_kept_gathered_if_nothing_is_recomputed_and_they_surely_fit(rehe
         parameter.numel() for parameter in tiny_model(num_hidden_layers=8).parameters()
     )
     peak, calls = peak_with(rehearsed, 0), []
-    keep = lambda: calls.append(0) or True  # noqa: E731
+    keep = lambda model: calls.append(0) or True  # noqa: E731
     for checkpoint_blocks, room, expected in [
         ("auto", 1.001 * (2.05 * peak + weights) / 0.92, True),
         ("off", 1.001 * (peak + weights) / 0.92, True),  # 8% stay free
@@ -570,7 +570,7 @@ def test_all_processes_keep_weights_gathered_or_none_does(rehearsed, monkeypatch
 
     group_of_two = vars(dist) | {"all_reduce": another_has_no_room}
     monkeypatch.setattr(memory, "dist", SimpleNamespace(**group_of_two))
-    found = rehearsed(1e12, keep=lambda: 1 / 0, checkpoint_blocks="off")
+    found = rehearsed(1e12, keep=lambda model: 1 / 0, checkpoint_blocks="off")
     assert not found.chosen["weights_kept_gathered"]
 
 

@@ -45,7 +45,7 @@ from conftest import (
 from safetensors.torch import load_file
 
 import train
-from support import checkpoints
+from support import checkpoints, sharding
 from support.files import checksum, file_checksum
 from support.processes import StopRequest, join_group
 
@@ -760,7 +760,7 @@ def test_memory_is_tried_as_steps_need_it(start, tmp_path, monkeypatch, tokens, 
         return inner(model, pairs, indexes)
 
     monkeypatch.setattr(train, "step_loss", step_loss)
-    monkeypatch.setattr(train, "prepare_backward", lambda *_, last: reduced.append(last))
+    monkeypatch.setattr(sharding, "prepare_backward", lambda _, last: reduced.append(last))
     data = write_pairs(tmp_path / "pairs.jsonl", random_pairs([(9, 9, 10), (8, 9, 9)]))
     more = "--pairs-per-step 2 --max-steps 1 --max-tokens-per-gpu"
     trained(start, tmp_path / "out", "--data", data, more, tokens)

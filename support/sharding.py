@@ -1,0 +1,80 @@
+"""What FSDP is told besides how a model is split, which is train.shard: when gradients are reduced,
+how long weights stay gathered, and which memory gradients take on one process.
+
+A model that is not sharded (one process, in the weights' own dtype) needs none of this: all
+functions here then do nothing.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    """The parts of a model that gather their weights together, the root among them."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def prepare_backward(model: nn.Module, last: bool) -> None:
+    """Tells FSDP whether to reduce gradients over processes, and to give up gathered weights, in
+    the next backward. last: the step ends there.
+
+    On several processes gradients are reduced in every micro-batch: otherwise each process would
+    hold those of the whole model. On one process waiting costs no memory, so they are reduced once
+    per step. Replicas exchange theirs once per step too.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or dist.get_world_size() > 1)
+        model.set_requires_all_reduce(last)
+        model.set_reshard_after_backward(last or not weights_kept_gathered(model))
+
+
+def keep_gathered(model: nn.Module) -> bool:
+    """From now on each weight is gathered once per step and kept until the step's last backward.
+    Before, every micro-batch gathered it, a block's twice. Returns False, and does nothing, if the
+    model is not sharded."""
+    if isinstance(model, FSDPModule):
+        model.set_reshard_after_forward(False)
+        model.kept_gathered = True
+    return isinstance(model, FSDPModule)
+
+
+def weights_kept_gathered(model: nn.Module) -> bool:
+    """True after `keep_gathered`."""
+    return getattr(model, "kept_gathered", False)
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees the weights that a forward pass without backward left gathered. Until then,
+    parameters() are not the ones that are trained."""
+    for module in fsdp_modules(model):
+        module.reshard()
+
+
+class OnePool:
+    """Gives FSDP, on one process, the memory for the gradients that it reduces.
+
+    FSDP reduces on a stream of its own, and CUDA's allocator keeps the free memory of each stream
+    in a pool of its own. So what a step's summed gradients leave free could not hold their reduced
+    copies, and a step would need 4 bytes a parameter more. Here both come from the pool of the
+    stream that computes. (The gaps fit only in segments that can grow: support/__init__.py.)
+    """
+
+    def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if device.type != "cuda":
+            return torch.empty(size, dtype=dtype, device=device)
+        user = torch.cuda.current_stream()
+        with torch.cuda.stream(torch.cuda.default_stream()):
+            tensor = torch.empty(size, dtype=dtype, device=device)
+        tensor.record_stream(user)  # not reused before that stream is done with it
+        return tensor
+
+    def __call__(self, *_args, **_options):
+        raise NotImplementedError("one process has nothing to send")
+
+
+def use_one_pool(model: nn.Module) -> None:
+    """Lets a model that is sharded over one process reduce its gradients as `OnePool` says."""
+    for module in fsdp_modules(model):
+        module.set_custom_reduce_scatter(OnePool())
