@@ -10,8 +10,8 @@ In reading order
 Rules. Only the last assistant turn is scored; all turns before it are prompt. Both responses share
 one prompt, or the pair is dropped. Text never becomes a control token. What is scored is built
 together with the ids, never inferred later. A row of a file is a pair or one labelled answer, good
-or bad; Preference and Pair hold either. An absent answer is None in a Preference, no ids in a Pair,
-length 0 in a Batch; to a loss it is logp_w = 0 or logp_l = -inf.
+or bad; "pair" means either from here on. An absent answer is None in a Preference, no ids in a
+Pair, length 0 in a Batch; to a loss it is logp_w = 0 or logp_l = -inf.
 
 In support/: records.py unpacks and parses a file, forms.py recognises the forms of a record
 (docs/data-formats.md shows them), tokenizer.py reads the tokenizer, bins.py fills micro-batches.
@@ -86,7 +86,7 @@ def read_preferences(
         if counts["read"] % CHUNK == 0:
             progress(f"read {counts['read']:,} records of {path}")
         try:
-            if isinstance(record, ValueError):  # read_records' word for a line that is not JSON
+            if isinstance(record, ValueError):  # read_records gives it for a line that is not JSON
                 raise record
             parts = parse_pair(record)
         except (ValueError, RecursionError) as error:  # the second if lists are nested too deep
@@ -315,7 +315,7 @@ def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = Non
         tokens_T=int64(tokens),
         positions_T=int64(positions),
         segments=Segments(
-            query_starts=starts(positions),
+            query_starts=starts(positions),  # a segment has as many queries as positions
             key_starts=starts(keys),
             key_index_N=int64(keys) if share_prompt else None,
             longest=max(map(len, keys)) if longest is None else longest,
@@ -372,8 +372,8 @@ def split_pairs(
 
     Pairs go, longest first, into the emptiest of processes x m micro-batches; m is the smallest for
     which all fit. Every process gets m of them, since the collectives of a sharded model need
-    equal numbers; some are empty if pairs are few. The fullest come first, so that what does not
-    fit in memory fails at once, and the n-th ones of all processes are alike in size.
+    equal numbers; some are empty if pairs are few. The fullest come first, so that the n-th ones of
+    all processes are alike in size.
     """
     indexes = indexes[np.lexsort((indexes, -sizes[indexes]))]
     drawn_sizes = sizes[indexes]

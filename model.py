@@ -12,7 +12,8 @@ In reading order
 
 There is no padding, no padding mask and no batch axis: a batch is one sequence of T packed
 tokens, and Segments says which of them attend to which. Norms, rotary tables and log-probs are
-computed in fp32 whatever the weights are (float64 stays float64, except for the tables).
+computed in fp32 whatever the weights are (float64 stays float64, except for the tables). Shape
+letters are those of asft.py: T tokens, S scored ones, D width, H heads of size K, and so on.
 
 Left out: dropout (Llama 3 has none), attention and MLP biases, rope types other than Llama 3's,
 quantised weights, Meta's own consolidated.*.pth layout (its q and k rows are in another order).
@@ -27,7 +28,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
@@ -41,6 +41,7 @@ from support.tensors import (
     finite,
     local_rows,
     moved,
+    on_cuda,
     open_safetensors,
     tensor_headers,
 )
@@ -152,11 +153,6 @@ class Batch:
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def on_cuda(x: Tensor) -> bool:
-    """True if x is on CUDA, or stands for such a tensor: --plan simulates it with fake tensors."""
-    return x.is_cuda or isinstance(x, FakeTensor)
-
-
 def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments) -> Tensor:
     """Softmax attention within each segment; returns (T, H, K). Query head h reads key head
     h // (H / G).
@@ -201,8 +197,8 @@ def rope_frequencies(config: LlamaConfig, device: torch.device | str = "cpu") ->
     frequency = 1.0 / config.rope_theta ** (exponent / config.head_dim)
     if (scaling := config.rope_scaling) is None:
         return frequency
-    # Wavelengths beyond the original context are stretched by `factor`, short ones are kept, and
-    # those in between are blended.
+    # By how often a component turns in the original context: seldom (a long wavelength), it is
+    # stretched by `factor`; often, it is kept; in between, blended.
     rotations = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     blend = ((rotations - low) / (high - low)).clamp(0, 1)
@@ -248,8 +244,8 @@ class _RMSNorm(torch.autograd.Function):
         normed_TD = at_least_fp32(x_TD) * scale_T1
         # The weight in fp32: the product of two half types would be rounded.
         grad_normed_TD = grad_TD * at_least_fp32(weight_D)
-        # Does not reuse grad_TD * normed_TD, which grad_weight_D needs: torch.compile would store a
-        # product that sums over two axes need, in fp32.
+        # grad_TD * normed_TD is computed twice, here and for grad_weight_D. If one product were
+        # shared by sums over two axes, torch.compile would store it in fp32.
         mean_T1 = (grad_normed_TD * normed_TD).mean(-1, keepdim=True)
         grad_x_TD = (grad_normed_TD - normed_TD * mean_T1) * scale_T1
         grad_weight_D = (grad_TD * normed_TD).sum(0)
@@ -270,8 +266,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: H query heads share G key/value heads. `attend` takes (q_THK, k_TGK,
-    v_TGK, segments) and returns (T, H, K)."""
+    """Grouped-query attention: H query heads share G key/value heads. `attend`: `attention`, or
+    what generation has instead (see Llama.hidden)."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -333,8 +329,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer: pre-norm attention and pre-norm MLP, each added to the residual. `attend` is
-    `attention`, or in generation one that keeps keys and values and has no use for `segments`.
+    """A layer: pre-norm attention and pre-norm MLP, each added to the residual.
 
     A block with `recompute` keeps only its input for backward, which computes the rest again.
     """
@@ -417,11 +412,12 @@ class _TargetLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor, exp_in_place: Callable
+        ctx, hidden_SD: Tensor, weight_VD: Tensor, target_S: Tensor, exponentiate: Callable
     ) -> Tensor:
-        unscaled_SV, target_S1 = hidden_SD @ weight_VD.T, target_S[:, None]
-        logit_S = unscaled_SV.gather(-1, target_S1)[:, 0]
-        m_S, Z_S = exp_in_place(unscaled_SV)
+        logits_SV, target_S1 = hidden_SD @ weight_VD.T, target_S[:, None]
+        logit_S = logits_SV.gather(-1, target_S1)[:, 0]
+        m_S, Z_S = exponentiate(logits_SV)
+        unscaled_SV = logits_SV  # the same memory, which now holds exp(logits - m)
         at_target_S = (logit_S - m_S).exp() - Z_S  # in fp32, and only then rounded
         unscaled_SV.scatter_(-1, target_S1, at_target_S[:, None].to(unscaled_SV.dtype))
         ctx.save_for_backward(hidden_SD, weight_VD, unscaled_SV, Z_S)
@@ -441,7 +437,7 @@ def target_logps(
     hidden_SD: Tensor,
     weight_VD: Tensor,
     target_S: Tensor,
-    exp_in_place: Callable = exp_in_place,
+    exponentiate: Callable = exp_in_place,
 ) -> Tensor:
     """log softmax(hidden @ weight.T)[target]: (S,), fp32 for fp32 and bf16 weights, float64 for
     float64.
@@ -449,10 +445,10 @@ def target_logps(
     Keeps the S x V logits once, in the dtype of the weights, and of half types at most a chunk of
     them in fp32; three matrix products, nothing recomputed. Without gradients it keeps those of one
     matrix product at a time (MATMUL_ROWS). Not for training in fp16, whose range ends at 65,504: Z
-    may be as large as V.
+    may be as large as V. exponentiate: `exp_in_place` or its compiled form.
     """
     if torch.is_grad_enabled() and (hidden_SD.requires_grad or weight_VD.requires_grad):
-        return _TargetLogps.apply(hidden_SD, weight_VD, target_S, exp_in_place)
+        return _TargetLogps.apply(hidden_SD, weight_VD, target_S, exponentiate)
     chunk, logps = _chunk_tokens(hidden_SD, len(weight_VD)), []
     per_product = max(chunk, MATMUL_ROWS // chunk * chunk)  # whole chunks, at least one
     for hidden, target in zip(
@@ -460,7 +456,7 @@ def target_logps(
     ):
         logits = hidden @ weight_VD.T
         logit = logits.gather(-1, target[:, None])[:, 0]
-        m, Z = exp_in_place(logits)
+        m, Z = exponentiate(logits)
         logps.append(logit - m - Z.log())
     return torch.cat(logps)
 
@@ -476,12 +472,12 @@ class Head(nn.Linear):
         self,
         hidden_SD: Tensor,
         target_S: Tensor | None = None,
-        exp_in_place: Callable = exp_in_place,
+        exponentiate: Callable = exp_in_place,
     ) -> Tensor:
         """Log-probs of the targets; without targets, the logits."""
         if target_S is None:
             return super().forward(hidden_SD)
-        return target_logps(hidden_SD, self.weight, target_S, exp_in_place)
+        return target_logps(hidden_SD, self.weight, target_S, exponentiate)
 
 
 # --------------------------------------------------------------------------------------- model
@@ -503,7 +499,7 @@ class Llama(nn.Module):
         )
         # A tied model uses the embedding. Registered twice, to_empty() would make two parameters.
         self.lm_head = None if config.tie_word_embeddings else Head(config)
-        self.exp_in_place = exp_in_place  # or what support/compiler.py makes of it
+        self.exponentiate = exp_in_place  # support/compiler.py compiles it: one for all lengths
 
     def recompute_first(self, blocks: int) -> None:
         """Lets the first `blocks` blocks recompute in backward; the others keep what they computed.
@@ -537,8 +533,11 @@ class Llama(nn.Module):
         segments: Segments | None,
         attends: Sequence[Callable] | None = None,
     ) -> Tensor:
-        """The last block's output (T, D), before the final norm. `attends`, for generation: one
-        `attend` for each block."""
+        """The last block's output (T, D), before the final norm.
+
+        attends: for each block, what it calls instead of `attention`, with the same arguments.
+        Generation passes functions that keep keys and values, and no segments.
+        """
         x_TD = self.model["embed_tokens"](tokens_T)
         rope = rope_tables(self.config, positions_T)
         layers = self.model["layers"]
@@ -551,11 +550,11 @@ class Llama(nn.Module):
         """Final norm and head: log-probs of the targets (S,); without targets, logits (S, V)."""
         hidden_SD = self.model["norm"](hidden_SD)
         if self.lm_head is not None:
-            return self.lm_head(hidden_SD, target_S, self.exp_in_place)
+            return self.lm_head(hidden_SD, target_S, self.exponentiate)
         weight_VD = self.model["embed_tokens"].weight
         if target_S is None:
             return F.linear(hidden_SD, weight_VD)
-        return target_logps(hidden_SD, weight_VD, target_S, self.exp_in_place)
+        return target_logps(hidden_SD, weight_VD, target_S, self.exponentiate)
 
 
 # ------------------------------------------------------------------------------------ loading

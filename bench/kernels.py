@@ -191,7 +191,7 @@ def write_programs(a: argparse.Namespace) -> Programs:
         logits = [torch.empty(tokens, a.shape.vocab_size, **half) for tokens in (2000, 7)]
         for run in (
             lambda: block(x_TD, rope, Segments(starts, starts.clone(), keys, 2048)),
-            *(functools.partial(model.exp_in_place, logits_SV) for logits_SV in logits),
+            *(functools.partial(model.exponentiate, logits_SV) for logits_SV in logits),
         ):
             with contextlib.suppress(Written):
                 run()

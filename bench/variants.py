@@ -70,9 +70,9 @@ def more_kernels() -> None:
 
 def eager_head(compile_model=train.compile_model) -> None:
     def compile_blocks(model):
-        eager = model.exp_in_place
+        eager = model.exponentiate
         compile_model(model)
-        model.exp_in_place = eager
+        model.exponentiate = eager
 
     train.compile_model = compile_blocks
 

@@ -29,4 +29,4 @@ def compile_model(model: nn.Module) -> None:
         block.compile(dynamic=True)
     # It would split each token's sums over several kernels if the batch for which it compiles has
     # few tokens, and use those for larger batches too.
-    model.exp_in_place = torch.compile(model.exp_in_place, options={"split_reductions": False})
+    model.exponentiate = torch.compile(model.exponentiate, options={"split_reductions": False})

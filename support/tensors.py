@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from support.files import (
@@ -23,6 +24,11 @@ from support.files import (
     shown,
     unique,
 )
+
+
+def on_cuda(x: Tensor) -> bool:
+    """True if x is on CUDA, or stands for such a tensor: --plan simulates it with fake tensors."""
+    return x.is_cuda or isinstance(x, FakeTensor)
 
 
 def moved(value, device: torch.device | str):

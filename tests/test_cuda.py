@@ -98,7 +98,7 @@ def test_summed_gradients_and_their_reduced_copies_share_one_pool_of_memory():
 @torch.no_grad()
 def vary_tokens_of_head(compiled):
     """The second number of tokens that the head meets becomes a variable."""
-    compiled.exp_in_place(
+    compiled.exponentiate(
         compiled.model["embed_tokens"].weight.new_zeros(5, compiled.config.vocab_size)
     )
 

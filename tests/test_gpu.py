@@ -312,7 +312,7 @@ def test_a_variant_leaves_out_one_thing_that_is_compiled_otherwise(monkeypatch, 
         "keep-more": functorch_config.ban_recompute_materialized_backward,
         "varying-heads": not dynamo_config.specialize_int,
         "more-kernels": not inductor_config.triton.mix_order_reduction_non_strict_mode,
-        "eager-head": ours.exp_in_place is exp_in_place,
+        "eager-head": ours.exponentiate is exp_in_place,
     }
     assert found == {variant: variant == name for variant in found}
     assert all(block._compiled_call_impl for block in ours.model["layers"])
