@@ -14,7 +14,7 @@ import gpu
 import pytest
 import torch
 import variants
-from conftest import ROOT, flags, main, random_pairs, tiny_model
+from conftest import ON_CPU, ROOT, flags, main, random_pairs, tiny_model, words
 from torch import Tensor
 from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
@@ -318,16 +318,17 @@ def test_a_variant_leaves_out_one_thing_that_is_compiled_otherwise(monkeypatch, 
     assert all(block._compiled_call_impl for block in ours.model["layers"])
 
 
-def test_variants_of_train_py_make_the_same_updates(tmp_path):
+def test_variants_of_train_py_make_the_same_updates(start, tmp_path):
     """In bf16, so that FSDP shards over one process; in several micro-batches."""
-    small = "--max-steps 2 --samples 0 --eval-every 0 --pairs-per-step 8 --precision bf16"
-    small += " --max-tokens-per-gpu 160 --save-every 0 --device cpu --out"
+    small = "--max-steps 2 --pairs-per-step 4 --precision bf16 --max-tokens-per-gpu 30"
     found = {}
     names = ("reduce-always", "two-pools", "resharded")
     for program in ("train.py", *(f"bench/variants.py {name}" for name in names)):
         out = tmp_path / str(len(found))
-        words = [sys.executable, *program.split(), *small.split(), out]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, *program.split(), *words(*flags(start, out, small))]
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, env=os.environ | ON_CPU
+        )
         assert done.returncode == 0, done.stderr
         assert "micro-batches a step" in done.stdout and " 1.0 micro-batches" not in done.stdout
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
