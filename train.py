@@ -75,7 +75,7 @@ from model import (
 from support import checkpoints, memory, processes, run_directory, sharding
 from support.best import Best
 from support.bins import MicroBatch
-from support.compiler import compile_model
+from support.compiler import compile_model, worth_compiling
 from support.export import save_model
 from support.files import InputError
 from support.flags import check_answers, check_flags, flag, parse, resolved
@@ -100,9 +100,9 @@ EXAMPLE = {
 
 @dataclass(frozen=True)
 class Config:
-    """The run. Each field is a flag. PAPER: the paper's setting; OPEN: the paper does not say, and
-    this is the choice made here. On the command line, a loss's own defaults (asft.py) come
-    before these: simpo's beta is 2."""
+    """Every setting of a run is a flag. PAPER: the paper's setting; OPEN: the paper does not say,
+    and this is the choice made here. On the command line a loss's own defaults (asft.py) come
+    before the ones shown in brackets: simpo's beta is 2."""
 
     # model and data
     model: str = flag("", "Hugging Face directory of a Llama: config, safetensors, tokenizer")
@@ -478,16 +478,11 @@ def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
         sharding.use_one_pool(model)
 
 
-COMPILE_PARAMETERS = 50_000_000  # a smaller model's run is over before compilation has paid
-
-
 def build_model(config: Config, mesh: DeviceMesh) -> Llama:
     """The starting model in fp32, sharded. Each process reads only its own rows of the files."""
     with torch.device("meta"):
         model = Llama(LlamaConfig.load(config.model))
-    large = sum(parameter.numel() for parameter in model.parameters()) >= COMPILE_PARAMETERS
-    worthwhile = large and mesh.device_type == "cuda"
-    if config.compile == "on" or (config.compile == "auto" and worthwhile):
+    if worth_compiling(config.compile, model, mesh.device_type):
         compile_model(model)
     _, compute_dtype = processes.choose_device(config.device, config.precision)
     shard(model, mesh, compute_dtype)

@@ -11,6 +11,15 @@ from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
+PARAMETERS = 50_000_000  # a smaller model's run is over before compilation has paid
+
+
+def worth_compiling(choice: str, model: nn.Module, device: str) -> bool:
+    """What --compile says; auto: on a GPU, for a model of PARAMETERS or more."""
+    if choice == "auto":
+        return device == "cuda" and sum(p.numel() for p in model.parameters()) >= PARAMETERS
+    return choice == "on"
+
 
 def compile_model(model: nn.Module) -> None:
     """Compiles each block, once for batches of all sizes, and the head's element-wise work, which

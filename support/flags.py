@@ -14,6 +14,7 @@ steps between it and what a user types or resumes:
 
 import argparse
 import dataclasses
+import inspect
 import math
 import shlex
 import typing
@@ -197,11 +198,12 @@ def parse(config_class: type, arguments: list[str] | None, example: dict, descri
 
 
 def _parser(config_class: type, description: str) -> FlagParser:
-    """A parser with a flag for each field. Flags that are not given leave no value behind."""
+    """A parser with a flag for each field; --help begins with the description and the class's
+    docstring. Flags that are not given leave no value behind."""
     parser = FlagParser(
         prog="train.py",
         usage="python train.py [FLAGS]",
-        description=description,
+        description=f"{description}\n\n{inspect.getdoc(config_class)}",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,

@@ -43,7 +43,7 @@ import model as model_py
 import train
 from data import pack
 from model import Block, rope_tables
-from support import memory, sharding
+from support import compiler, memory, sharding
 from support.flops import peak_tflops, utilisation
 from support.processes import StoppedError, join_group
 
@@ -222,7 +222,7 @@ def test_small_models_are_not_compiled(start, monkeypatch):
             ("on", 50_000_000, [True, True, None]),
             ("off", 1000, []),
         ]:
-            monkeypatch.setattr(train, "COMPILE_PARAMETERS", least)
+            monkeypatch.setattr(compiler, "PARAMETERS", least)
             setattr(functorch_config, banned, True)
             monkeypatch.setattr(train, "shard", lambda *_: None)
             monkeypatch.setattr(train.Llama, "to_empty", lambda model, device: model)

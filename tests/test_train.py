@@ -99,8 +99,9 @@ def test_flags_help_header_and_config_json_show_every_field(start, tmp_path, cap
     trained(start, tmp_path / "out", "--max-steps 1")
     printed = capsys.readouterr().out
     with pytest.raises(SystemExit):
-        parsed("--help")
+        main("--help")
     helped = capsys.readouterr().out
+    assert "OPEN: the paper does not say" in helped and "In reading order" not in helped
     saved = read_json(tmp_path / "out/config.json")
     texts = {text.split()[0].rstrip(","): text.rstrip() for text in helped.split("\n  --")[1:]}
     for field in dataclasses.fields(train.Config):
