@@ -559,6 +559,7 @@ def fine_tune(config: Config) -> None:
     datasets, counts, chat = read_pairs(config, llama, mesh.device_type)
     training = datasets[0]
     held_out = datasets[1] if config.eval_data else None
+
     out, fingerprint = run_directory.open_run(config, weight_files, datasets)
     log = Log(out)
     if processes.on_first_process((out / "model").exists):
@@ -591,6 +592,7 @@ def fine_tune(config: Config) -> None:
         processes.on_first_process(lambda: log.rewind(done))
         log.say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint: from step 1")
     run_directory.record(out, facts)
+
     best = Best(config.keep_best, out, identity, model, mesh, log.say)
     stop = processes.StopRequest()
     run = Run(config, mesh, model, optimizer, training, held_out, chat, log, best, stop, identity)

@@ -28,8 +28,10 @@ from support.export import save_model  # noqa: E402
 from support.files import InputError  # noqa: E402
 
 needs_real = pytest.mark.skipif(not REAL.exists(), reason="no real data beside this checkout")
-torch.set_num_threads(1)  # tiny tensors: a second thread costs more time than it saves
-ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # the environment of subprocesses
+# Tiny tensors: a second thread costs more time than it saves. In subprocesses too.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}  # added to the environment of subprocesses
 NOTHING_SAID = ("", "importing torch\n")  # which takes more than 2 s on a busy machine
 
 
