@@ -197,8 +197,8 @@ def rope_frequencies(config: LlamaConfig, device: torch.device | str = "cpu") ->
     frequency = 1.0 / config.rope_theta ** (exponent / config.head_dim)
     if (scaling := config.rope_scaling) is None:
         return frequency
-    # By how often a component turns in the original context: seldom (a long wavelength), it is
-    # stretched by `factor`; often, it is kept; in between, blended.
+    # A component that turns seldom in the original context (a long wavelength) is slowed down by
+    # `factor`, one that turns often is kept, and in between the two are blended.
     rotations = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     blend = ((rotations - low) / (high - low)).clamp(0, 1)
@@ -244,8 +244,8 @@ class _RMSNorm(torch.autograd.Function):
         normed_TD = at_least_fp32(x_TD) * scale_T1
         # The weight in fp32: the product of two half types would be rounded.
         grad_normed_TD = grad_TD * at_least_fp32(weight_D)
-        # grad_TD * normed_TD is computed twice, here and for grad_weight_D. If one product were
-        # shared by sums over two axes, torch.compile would store it in fp32.
+        # Not written with grad_TD * normed_TD, which grad_weight_D needs: torch.compile would store
+        # a product shared by sums over two axes, in fp32.
         mean_T1 = (grad_normed_TD * normed_TD).mean(-1, keepdim=True)
         grad_x_TD = (grad_normed_TD - normed_TD * mean_T1) * scale_T1
         grad_weight_D = (grad_TD * normed_TD).sum(0)
@@ -499,7 +499,7 @@ class Llama(nn.Module):
         )
         # A tied model uses the embedding. Registered twice, to_empty() would make two parameters.
         self.lm_head = None if config.tie_word_embeddings else Head(config)
-        self.exponentiate = exp_in_place  # support/compiler.py compiles it: one for all lengths
+        self.exponentiate = exp_in_place  # support/compiler.py replaces it by a compiled form
 
     def recompute_first(self, blocks: int) -> None:
         """Lets the first `blocks` blocks recompute in backward; the others keep what they computed.

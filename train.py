@@ -6,29 +6,31 @@
     python train.py --resume OUT                    resumes a run that was stopped or killed
     python train.py --help                          every flag, its default, what the paper says
 
+Files: OUT/config.json, metrics.jsonl, eval.jsonl, checkpoints/, a reference's log-probs, and at the
+end model/, which transformers and vLLM load.
+
 In reading order
     Config                           every setting: its flag, its default, its line of help
     Dataset, step_loss               what a step draws; the forward pass and loss of a micro-batch
     Run, train, learning_rate        the loop; warm-up and cosine
     evaluate                         held-out metrics
     attach_reference                 log-probs of the starting model, for dpo, dpo-norm and ipo
-    shard ... make_optimizer         FSDP2 over any number of processes, one included; AdamW
+    shard ... make_optimizer         FSDP2 (not needed by one process in fp32); AdamW
     read_pairs, fine_tune, export    what is trained on; a whole run; the model that it leaves
     plan                             what a run would need
 
-Weights and AdamW's moments are kept in fp32, sharded over the processes; matrix products run in
-bf16 on CUDA and in fp32 on a CPU (--precision). A step's pairs do not depend on the number of
-processes, and each pair weighs 1/pairs_per_step wherever it is computed.
+Weights and AdamW's moments are kept in fp32, sharded over the processes (with --replicas, over
+those of a replica); matrix products run in bf16 on CUDA and in fp32 on a CPU (--precision). A
+step's pairs do not depend on the number of processes, and each pair weighs 1/pairs_per_step
+wherever it is computed.
 
 The state of a run is its step number, its weights and AdamW's moments (with --keep-best also the
 best weights so far). Nothing is drawn at random except the order of the pairs, a function of seed
 and epoch. So a run that resumes from a checkpoint ends with the same bits (on a CPU, with the same
 flags and number of processes).
 
-Files: OUT/config.json, metrics.jsonl, eval.jsonl, checkpoints/, a reference's log-probs, and at the
-end model/, which transformers and vLLM load. support/ holds what a reader of the method may skip.
-
-Left out: LoRA, other optimisers, configuration files.
+Left out: LoRA, other optimisers, configuration files. support/ holds what a reader of the method
+may skip.
 """
 
 import support  # noqa: F401  before torch, which reads what it sets
@@ -101,8 +103,8 @@ EXAMPLE = {
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run is a flag. PAPER: the paper's setting; OPEN: the paper does not say,
-    and this is the choice made here. On the command line a loss's own defaults (asft.py) come
-    before the ones shown in brackets: simpo's beta is 2."""
+    and this is the choice made here. On the command line a loss's own defaults (asft.py) replace
+    those in brackets: simpo's beta is 2."""
 
     # model and data
     model: str = flag("", "Hugging Face directory of a Llama: config, safetensors, tokenizer")
@@ -184,7 +186,7 @@ class Config:
     samples: int = flag(0, "held-out prompts to answer (greedily) at each evaluation")
     keep_best: str | None = flag(
         None,
-        "export the weights of the evaluation with the best held-out figure, not the last ones",
+        "export the weights of the evaluation with the best held-out metric, not the last ones",
         ("loss", "accuracy"),
     )
     save_dtype: str = flag("bf16", "weights of OUT/model", ("bf16", "fp32"))
@@ -647,7 +649,7 @@ def plan(config: Config, llama: LlamaConfig) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code (support.processes.exit_code)."""
-    help_text = __doc__.partition("\n\nIn reading order")[0]
+    help_text = (__doc__ or "").partition("\n\nIn reading order")[0]
     return processes.exit_code(
         "train.py",
         lambda: fine_tune(parse(Config, arguments, EXAMPLE, help_text)),

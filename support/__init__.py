@@ -17,6 +17,7 @@
     reference.py       log-probs of the starting model, kept in a file, for dpo, dpo-norm, ipo
     run_directory.py   OUT itself: its lock, what a run is made of
     log.py             the header, the line per step, metrics.jsonl and eval.jsonl
+    compiler.py        whether and how blocks and the head are compiled
     sharding.py        when FSDP reduces gradients and gives up weights; one pool of memory
     memory.py          trying the costliest micro-batches; what is recomputed; simulation (--plan)
     flops.py           what a step computes, and its share of the GPUs' peak

@@ -1,8 +1,8 @@
-"""How the model is compiled for GPUs.
+"""Whether and how the model is compiled.
 
-Each comment says what torch.compile would do without the setting, as read in the programs that it
-writes for an H200 (docs/gpu.md). The settings hold for the whole process. torch's caches on disk
-keep the programs of different settings apart.
+Each comment in compile_model says what torch.compile would do without the setting, as read in the
+programs that it writes for an H200 (docs/gpu.md). The settings hold for the whole process. torch's
+caches on disk keep the programs of different settings apart.
 """
 
 import torch
@@ -11,13 +11,13 @@ from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
-PARAMETERS = 50_000_000  # a smaller model's run is over before compilation has paid
+MIN_PARAMETERS = 50_000_000  # a smaller model's run is over before compilation has paid
 
 
 def worth_compiling(choice: str, model: nn.Module, device: str) -> bool:
-    """What --compile says; auto: on a GPU, for a model of PARAMETERS or more."""
+    """True if --compile is on, or if it is auto and a model of MIN_PARAMETERS runs on a GPU."""
     if choice == "auto":
-        return device == "cuda" and sum(p.numel() for p in model.parameters()) >= PARAMETERS
+        return device == "cuda" and sum(p.numel() for p in model.parameters()) >= MIN_PARAMETERS
     return choice == "on"
 
 

@@ -5,7 +5,7 @@ steps between it and what a user types or resumes:
 
     flag, spell             a field with its line of help; a field's name as a flag
     RANGES, check_flags     what a field may hold, and what goes with what
-    resolved                --max-tokens and --checkpoint-blocks, for a certain model
+    resolved                --max-tokens set, and --checkpoint-blocks checked, for a model
     check_answers           rows with one answer, and a loss that compares two
     FlagParser, parse       the command line -> a Config, with the options of its loss checked
     recorded_flags          the flags of the run that --resume names
@@ -119,8 +119,8 @@ def recomputed_blocks(choice: str, layers: int, on_gpu: bool = False) -> int | N
 
 
 def resolved(config, llama):
-    """The configuration for this model (model.LlamaConfig), with --max-tokens set. Raises
-    InputError as `resolve_max_tokens` and `recomputed_blocks` do."""
+    """The configuration with --max-tokens set for this model (model.LlamaConfig), after checking
+    --checkpoint-blocks. Raises InputError as `resolve_max_tokens` and `recomputed_blocks` do."""
     recomputed_blocks(config.checkpoint_blocks, llama.num_hidden_layers)
     limit = llama.max_position_embeddings
     return dataclasses.replace(config, max_tokens=resolve_max_tokens(config.max_tokens, limit))
@@ -203,7 +203,7 @@ def _parser(config_class: type, description: str) -> FlagParser:
     parser = FlagParser(
         prog="train.py",
         usage="python train.py [FLAGS]",
-        description=f"{description}\n\n{inspect.getdoc(config_class)}",
+        description=f"{description}\n\n{inspect.getdoc(config_class) or ''}",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,

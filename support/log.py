@@ -282,7 +282,7 @@ class Log:
         self.print(text, end="" if self.moving and row["step"] < steps else "\n")
 
     def evaluation(self, step: int, row: dict, by: dict[str, dict], answers: list[str]) -> None:
-        """Prints the held-out figures after a step, in all and of each group in `by`, and adds
+        """Prints the held-out metrics after a step, in all and of each group in `by`, and adds
         them, with answers, to eval.jsonl."""
         self.say(f"{erase_line()}held-out after {step} | {formatted(row, STEP, 'eval_')}")
         for name, of_group in by.items():

@@ -220,7 +220,7 @@ def rehearse(
     tries, because the others would wait for it.
 
     model: model.Llama; dataset: train.Dataset, whose max_tokens_per_gpu may be raised.
-    losses_of: gives each pair's loss. gpu: None on a CPU, where nothing can be measured. Returns
+    losses_of(indexes): each pair's loss. gpu: None on a CPU, where nothing can be measured. Returns
     and says what was chosen.
     """
     layers, llama = len(model.model["layers"]), model.config

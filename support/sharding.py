@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
-    """The parts of a model that gather their weights together, the root among them."""
+    """The modules that FSDP gathers separately, the root among them."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 

@@ -222,7 +222,7 @@ def test_small_models_are_not_compiled(start, monkeypatch):
             ("on", 50_000_000, [True, True, None]),
             ("off", 1000, []),
         ]:
-            monkeypatch.setattr(compiler, "PARAMETERS", least)
+            monkeypatch.setattr(compiler, "MIN_PARAMETERS", least)
             setattr(functorch_config, banned, True)
             monkeypatch.setattr(train, "shard", lambda *_: None)
             monkeypatch.setattr(train.Llama, "to_empty", lambda model, device: model)

@@ -176,14 +176,14 @@ def test_answers_before_and_after_are_scored_and_shown_side_by_side(tmp_path, mo
 def test_a_study_goes_on_where_it_stopped_and_keeps_the_chosen_weights(tmp_path):
     command = [sys.executable, ROOT / "bench/study.py"]
     flags = ["--work", tmp_path, "--datasets", "example", "--methods", "sft", "--max-steps", "1"]
-    flags += ["--seeds", "1", "--rates", "1e-3", "1e-5"]
+    flags += ["--seeds", "2", "--rates", "1e-3", "1e-5"]
     again = []
     for _ in range(2):
         subprocess.run([*command, "run", *flags], check=True, capture_output=True)
         again.append((tmp_path / "results.jsonl").read_text())
     assert again[0] == again[1]
     rows = [json.loads(line) for line in again[0].splitlines()]
-    assert [row["part"] for row in rows] == ["validation"] * 2 + ["held-out"]
+    assert [row["part"] for row in rows] == ["validation"] * 2 + ["held-out"] * 2
     before, after = rows[-1]["before"], rows[-1]["after"]
     assert before["accuracy"] == 0.475 and before != after  # as docs/study.md says
     best = max(rows[:2], key=lambda row: (row["after"]["accuracy"], row["after"]["margin"]))
