@@ -8,6 +8,7 @@ read_cache, write_cache       the file
 """
 
 import os
+import platform
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from support.files import InputError, checksum, shown, write_whole
+from support.files import InputError, checksum, naming, shown, write_whole
 from support.processes import StoppedError, announced, on_first_process
 from support.tensors import finite, open_safetensors
 
@@ -95,6 +96,10 @@ def read_cache(cache: Path, key: str, pairs: int) -> Tensor | None:
 
 
 def write_cache(cache: Path, key: str, logps: Tensor) -> None:
-    """Writes what `read_cache` reads."""
+    """Writes what `read_cache` reads. Runs that began together may do so at the same moment, so
+    each writes a file of its own and then renames it: the last one stays."""
     metadata = {"key": key, "checksum": checksum({"logps": logps.tolist()})}
-    write_whole(cache, save({"logps": logps.cpu()}, metadata))
+    own = cache.with_name(f".{cache.name}.{platform.node()}-{os.getpid()}")
+    write_whole(own, save({"logps": logps.cpu()}, metadata))
+    with naming(cache):
+        own.rename(cache)

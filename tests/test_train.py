@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -48,7 +49,7 @@ import data
 import train
 from data import ChatFormat, plan_step
 from model import LlamaConfig, load_model, load_weights
-from support import processes
+from support import files, processes, reference
 from support.export import save_model
 from support.flags import parse, spell
 from support.held_out import answer
@@ -727,6 +728,25 @@ def test_a_reference_cache_is_used_again_only_for_its_weights_and_pairs(start, t
     cache.write_bytes(b"garbage")
     assert "not a safetensors file" in complaint(*refused)
     assert not (tmp_path / "refused").exists()
+
+
+def test_two_runs_may_write_one_reference_cache_at_the_same_moment(tmp_path, monkeypatch):
+    """The second writes all of it while the first is about to rename its file."""
+    cache, logps = tmp_path / "cache", torch.rand(3, 2, 2)
+    others = [partial(reference.write_cache, cache, "key", logps)]
+
+    def flush_late(path, flush=files.flush):
+        flush(path)
+        if others:
+            other = others.pop()
+            with monkeypatch.context() as second:
+                second.setattr(os, "getpid", lambda: 1)
+                other()
+
+    monkeypatch.setattr(files, "flush", flush_late)
+    reference.write_cache(cache, "key", logps)
+    assert not others and list(tmp_path.iterdir()) == [cache]
+    assert torch.equal(reference.read_cache(cache, "key", 3), logps)
 
 
 # ------------------------------------------------------------------------------ what comes out
