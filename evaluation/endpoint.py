@@ -115,8 +115,10 @@ def error_of(body: str) -> dict:
 
 
 def words(body: str) -> str:
-    """An endpoint's words about an error, on one line."""
-    return " ".join(str(error_of(body).get("message") or body).split())[:300]
+    """An endpoint's words about an error, on one line and without control characters."""
+    found = str(error_of(body).get("message") or body)
+    printable = "".join(c if c.isprintable() else " " for c in found)
+    return " ".join(printable.split())[:300]
 
 
 def no_money(body: str) -> bool:

@@ -537,6 +537,11 @@ def test_when_a_run_stops_a_request_that_waits_for_its_next_try_is_not_sent(mt):
     assert len(rows_of(mt.raw)) == len(mt.asked)
 
 
+def test_an_endpoints_words_cannot_move_the_terminals_cursor():
+    body = json.dumps({"error": {"message": "no\x1b[2J\nsuch  model"}})
+    assert endpoint.words(body) == "no [2J such model" and endpoint.words("a\x07b") == "a b"
+
+
 def test_a_redirect_is_refused_and_the_key_is_not_sent_on(mt):
     with Endpoint() as other:
         to = {"Location": other.url + "/chat/completions"}
