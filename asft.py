@@ -21,7 +21,8 @@ Notation, here and in the other files. x is a prompt, y_w the chosen and y_l the
 (w: winner, l: loser), |y| a response's number of tokens, its closing <|eot_id|> included unless it
 was cut. Answer is another word for response. Log is natural, log-probs are in nats.
     l(y) = 1/|y| sum_t log pi(y_t | x, y_<t)    mean log-prob      logp_w_B, logp_l_B
-    s(y) = |y| l(y)                             summed log-prob    metrics sum_logp_w, sum_logp_l
+    s(y) = |y| l(y)                             summed log-prob    metrics sum_logp_w, sum_logp_l;
+                                                                   logp_w_B, logp_l_B of "dpo"
     p(y) = exp(l(y))                            geometric-mean token probability, in (0, 1]
 
 Shape letters. A name ends in the letters of its tensor's axes, unless it lives for few lines.

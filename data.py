@@ -299,7 +299,7 @@ def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = Non
             # Indexes in the batch of prompt + response: the keys of this segment.
             sequence = np.concatenate([prompt_at, response_at])
             keys.append(sequence)
-            # Of the tokens just added. A response's positions begin at n_p, whichever it is.
+            # Positions of the tokens just added: both responses' begin at n_p.
             positions.append(np.arange(0 if with_prompt else n_p, len(sequence)))
             scored.append(sequence[n_p - 1 : -1])  # each token is predicted at the one before it
         targets += [pair.chosen, pair.rejected]

@@ -226,7 +226,7 @@ class _RMSNorm(torch.autograd.Function):
     """RMSNorm that keeps its input and one number per token for backward. Autograd would also keep
     the normed input, and for half types an fp32 copy of the input.
 
-    With n = x / rms(x) and g = grad * weight, the gradient of n, that of x is
+    With n = x / rms(x), whose gradient is g = grad * weight, that of x is
     (g - n mean(g n)) / rms(x).
     """
 
@@ -244,8 +244,8 @@ class _RMSNorm(torch.autograd.Function):
         normed_TD = at_least_fp32(x_TD) * scale_T1
         # The weight in fp32: the product of two half types would be rounded.
         grad_normed_TD = grad_TD * at_least_fp32(weight_D)
-        # Not written with grad_TD * normed_TD, which grad_weight_D needs: torch.compile would store
-        # a product shared by sums over two axes, in fp32.
+        # Does not share grad_TD * normed_TD with grad_weight_D: torch.compile would store a product
+        # that is summed over two axes, in fp32.
         mean_T1 = (grad_normed_TD * normed_TD).mean(-1, keepdim=True)
         grad_x_TD = (grad_normed_TD - normed_TD * mean_T1) * scale_T1
         grad_weight_D = (grad_TD * normed_TD).sum(0)
@@ -352,9 +352,9 @@ class Block(nn.Module):
         """Runs `compute`. With `recompute`, backward runs it again."""
         inputs = (x_TD, rope, segments, attend)
         if torch.is_grad_enabled() and self.recompute:
-            # Inside the compiled block, so that the compiler sees that backward has no use for
-            # down_proj's output and does not recompute it. preserve_rng_state: nothing here is
-            # random, and the CPU would wait for the GPU to save its random state.
+            # Called inside the compiled block: the compiler sees that backward does not need
+            # down_proj's output, and does not recompute it. preserve_rng_state=False: nothing here
+            # is random, and to save the GPU's random state the CPU would wait for it.
             return checkpoint(self.compute, *inputs, use_reentrant=False, preserve_rng_state=False)
         return self.compute(*inputs)
 
@@ -442,10 +442,10 @@ def target_logps(
     """log softmax(hidden @ weight.T)[target]: (S,), fp32 for fp32 and bf16 weights, float64 for
     float64.
 
-    Keeps the S x V logits once, in the dtype of the weights, and of half types at most a chunk of
-    them in fp32; three matrix products, nothing recomputed. Without gradients it keeps those of one
-    matrix product at a time (MATMUL_ROWS). Not for training in fp16, whose range ends at 65,504: Z
-    may be as large as V. exponentiate: `exp_in_place` or its compiled form.
+    Three matrix products, nothing recomputed. Keeps the S x V logits once, in the dtype of the
+    weights; half types add at most one chunk in fp32. Without gradients, only the logits of one
+    matrix product exist at a time (MATMUL_ROWS). Not for training in fp16, whose range ends at
+    65,504: Z may be as large as V. exponentiate: `exp_in_place` or its compiled form.
     """
     if torch.is_grad_enabled() and (hidden_SD.requires_grad or weight_VD.requires_grad):
         return _TargetLogps.apply(hidden_SD, weight_VD, target_S, exponentiate)

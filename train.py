@@ -182,7 +182,7 @@ class Config:
 
     # evaluation, checkpoints, what is written, what is only computed
     eval_every: int = flag(0, "steps between evaluations, besides those at start and end")
-    eval_by: str | None = flag(None, "key of held-out rows: figures for each of its values too")
+    eval_by: str | None = flag(None, "key of held-out rows: metrics for each of its values too")
     samples: int = flag(0, "held-out prompts to answer (greedily) at each evaluation")
     keep_best: str | None = flag(
         None,
@@ -337,7 +337,8 @@ def train(run: Run, done: int) -> None:
         micro_batches = dataset.micro_batches(step - 1, world)  # [process][micro-batch] -> indexes
         drawn = [i for by_rank in micro_batches for indexes in by_rank for i in indexes]
 
-        sums, losses, own = Sums(), [], micro_batches[rank]
+        sums, losses = Sums(), []
+        own = micro_batches[rank]
         for i, indexes in enumerate(own):
             sharding.prepare_backward(model, last=i + 1 == len(own))
             loss_B, metrics = step_loss(model, dataset, indexes)
