@@ -549,23 +549,21 @@ def test_torchrun_recovers_if_a_worker_is_killed_or_told_to_stop(start, whole, f
     assert_close(fresh, whole)
 
 
-@pytest.mark.parametrize(
-    "left", [None, '{"step": 0, "answers": null}', '{"step": 0, "answers": [5]}']
-)
-def test_a_run_whose_first_answers_are_lost_ends_with_the_others(fresh, capsys, left):
+def test_a_run_whose_first_answers_are_lost_ends_with_the_others(fresh, capsys):
     example = "--samples 1 --max-steps 2 --save-every 1 --device cpu --out"
     assert main(example, fresh) == 0
     before = weights(fresh)
-    shutil.rmtree(fresh / "model")
-    (fresh / "eval.jsonl").unlink()
-    if left:
-        (fresh / "eval.jsonl").write_text(left + "\n")
-    capsys.readouterr()
-    assert resume(fresh) == 0
-    said = capsys.readouterr().out
-    before_it = "5" if left and "5" in left else "(not in eval.jsonl)"
-    assert f"before  {before_it}" in said and "saved" in said
-    assert weights(fresh) == before
+    for left in ("", '{"step": 0, "answers": null}\n', '{"step": 0, "answers": [5]}\n'):
+        shutil.rmtree(fresh / "model")
+        (fresh / "eval.jsonl").unlink()
+        if left:
+            (fresh / "eval.jsonl").write_text(left)
+        capsys.readouterr()
+        assert resume(fresh) == 0
+        said = capsys.readouterr().out
+        before_it = "5" if "5" in left else "(not in eval.jsonl)"
+        assert f"before  {before_it}" in said and "saved" in said
+        assert weights(fresh) == before
 
 
 @pytest.mark.parametrize("more", ["", "--out here"])

@@ -173,13 +173,15 @@ def test_answers_before_and_after_are_scored_and_shown_side_by_side(tmp_path, mo
     assert "**1. Why ?**" in printed and "- *chosen*: Because so" in printed
 
 
-def test_a_study_goes_on_where_it_stopped_and_keeps_the_chosen_weights(tmp_path):
-    command = [sys.executable, ROOT / "bench/study.py"]
-    flags = ["--work", tmp_path, "--datasets", "example", "--methods", "sft", "--max-steps", "1"]
-    flags += ["--seeds", "2", "--rates", "1e-3", "1e-5"]
+def test_a_study_goes_on_where_it_stopped_and_keeps_the_chosen_weights(
+    tmp_path, monkeypatch, capsys
+):
+    flags = ["--work", str(tmp_path), "--datasets", "example", "--methods", "sft"]
+    flags += ["--max-steps", "1", "--seeds", "2", "--rates", "1e-3", "1e-5"]
     again = []
     for _ in range(2):
-        subprocess.run([*command, "run", *flags], check=True, capture_output=True)
+        monkeypatch.setattr(sys, "argv", ["study.py", "run", *flags])
+        study.main()
         again.append((tmp_path / "results.jsonl").read_text())
     assert again[0] == again[1]
     rows = [json.loads(line) for line in again[0].splitlines()]
@@ -189,8 +191,9 @@ def test_a_study_goes_on_where_it_stopped_and_keeps_the_chosen_weights(tmp_path)
     best = max(rows[:2], key=lambda row: (row["after"]["accuracy"], row["after"]["margin"]))
     weights = [path.parts[-3] for path in (tmp_path / "runs").rglob("*.safetensors")]
     assert weights == [f"example-sft-{best['rate']:g}-0"]
-    table = subprocess.run([*command, "table", *flags], check=True, capture_output=True, text=True)
-    assert f"| sft | {best['rate']:g} | " in table.stdout
+    monkeypatch.setattr(sys, "argv", ["study.py", "table", *flags])
+    study.main()
+    assert f"| sft | {best['rate']:g} | " in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------- flags of it and of others

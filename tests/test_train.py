@@ -462,21 +462,23 @@ def test_reading_and_writing_of_models_and_checkpoints_is_announced(
 SLOW = "import time; time.sleep(3); raise SystemExit(9)"
 
 
-@pytest.mark.parametrize(
-    "modules, rank, expected",
-    [
+def test_a_slow_import_of_torch_is_announced_once(tmp_path):
+    started = []
+    for modules, rank, expected in [
         ({"torch": SLOW}, 0, "importing torch\n"),
         ({"torch": SLOW}, 1, ""),
         ({"torch": "", "numpy": SLOW}, 0, ""),
-    ],
-)
-def test_a_slow_import_of_torch_is_announced(tmp_path, modules, rank, expected):
-    for name, code in modules.items():
-        (tmp_path / f"{name}.py").write_text(code)
-    known = os.environ | {"PYTHONPATH": str(tmp_path), "RANK": str(rank)}
-    program = [sys.executable, ROOT / "train.py"]
-    done = subprocess.run(program, env=known, capture_output=True, text=True)
-    assert (done.stdout, done.returncode) == (expected, 9)
+    ]:
+        home = tmp_path / str(len(started))
+        home.mkdir()
+        for name, code in modules.items():
+            (home / f"{name}.py").write_text(code)
+        known = os.environ | {"PYTHONPATH": str(home), "RANK": str(rank)}
+        program = [sys.executable, ROOT / "train.py"]
+        process = subprocess.Popen(program, env=known, stdout=subprocess.PIPE, text=True)
+        started.append((process, expected))
+    for process, expected in started:
+        assert (process.communicate()[0], process.returncode) == (expected, 9)
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", ""])
