@@ -578,15 +578,11 @@ def fine_tune(config: Config) -> None:
         attach_reference(config, mesh, model, datasets, out, fingerprint)
     optimizer = make_optimizer(config, model)
 
-    def losses_of(indexes: MicroBatch) -> Tensor:
-        return step_loss(model, training, indexes)[0]
-
-    gpu = memory.Gpu() if mesh.device_type == "cuda" else None
     # Runs the costliest micro-batches without an update, so that running out of memory shows now.
     # Sets how many blocks are recomputed; may raise training.max_tokens_per_gpu, and may keep
     # weights gathered.
     with processes.announced("trying the run's costliest micro-batches"):
-        facts["memory"] = memory.rehearse(model, training, losses_of, log.say, gpu)
+        facts["memory"] = memory.rehearse(model, training, step_loss, log.say)
 
     identity = run_directory.identity(config, fingerprint)
     checkpoint, written = checkpoints.newest_checkpoint(out, identity, log.say)

@@ -166,6 +166,10 @@ class Gpu:
         torch.cuda.reset_peak_memory_stats()
 
 
+# (model, dataset, indexes of pairs) -> the loss of each pair, and metrics: train.step_loss.
+StepLoss = Callable[[nn.Module, object, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
+
+
 class Measured(NamedTuple):
     """Bytes that a rehearsal took on this process."""
 
@@ -178,7 +182,7 @@ def measure(
     dataset,
     steps: list[list[MicroBatch]],
     recomputed: int,
-    losses_of: Callable[[MicroBatch], Tensor],
+    step_loss: StepLoss,
     gpu: Gpu | None,
 ) -> Measured:
     """Forward and backward of these micro-batches with so many blocks recomputed, without an
@@ -193,7 +197,7 @@ def measure(
             where = f"in the run's costliest micro-batch, {tokens} tokens"
             with advising(where, model, dataset, tokens):
                 sharding.prepare_backward(model, last=i + 1 == len(step))
-                loss = losses_of(indexes).sum() * 0
+                loss = step_loss(model, dataset, indexes)[0].sum() * 0
                 held.append(gpu.allocated() if gpu else 0)
                 loss.backward()
                 loss.item()  # waits, as the loop does for the norm, before gradients are freed
@@ -206,9 +210,9 @@ def measure(
 def rehearse(
     model: nn.Module,
     dataset,
-    losses_of: Callable[[MicroBatch], Tensor],
+    step_loss: StepLoss,
     say: Callable[[str], None],
-    gpu: Gpu | None,
+    gpu: Gpu | None = None,
 ) -> dict[str, int]:
     """Runs the run's costliest micro-batches beside weights and moments, and with --checkpoint-
     blocks auto chooses how many blocks are recomputed, the same on all processes.
@@ -220,9 +224,11 @@ def rehearse(
     tries, because the others would wait for it.
 
     model: model.Llama; dataset: train.Dataset, whose max_tokens_per_gpu may be raised.
-    losses_of(indexes): each pair's loss. gpu: None on a CPU, where nothing can be measured. Returns
-    and says what was chosen.
+    step_loss: train.step_loss. gpu: whose memory is measured (default: this process's, if it
+    computes on one; on a CPU nothing can be measured). Returns and says what was chosen.
     """
+    if gpu is None and dataset.device == "cuda":
+        gpu = Gpu()
     layers, llama = len(model.model["layers"]), model.config
     fixed = recomputed_blocks(dataset.config.checkpoint_blocks, layers, gpu is not None)
 
@@ -230,7 +236,7 @@ def rehearse(
         return costliest_of(llama, dataset, dist.get_world_size(), numbers)
 
     def try_with(recomputed: int) -> Measured:
-        return measure(model, dataset, found.steps, recomputed, losses_of, gpu)
+        return measure(model, dataset, found.steps, recomputed, step_loss, gpu)
 
     def blocks_that_fit() -> int:
         return smallest((limit - tried.peak) // one, dataset.device)

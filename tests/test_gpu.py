@@ -31,7 +31,7 @@ from support.sharding import OnePool
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])
-def test_the_flops_of_a_pass_are_those_of_its_matrix_products_and_of_the_attention_that_the_mask_lets_through(  # noqa: E501
+def test_the_flops_of_a_pass_are_those_of_its_products_and_of_unmasked_attention(
     share_prompt,
 ):
     model, lengths = tiny_model(), [(5, 7, 4), (1, 3, 8), (9, 1, 2)]

@@ -480,8 +480,8 @@ def rehearsed(monkeypatch):
             batch = lambda i: pack([pairs.pairs[j] for j in i], longest=128)  # noqa: E731
             monkeypatch.setattr(sharding, "keep_gathered", keep)
             with gpu:
-                losses_of = lambda i: ours(batch(i))[0]  # noqa: E731
-                chosen = memory.rehearse(ours, pairs, losses_of, said.append, gpu)
+                step_loss = lambda model, _, i: model(batch(i))  # noqa: E731
+                chosen = memory.rehearse(ours, pairs, step_loss, said.append, gpu)
             return SimpleNamespace(chosen=chosen, said=said, pairs=pairs, gpu=gpu, model=ours)
 
         yield run
@@ -574,6 +574,12 @@ def test_all_processes_keep_weights_gathered_or_none_does(rehearsed, monkeypatch
     monkeypatch.setattr(memory, "dist", SimpleNamespace(**group_of_two))
     found = rehearsed(1e12, keep=lambda model: 1 / 0, checkpoint_blocks="off")
     assert not found.chosen["weights_kept_gathered"]
+
+
+def test_a_rehearsal_on_a_gpu_measures_that_gpu(monkeypatch):
+    monkeypatch.setattr(memory, "Gpu", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        memory.rehearse(tiny_model(), SimpleNamespace(device="cuda"), None, None)
 
 
 def test_larger_micro_batches_must_fit_beside_weights_and_moments_by_what_they_would_hold():
