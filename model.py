@@ -369,7 +369,7 @@ class Block(nn.Module):
 # How many logits of half types are held in fp32 at once: on a CPU as many as fit in its cache, on a
 # GPU enough to keep it busy (1 GiB). If compiled, no logits are held in fp32.
 CHUNK_ELEMENTS, CHUNK_ELEMENTS_CUDA = 2**20, 2**28
-# Without gradients, about so many scored tokens share a matrix product (more if a chunk has more):
+# Without gradients, so many scored tokens share a matrix product (or a chunk's, if they are more):
 # with fewer, the weights are read too often.
 MATMUL_ROWS = 256
 
@@ -449,11 +449,8 @@ def target_logps(
     """
     if torch.is_grad_enabled() and (hidden_SD.requires_grad or weight_VD.requires_grad):
         return _TargetLogps.apply(hidden_SD, weight_VD, target_S, exponentiate)
-    chunk, logps = _chunk_tokens(hidden_SD, len(weight_VD)), []
-    per_product = max(chunk, MATMUL_ROWS // chunk * chunk)  # whole chunks, at least one
-    for hidden, target in zip(
-        hidden_SD.split(per_product), target_S.split(per_product), strict=True
-    ):
+    logps, rows = [], max(MATMUL_ROWS, _chunk_tokens(hidden_SD, len(weight_VD)))
+    for hidden, target in zip(hidden_SD.split(rows), target_S.split(rows), strict=True):
         logits = hidden @ weight_VD.T
         logit = logits.gather(-1, target[:, None])[:, 0]
         m, Z = exponentiate(logits)
