@@ -140,7 +140,7 @@ def asft_loss(
     logp_l = -inf (p_l = 0), as train.py does: its terms are then exactly 0, at every temperature
     and eps. Pass the 0 as a constant: the gradient with respect to logp_w need not be 0 there.
     (Tempered, an answer that is there but certain, logp_w = 0 after rounding, counts as missing in
-    the align term, which has nothing left to teach it.)
+    the align term.)
 
     Args:
         logp_w_B, logp_l_B: mean log-probs in nats, at most 0, of equal shape. Half types are

@@ -2,6 +2,7 @@
 
 In reading order
     pair_bytes ... enlarge      the micro-batches that take most memory over the whole run
+    leaves_room_to_gather       whether weights may be kept gathered over a step
     measure, rehearse           runs them before the first step, so that too little memory shows
                                 there; chooses how many blocks are recomputed
     fewest_recomputed           the same choice by simulation
@@ -146,6 +147,12 @@ def enlarge(
     return found
 
 
+def leaves_room_to_gather(weights: float, peak: float, available: float) -> bool:
+    """True if weights that are kept gathered fit beside the peak, and MARGIN_GATHERED is left free.
+    All in one unit."""
+    return peak + weights <= available * (1 - MARGIN_GATHERED)
+
+
 # ----------------------------------------------------------------------------------- rehearsal
 
 
@@ -264,8 +271,8 @@ def rehearse(
             tried = try_with(0)
     if gpu and recomputed == 0:
         weights = compute_dtype(dataset).itemsize * sum(p.numel() for p in model.parameters())
-        room = gpu.available() * (1 - MARGIN_GATHERED) - tried.peak
-        if smallest(weights <= room, dataset.device) and sharding.keep_gathered(model):
+        fits = leaves_room_to_gather(weights, tried.peak, gpu.available())
+        if smallest(fits, dataset.device) and sharding.keep_gathered(model):
             gathered, tried = True, try_with(0)
     text = f"recomputes {recomputed} of {layers} blocks"
     if gathered:
@@ -421,8 +428,7 @@ def print_plan(dataset, llama, parameters: int, build: Build) -> None:
             peak_of.cache_clear()
     if numbers == [0] and config.gpu_memory:
         weights = 2 * parameters / 2**30  # in bf16
-        room = config.gpu_memory * (1 - MARGIN_GATHERED) - peak_of(0)["total"]
-        gathered = weights <= room
+        gathered = leaves_room_to_gather(weights, peak_of(0)["total"], config.gpu_memory)
         if gathered:
             peak_of.cache_clear()
     share = config.pairs_per_step / len(dataset.pairs)  # of an epoch, in one step

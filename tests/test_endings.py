@@ -60,7 +60,8 @@ def test_under_nohup_a_closed_terminal_does_not_stop_the_run():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_signal_to_one_of_two_processes_under_torchrun_saves_the_run(start, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_to_one_of_two_processes_under_torchrun_saves_the_run(start, tmp_path, number):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += words(ROOT / "train.py", *flags(start, out, "--epochs 3000 --save-every 0"))
@@ -77,9 +78,9 @@ def test_a_signal_to_one_of_two_processes_under_torchrun_saves_the_run(start, tm
     children = subprocess.run(
         ["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True
     ).stdout.split()
-    os.kill(int(children[-1]), signal.SIGUSR1)
+    os.kill(int(children[-1]), number)
     printed, said = process.communicate(timeout=120)
-    assert "stopped by SIGUSR1 after step" in printed
+    assert f"stopped by {signal.Signals(number).name} after step" in printed
     assert list((out / "checkpoints").glob("step-*")) and process.returncode == 1
     assert 'train.py", line' not in said  # torchrun has a traceback of its own
 
