@@ -218,13 +218,13 @@ def run(flags: argparse.Namespace) -> None:
 def table(models: list[str], summaries: list[dict]) -> str:
     """The measures as text: a line each, a column per model and one of their differences."""
     heads = [*models, "difference"][: len(summaries)]
-    width = max(30, *map(len, heads)) + 2
     rows = [("", heads, "[95% of resampled pairs]")]
     for name, text in MEASURES.items():
         if name not in summaries[0]:
             continue
         form = "{value:+.4f} [{low:+.4f}, {high:+.4f}]"
         rows.append((name, [form.format(**summary[name]) for summary in summaries], text))
+    width = 2 + max(len(cell) for _, cells, _ in rows for cell in cells)
     lines = []
     for name, cells, text in rows:
         lines.append(f"{name:14}{''.join(cell.ljust(width) for cell in cells)}{text}")

@@ -23,7 +23,7 @@ import eval as program
 import evaluation.likelihood
 import train
 from data import ChatFormat
-from evaluation.likelihood import pair_logps, pair_rows, summarise
+from evaluation.likelihood import MEASURES, pair_logps, pair_rows, summarise, table
 from model import load_model
 from support.export import save_model
 
@@ -296,3 +296,12 @@ def test_mistakes_get_one_line_and_what_is_there_stays(
     assert error.startswith("eval.py: ") and complaint in error
     assert error.count("\n") == 1 + ("bad.jsonl" in mistake)  # bad lines are counted on the second
     assert (tmp_path / "there.jsonl").read_text() == "kept" and not (tmp_path / "o").exists()
+
+
+def test_the_columns_of_the_table_stay_apart_however_long_a_number_is():
+    figures = {"value": -123456.0, "low": -234567.0, "high": -12345.0}
+    summary = dict.fromkeys(MEASURES, figures)
+    head, *lines = table(["one", "another"], [summary, summary]).splitlines()
+    for line, text in zip(lines, MEASURES.values(), strict=True):
+        assert line.endswith(f"-12345.0000]  {text}") and line.count("-12345.0000]  ") == 2
+        assert line.index(text) == head.index("[95% of")
