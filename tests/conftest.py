@@ -1,10 +1,8 @@
 """What several test files share: tiny models and pairs, commands, and editing of files."""
 
-import contextlib
 import json
 import os
 import shutil
-import socket
 import struct
 import subprocess
 import sys
@@ -177,52 +175,24 @@ def run_train(*parts, processes=1, cwd=ROOT, preexec_fn=None, **environment):
     )
 
 
-# One of several processes: joins the others that RANK and WORLD_SIZE name, anew for each command.
-JOINED = """
-import json, os, sys, train
-for os.environ["MASTER_PORT"], words in json.loads(sys.argv[1]):
-    if code := train.main([word.replace("@RANK", os.environ["RANK"]) for word in words]):
-        train.processes.leave(lambda: code)
-train.processes.leave(lambda: 0)
-"""
+def run_joined(*command_lines, processes: int = 2, **options) -> str:
+    """Runs these command lines of train.py, one after the other, on so many processes, which must
+    all end well; returns what the first one printed. options: see joined.run_all."""
+    from joined import run_all
 
-
-def start_joined(*command_lines, processes: int = 2, cwds=None) -> list[subprocess.Popen]:
-    """Starts processes that run these command lines of train.py together, one after the other:
-    cheaper than torchrun, and started only once. Each has a directory of its own if `cwds`, and
-    its own number in the place of @RANK."""
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.create_server(("", 0))) for _ in command_lines]
-        ports = [str(free.getsockname()[1]) for free in sockets]
-    lines = [words(*line) for line in command_lines]
-    runs = json.dumps(list(zip(ports, lines, strict=True)))
-    environment = os.environ | ON_CPU | {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
-    environment |= {"WORLD_SIZE": str(processes)}
-    pipes = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    return [
-        subprocess.Popen([sys.executable, "-c", JOINED, runs], **pipes, cwd=cwd, env=env)
-        for rank, cwd in enumerate(cwds or [ROOT] * processes)
-        for env in [environment | {"RANK": str(rank)}]
-    ]
-
-
-def run_joined(*command_lines, processes: int = 2) -> str:
-    """Runs them to their ends, which must be good ones; returns what the first process printed."""
-    started = start_joined(*command_lines, processes=processes)
-    printed = [process.communicate(timeout=300) for process in started]
-    for process, (said, complaint) in zip(started, printed, strict=True):
-        assert process.returncode == 0, said + complaint
+    codes, printed = run_all([words(*line) for line in command_lines], processes, **options)
+    assert not any(codes), printed
     return printed[0][0]
 
 
 def complaint_of_two(command_line, **options) -> str:
     """Runs it on two processes; the first must fail. Returns its one line on stderr."""
-    first, second = start_joined(command_line, **options)
-    printed = first.communicate(timeout=180)[1]
-    second.kill()  # as torchrun would
-    second.communicate()
-    assert first.returncode == 2 and printed.count("\n") == 1, printed
-    return printed
+    from joined import run_all
+
+    codes, printed = run_all([words(*command_line)], 2, **options, first_fails=True)
+    said = printed[0][1]
+    assert codes[0] == 2 and said.count("\n") == 1, printed
+    return said
 
 
 def refusal(function, *args, **options) -> str:

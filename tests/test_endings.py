@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ON_CPU, ROOT, flags, main, words
+from joined import run_all
 from test_resume import seven, weights, whole  # noqa: F401
 
 import train
@@ -172,36 +173,22 @@ def test_an_unforeseen_error_shows_its_traceback_and_ends_the_process_at_once():
     assert done.stderr.startswith("Traceback") and "ZeroDivisionError" in done.stderr
 
 
+def no_memory_for_weights() -> None:
+    def load_weights(*more):
+        raise MemoryError("out of memory")
+
+    if os.environ["RANK"] == "1":
+        train.load_weights = load_weights
+    time.sleep = lambda seconds: None  # torchrun would end the others before they print
+
+
 def test_a_read_error_of_one_process_is_the_only_line_of_two(start, tmp_path):
     """Rank 1 cannot read the weights; rank 0 waits for it in a collective."""
-    program = tmp_path / "broken.py"
-    program.write_text(
-        "import os, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import train\n"
-        "from support.processes import leave\n"
-        "load = train.load_weights\n"
-        "def load_weights(*more):\n"
-        "    if os.environ['RANK'] == '1':\n"
-        "        raise MemoryError('out of memory')\n"
-        "    return load(*more)\n"
-        "train.load_weights = load_weights\n"
-        "leave(train.main)\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += words(program, *flags(start, tmp_path / "out", "--max-steps 3"))
-    done = subprocess.run(
-        command,
-        env=os.environ | ON_CPU,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py")]
-    assert done.returncode == 1
-    assert [line for line in lines if "out of memory" in line]
-    assert all("out of memory" in line or "another process" in line for line in lines)
-    assert 'train.py", line' not in done.stderr  # no traceback of ours
+    run = words(*flags(start, tmp_path / "out", "--max-steps 3"))
+    codes, printed = run_all([run], 2, before=no_memory_for_weights)
+    said = [errors for _, errors in printed]
+    assert codes == [1, 1] and [errors.count("\n") for errors in said] == [1, 1], said
+    assert "another process of the run ended" in said[0] and "out of memory" in said[1]
 
 
 def test_a_terminal_that_knows_only_latin_1_gets_every_line(start, tmp_path, monkeypatch):

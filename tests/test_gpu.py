@@ -2,10 +2,12 @@
 
 import argparse
 import gzip
+import importlib
 import json
 import math
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import gpu
 import pytest
 import torch
 import variants
-from conftest import ON_CPU, ROOT, flags, main, random_pairs, tiny_model, words
+from conftest import ON_CPU, ROOT, flags, main, random_pairs, rows, tiny_model, trained, words
 from torch import Tensor
 from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
@@ -64,25 +66,19 @@ def test_a_batch_goes_to_a_gpu_from_pinned_memory_and_the_cpu_does_not_wait(monk
     assert len(pinned) == 9 and len(sent) == 18
 
 
-def run_gpu(what, scratch):
-    """`python bench/gpu.py WHAT`, and what it has reported; WHAT may be several names."""
-    results = scratch / "results.md"
-    done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "bench/gpu.py",
-            *what.split(),
-            "--scratch",
-            scratch,
-            "--out",
-            results,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )
-    return done, results.read_text()
+@pytest.fixture
+def run_gpu(tmp_path, monkeypatch):
+    """run_gpu(NAME): `python bench/gpu.py NAME`, but in this process. Returns its exit code and
+    what it has reported."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes that it starts
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def run(what):
+        command = ["gpu.py", what, "--scratch", tmp_path, "--out", tmp_path / "results.md"]
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        return gpu.main(), (tmp_path / "results.md").read_text()
+
+    return run
 
 
 @pytest.fixture
@@ -137,23 +133,22 @@ def test_a_measured_step_is_the_median_of_what_train_py_logged_and_nothing_is_ex
     assert not (options.scratch / "out/model").exists()
 
 
-def test_five_batches_of_other_lengths_compile_nothing_after_the_second(tmp_path):
+def test_five_batches_of_other_lengths_compile_nothing_after_the_second(run_gpu):
     """A block once; the head anew for its second number of tokens, which is a variable then."""
-    done, said = run_gpu("compile", tmp_path)
-    assert done.returncode == 0, done.stdout
-    assert "graphs compiled so far [2, 3, 3, 3, 3], 0 of them after the second" in done.stdout
+    code, said = run_gpu("compile")
+    assert code == 0 and "so far [2, 3, 3, 3, 3], 0 of them after the second" in said, said
     assert "eager takes" in said
 
 
 def test_a_part_that_fails_is_reported_and_passed_over_and_one_that_is_done_is_not_repeated(
-    tmp_path,
+    run_gpu, tmp_path
 ):
     (tmp_path / "8B").mkdir()
     (tmp_path / "8B/config.json").write_text("{}")
     for part in gpu.STEPS:  # before step-profile and after it
         (tmp_path / f"{part}.done").touch()
-    done, said = run_gpu("step", tmp_path)
-    assert done.returncode == 1
+    code, said = run_gpu("step")
+    assert code == 1
     assert "- step-profile FAILED" in said and "model_type is None, wanted 'llama'" in said
     assert all(f"- {part}: measured by an earlier call" in said for part in gpu.STEPS)
     assert not (tmp_path / "step-profile.done").exists()
@@ -164,8 +159,11 @@ def test_trl_trains_on_the_same_pairs_and_its_loss_stands_beside_ours(options):
     gpu.make_model(options, "3B")
     options.part = "step-3b-orpo"
     gpu.step(options)
-    done, said = run_gpu("peers-trl-orpo", options.scratch)
-    assert done.returncode == 0 and "4 pairs a micro-batch" in said, said
+    shutil.rmtree(options.scratch / "out")  # as before each part
+    options.part = "peers-trl-orpo"
+    gpu.peer(options)
+    said = options.out.read_text()
+    assert "4 pairs a micro-batch" in said
     theirs, ours = map(float, re.findall(r"first loss ([\d.]+)", said))
     # 640 words that are about equally likely. TRL's mean is over all tokens, of prompts as well.
     by_hand = math.log(640) + 0.1 * math.log(2)
@@ -249,12 +247,10 @@ def test_what_does_not_fit_on_the_card_is_left_out_and_the_smaller_shape_is_prof
     assert shapes == ["3B"]
 
 
-def test_the_profile_writes_a_timeline(options):
-    options.part = "step-profile"
-    done, said = run_gpu("step-profile", options.scratch)
-    assert done.returncode == 0, said
-    assert "timeline: results.trace.json.gz" in said
-    with gzip.open(options.scratch / "results.trace.json.gz") as file:
+def test_the_profile_writes_a_timeline(run_gpu, tmp_path):
+    code, said = run_gpu("step-profile")
+    assert code == 0 and "timeline: results.trace.json.gz" in said, said
+    with gzip.open(tmp_path / "results.trace.json.gz") as file:
         assert len(json.load(file)["traceEvents"]) > 100
 
 
@@ -275,8 +271,16 @@ def test_a_variants_part_runs_that_variant(options, monkeypatch):
     assert plain[1] == str(ROOT / "train.py") and variant[3:] == plain[2:]
 
 
+# What variants.py replaces of what train.py uses.
+CHANGED = [
+    (sharding, "prepare_backward"),
+    (sharding, "keep_gathered"),
+    (FSDPModule, "set_custom_reduce_scatter"),
+]
+
+
 def test_variants_change_what_they_say(start, tmp_path, monkeypatch):
-    for place, name in [(sharding, "prepare_backward"), (FSDPModule, "set_custom_reduce_scatter")]:
+    for place, name in CHANGED:
         monkeypatch.setattr(place, name, getattr(place, name))  # put back after the test
     sizes, allocate = [], OnePool.allocate
 
@@ -318,29 +322,34 @@ def test_a_variant_leaves_out_one_thing_that_is_compiled_otherwise(monkeypatch, 
     assert all(block._compiled_call_impl for block in ours.model["layers"])
 
 
-def test_variants_of_train_py_make_the_same_updates(start, tmp_path):
+def test_variants_of_train_py_make_the_same_updates(start, tmp_path, monkeypatch, capsys):
     """In bf16, so that FSDP shards over one process; in several micro-batches."""
     small = "--max-steps 2 --pairs-per-step 4 --precision bf16 --max-tokens-per-gpu 30"
-    found = {}
-    names = ("reduce-always", "two-pools", "resharded")
-    for program in ("train.py", *(f"bench/variants.py {name}" for name in names)):
-        out = tmp_path / str(len(found))
-        command = [sys.executable, *program.split(), *words(*flags(start, out, small))]
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, env=os.environ | ON_CPU
-        )
-        assert done.returncode == 0, done.stderr
-        assert "micro-batches a step" in done.stdout and " 1.0 micro-batches" not in done.stdout
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        found[program] = [(row["loss"], row["grad_norm"]) for row in rows]
-    expected, *others = found.values()
-    for rows in others:
-        assert rows == [pytest.approx(pair, rel=1e-4) for pair in expected]
+    plain = trained(start, tmp_path / "plain", small)
+    said = capsys.readouterr().out
+    assert "micro-batches a step" in said and " 1.0 micro-batches" not in said
+    # One as its user starts it, the others in this process, which saves a minute.
+    command = [sys.executable, "bench/variants.py", "reduce-always"]
+    command += words(*flags(start, tmp_path / "reduce-always", small))
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | ON_CPU)
+    found = [rows(tmp_path / "reduce-always")]
+    for name in ("two-pools", "resharded"):
+        with monkeypatch.context() as patch:
+            for place, changed in CHANGED:
+                patch.setattr(place, changed, getattr(place, changed))  # put back
+            variants.VARIANTS[name]()
+            found.append(trained(start, tmp_path / name, small))
+    expected = [(row["loss"], row["grad_norm"]) for row in plain]
+    for variant in found:
+        assert [(row["loss"], row["grad_norm"]) for row in variant] == [
+            pytest.approx(pair, rel=1e-4) for pair in expected
+        ]
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this build of torch is for CUDA")
-def test_the_kernels_for_a_gpu_need_a_build_of_torch_for_cuda():
-    words = [sys.executable, "bench/kernels.py"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == "kernels.py: needs torch's build for CUDA; this one is for CPUs\n"
+def test_the_kernels_for_a_gpu_need_a_build_of_torch_for_cuda(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["kernels.py"])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module("kernels").main()
+    said = "kernels.py: needs torch's build for CUDA; this one is for CPUs"
+    assert stopped.value.code == said  # printed on stderr, with exit code 1

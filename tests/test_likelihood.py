@@ -9,14 +9,20 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ON_CPU, ROOT, edit_json, random_pairs, read_json, rows, tiny_model
+from conftest import (
+    ROOT,
+    edit_json,
+    random_pairs,
+    read_json,
+    rows,
+    run_joined,
+    tiny_model,
+)
 from test_generate import on_two_processes
 
 import eval as program
@@ -123,15 +129,11 @@ def test_the_shares_of_two_processes_add_up_to_the_same_bits_for_any_number_of_p
 def test_two_processes_write_the_same_files_for_a_single_pair(data, tmp_path):
     data.write_text(data.read_text().splitlines(keepends=True)[0])
     assert likelihood(data, tmp_path / "one.jsonl") == 0
-    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"
-    command = f"{torchrun} {ROOT}/eval.py likelihood --model {EXAMPLE} --data {data}".split()
-    command += ["--out", tmp_path / "two.jsonl"]
-    pipes = dict(capture_output=True, text=True, timeout=100)
-    result = subprocess.run(command, **pipes, env=os.environ | ON_CPU)
-    assert result.returncode == 0, result.stderr
+    run = ["likelihood --model", EXAMPLE, "--data", data, "--out", tmp_path / "two.jsonl"]
+    said = run_joined(run, program="eval")
     for end in ("jsonl", "json"):
         assert (tmp_path / f"two.{end}").read_text() == (tmp_path / f"one.{end}").read_text()
-    assert result.stdout.count("accuracy") == 1
+    assert said.count("accuracy") == 1
 
 
 def test_processes_with_other_pairs_or_another_model_are_refused(

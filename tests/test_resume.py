@@ -582,7 +582,7 @@ def test_processes_that_do_not_see_one_out_are_told_so_before_the_first_step(sta
     homes = [tmp_path / "0", tmp_path / "1"]
     for home in homes:
         home.mkdir()
-    said = complaint_of_two(flags(start, "out", "--max-steps 1"), cwds=homes)
+    said = complaint_of_two(flags(start, "out", "--max-steps 1"), homes=homes)
     assert "--out out: process 1 does not see it" in said
     assert not (homes[0] / "out/metrics.jsonl").exists()
 

@@ -5,13 +5,16 @@ Last, what it and other scripts say to flags and files that they cannot use.
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from joined import run_all
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bench import study
@@ -173,11 +176,24 @@ def test_answers_before_and_after_are_scored_and_shown_side_by_side(tmp_path, mo
     assert "**1. Why ?**" in printed and "- *chosen*: Because so" in printed
 
 
+def test_a_command_gets_its_share_of_the_cores_and_what_it_prints_is_kept():
+    print_threads = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    done = study.call([sys.executable, "-c", print_threads], Namespace(jobs=1))
+    assert done.returncode == 0 and int(done.stdout) == os.cpu_count()
+
+
 def test_a_study_goes_on_where_it_stopped_and_keeps_the_chosen_weights(
     tmp_path, monkeypatch, capsys
 ):
+    def call(words, settings):
+        """study.call, but its process is forked and need not import torch."""
+        [code], [printed] = run_all([list(map(str, words[2:]))], 1, Path(words[1]).stem)
+        return subprocess.CompletedProcess(words, code, *printed)
+
+    monkeypatch.setattr(study, "call", call)
     flags = ["--work", str(tmp_path), "--datasets", "example", "--methods", "sft"]
     flags += ["--max-steps", "1", "--seeds", "2", "--rates", "1e-3", "1e-5"]
+    flags += ["--jobs", "1"]
     again = []
     for _ in range(2):
         monkeypatch.setattr(sys, "argv", ["study.py", "run", *flags])
