@@ -331,8 +331,9 @@ def response_logps(
             f"response_logps needs logits (R, T, V), tokens (R, T) and scored (R, T); found {found}"
         )
     scored_RT = scored_RT.bool()
-    if bool(scored_RT[:, 0].any()) or not bool(scored_RT.any(dim=1).all()):
-        raise ValueError("each row needs at least one scored token, and not its first")
+    if (bad_R := scored_RT[:, 0] | ~scored_RT.any(dim=1)).any():
+        rows = bad_R.nonzero()[:, 0].tolist()
+        raise ValueError(f"rows {rows}: each needs at least one scored token, and not its first")
     sums, means = [], []
     for logits_TV, tokens_T, scored_T in zip(
         logits_RTV[:, :-1], tokens_RT[:, 1:], scored_RT[:, 1:], strict=True

@@ -85,6 +85,7 @@ from support.held_out import answer, last_turn, read_groups
 from support.log import Log, describe, header, run_facts, size_and_speed
 from support.metrics import Sums, common_metrics
 from support.reference import cached_logps
+from support.tensors import moved
 
 # ------------------------------------------------------------------------------- configuration
 
@@ -191,7 +192,7 @@ class Config:
     )
     save_dtype: str = flag("bf16", "weights of OUT/model", ("bf16", "fp32"))
     save_every: int = flag(
-        200, "steps between checkpoints (12 bytes a parameter each); 0: only when told to stop"
+        1000, "steps between checkpoints (12 bytes a parameter each); 0: only when told to stop"
     )
     keep: int = flag(2, "checkpoints to keep, the newest")
     resume: str | None = flag(
@@ -276,8 +277,8 @@ class Dataset:
         """mean_R and sum_R of the batch's responses under the reference."""
         if isinstance(self.reference, Llama):
             return self.reference(batch)
-        indexes = torch.tensor(indexes or self.stand_in).to(self.device, non_blocking=True)
-        return self.reference[indexes].flatten(0, 1).unbind(-1)
+        rows_B = moved(torch.tensor(indexes or self.stand_in), self.device)
+        return self.reference[rows_B].flatten(0, 1).unbind(-1)
 
 
 def step_loss(
@@ -299,8 +300,6 @@ def step_loss(
         reference_R = mean_ref_R if loss.logps == "mean" else sum_ref_R
         inputs += [reference_R[0::2], reference_R[1::2]]
     loss_B, metrics = loss.function(*inputs, **dataset.config.loss_options)
-
-    # The common ones come last: without a rejected answer the loss's own margin is infinite.
     common = common_metrics(mean_R.detach(), sum_R.detach(), batch.length_R, drawn=bool(indexes))
     return loss_B, {"loss": loss_B.detach()} | metrics | common
 
@@ -359,7 +358,7 @@ def train(run: Run, done: int) -> None:
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
-        optimizer.step()
+        sharding.update(optimizer)
         optimizer.zero_grad()
 
         # `means` are of the weights before this update, eval_* of those after it.

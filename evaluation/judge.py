@@ -26,6 +26,7 @@ MT_WITH_REFERENCE = ("math", "reasoning", "coding")
 MT_MAX_TOKENS = 2048  # of a judgment, at temperature 0; Arena-Hard's configuration has its own
 RATING = r"(\d{1,9}(?:\.\d*)?)"
 LABEL = r"\[\[([AB<>=]+)\]\]"
+NO_VERDICT = "no verdict"
 SECOND_TRY = "continue your judgment and finish by outputting a final verdict label"
 
 # Question's id and turn (None in Arena-Hard) -> the user prompts that the judge sees, and the
@@ -80,15 +81,19 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: Jobs, settings: dict)
     judge = open_judge(flags, settings)
 
     def do(key: tuple) -> str | None:
-        """Writes a row. Returns the reason if the endpoint gave no judgment."""
+        """Writes a row. Returns the reason if the endpoint gave no judgment, and NO_VERDICT if it
+        gave one without a score or a label."""
         about, work = {"question_id": key[0], "model": model}, jobs[key][1]
         try:
-            append(judge, out, about | work(judge, about))
+            row = work(judge, about)
+            append(judge, out, about | row)
         except UnjudgedError as error:
             return str(error)
         except InputError:
             judge.stop.set()  # here: this thread's next job begins before others hear of it
             raise
+        verdicts = [game["score"] for game in row.get("games", [row])]
+        return NO_VERDICT if set(verdicts) <= {-1, None} else None
 
     outcomes = Counter()
     with ThreadPoolExecutor(flags.concurrency) as pool:
@@ -105,13 +110,18 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: Jobs, settings: dict)
             raise
         finally:
             judge.stop.set()  # leaving the pool waits for the replies under way
-    made = outcomes.pop(None, 0)
-    said = f"{out}: {made} judgments {before}, {outcomes.total()} failed"
+    good, unclear = outcomes.pop(None, 0), outcomes.pop(NO_VERDICT, 0)
+    said = f"{out}: {good + unclear} judgments {before}, {outcomes.total()} failed"
     if outcomes:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in outcomes.most_common(5))
         said += f" ({reasons}); the same command tries them again"
+    if unclear:
+        said += (
+            f"; {unclear} have no verdict (was --max-tokens {settings['max_tokens']} too low?): to "
+            f"ask again, delete their rows from {out}"
+        )
     said += f"; raw replies in {judge.raw}"
-    if not made and not done:
+    if not good and not done:
         raise StoppedError(said)
     print(said)
 
@@ -212,6 +222,8 @@ def read_config(path: str | Path) -> dict:
 def arena_hard_jobs(flags: argparse.Namespace, questions: dict, answers: dict) -> tuple[Jobs, dict]:
     """The jobs, and the parameters of a request. Two games a question: the baseline's answer comes
     first, then the model's."""
+    if Path(flags.baseline).samefile(flags.answers):
+        raise InputError(f"{flags.baseline}: both --baseline and --answers")
     baseline, theirs = read_answers(flags.baseline, flags.bench, questions)
     print(f"the baseline is {baseline}")
     config = read_config(flags.config)

@@ -77,10 +77,11 @@ def cells_of(path: Path, key: str, name: str) -> dict[str, str]:
             return {measure: form.format(**of) for measure, of in found[key].items()}
         if key == "models":
             models = found[key]
-            only = next(iter(models.values())) if len(models) == 1 else None
-            model = models.get(name, only)
+            other = next(iter(models)) if len(models) == 1 else None
+            model = name if name in models else other
             column = f"{found['benchmark']}, {found['judge'] or 'battles'}"
-            return {column: cell(next(iter(model["scores"].values())))}
+            text = cell(next(iter(models[model]["scores"].values())))
+            return {column: text if model == name else f"{text} ({model})"}
         cells = {column: f"{found[column]:.2f}" for column in OVERLAP if column in found}
         return {key: f"{found[key]:.2f}"} | cells
     except (LookupError, TypeError, AttributeError, ValueError, StopIteration, OverflowError):

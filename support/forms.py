@@ -281,8 +281,10 @@ def parse_side(prompt: Turns, record: dict, key: str) -> tuple[Turns, str]:
     value = record[key]
     if isinstance(value, str):
         turns = transcript(text(value, key))
-    else:
+    elif isinstance(value, (list, dict)):
         turns = messages(value if isinstance(value, list) else [value], key)
+    else:
+        raise ValueError(f"{key} is {shown(value)}, wanted a string or messages")
     # A system turn or earlier turns may stand before the prompt's own, so these may start anywhere.
     whole = any(turns[i : i + len(prompt)] == prompt for i in range(len(turns)))
     if isinstance(value, str) and prompt and not whole:

@@ -255,6 +255,7 @@ def rehearse(
     if gpu and not fixed:
         tried = try_with(recomputed)  # again: the first time, compiling took memory too
     if fixed is None:
+        smallest(0, dataset.device)  # so that NCCL has made what it keeps for this: see available
         limit = gpu.available() * (1 - MARGIN)
         kept = pair_bytes(llama, dataset, layers - 1) - pair_bytes(llama, dataset, layers)
         one = max(kept[indexes].sum() for step in found.steps for indexes in step)

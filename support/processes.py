@@ -19,6 +19,7 @@ import time
 import traceback
 import typing
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -47,7 +48,8 @@ def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtyp
     half = precision == "bf16" or (precision == "auto" and cuda)
     here = torch.device("cpu")
     if cuda:
-        here = torch.device("cuda", environment("LOCAL_RANK", 0))
+        # Without it, all processes of a machine would take its first GPU.
+        here = torch.device("cuda", environment("LOCAL_RANK", None if in_a_group() else 0))
         torch.cuda.set_device(here)
     return here, torch.bfloat16 if half else torch.float32
 
@@ -82,7 +84,7 @@ def environment(name: str, default: int | None = None) -> int:
         found = "missing" if value is None else repr(value)
         raise InputError(
             f"{name} is {found} in the environment, wanted a whole number: torchrun sets RANK, "
-            "WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without it, unset them"
+            "LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without it, unset them"
         )
     return int(value)
 
@@ -129,7 +131,9 @@ def start(config) -> DeviceMesh:
     device = choose_device(config.device, config.precision)[0].type
     # Saturated losses give subnormal gradients, which make a CPU ten times slower.
     torch.set_flush_denormal(True)
-    join_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    # Longer than torch's half hour: one process may write or read a whole model on a slow disk.
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    join_group(backend, timeout=timedelta(hours=2))
     flags = {spell(name): value for name, value in vars(config).items()}
     # A machine may have its own paths.
     flags |= {spell(name): "given" for name in PATHS if getattr(config, name) is not None}
@@ -330,8 +334,8 @@ def exit_code(program: str, action: typing.Callable[[], None], memory_advice: ty
 
     0: done. 2: a user's mistake, or a file that cannot be read or written. 1: out of memory
     (memory_advice() says which flag to lower; None: the error is raised), numbers that are not
-    finite, a model that does not compile, or the end of another process. 128 + a signal's number:
-    stopped by that signal.
+    finite, a model that does not compile, a failure of NCCL, or the end of another process. 128 + a
+    signal's number: stopped by that signal.
 
     After a failure NCCL's group stays: to destroy it, all processes of a machine must take part,
     and the others wait for this one elsewhere. `leave` ends the process with it.
@@ -360,13 +364,20 @@ def exit_code(program: str, action: typing.Callable[[], None], memory_advice: ty
             complain(program, error)
         return error.code
     except (RuntimeError, MemoryError) as error:
-        if another_ended(error):
-            complain(program, "another process of the run ended; its message says why")
-            return 1
         advice = memory_advice()
-        if advice is None or not out_of_memory(error):
+        if out_of_memory(error) and advice is not None:
+            complain(program, f"out of memory; {advice}")
+        elif isinstance(error, dist.DistBackendError):  # NCCL's, for every fault of its own too
+            reason = " ".join(str(error).splitlines()[1:]) or str(error)
+            complain(
+                program,
+                f"NCCL failed, unless another process of the run says why it ended: "
+                f"{shown(reason, 400)}; NCCL_DEBUG=INFO in the environment makes it say more",
+            )
+        elif another_ended(error):
+            complain(program, "another process of the run ended; its message says why")
+        else:
             raise
-        complain(program, f"out of memory; {advice}")
         return 1
     finally:
         if dist.is_initialized() and (done or not torch.cuda.is_initialized()):

@@ -1,14 +1,18 @@
 """What FSDP is told besides how a model is split, which is train.shard: when gradients are reduced,
-how long weights stay gathered, and which memory gradients take on one process.
+how long weights stay gathered, and which memory gradients take on one process. And the update of
+the rows that a process holds.
 
 A model that is not sharded (one process, in the weights' own dtype) needs none of this: all
-functions here then do nothing.
+functions here but `update` then do nothing.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.optim.adamw import adamw
+
+from support.tensors import local_rows
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
@@ -50,6 +54,32 @@ def reshard(model: nn.Module) -> None:
     parameters() are not the ones that are trained."""
     for module in fsdp_modules(model):
         module.reshard()
+
+
+@torch.no_grad()
+def update(optimizer: torch.optim.AdamW) -> None:
+    """optimizer.step(), bit for bit, but on the rows that this process holds. GPUs wait while
+    Python starts the update, and with DTensors that takes three times as long: 12 to 17 ms instead
+    of 3 to 5 for the 291 parameters of Llama-3-8B, measured on a CPU."""
+    for group in optimizer.param_groups:
+        parameters = group["params"]
+        states = [optimizer.state[parameter] for parameter in parameters]
+        adamw(
+            [local_rows(parameter)[0] for parameter in parameters],
+            [local_rows(parameter.grad)[0] for parameter in parameters],
+            [local_rows(state["exp_avg"])[0] for state in states],
+            [local_rows(state["exp_avg_sq"])[0] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
 
 
 class OnePool:

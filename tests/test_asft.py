@@ -29,6 +29,7 @@ OPTIONS = {
     "dpo-norm": [{}, dict(beta=0.5)],
     "ipo": [{}, dict(beta=0.5)],
 }
+assert OPTIONS.keys() == LOSSES.keys()
 each_variant = pytest.mark.parametrize(
     "name, options", [(name, options) for name, many in OPTIONS.items() for options in many]
 )

@@ -770,8 +770,8 @@ null => found None
 {"prompt": null, @} => key prompt is missing
 {"prompt": [], @} => prompt is []
 {"prompt": "a", "chosen": null, "rejected": "c"} => key chosen is missing
-{"prompt": "a", "chosen": "b", "rejected": 3.5} => rejected holds 3.5
-{"prompt": "a", "chosen": "b", "rejected": true} => rejected holds True
+{"prompt": "a", "chosen": "b", "rejected": 3.5} => rejected is 3.5, wanted a string or messages
+{"prompt": "a", "chosen": "b", "rejected": true} => rejected is True, wanted a string
 {"prompt": "a", "chosen": [], "rejected": []} => chosen is []
 {"prompt": "a", "chosen": ["b"], "rejected": ["c"]} => chosen holds 'b'
 {"prompt": [{"role": "user"}], @} => prompt holds {'role': 'user'}
@@ -1382,7 +1382,7 @@ def test_every_data_format_that_the_docs_show_is_read_as_the_same_question_and_a
         assert role == "user" and content.startswith("Name a fruit.")
         assert "pple." in p.chosen and "pple" not in p.rejected
     found = [x.tolist() for x in (ids.prompt, ids.chosen, ids.rejected)]
-    assert found == [[512, 65, 66], [67, 516], [68, 516]]
+    assert found == [[506, 65, 66], [67, 510], [68, 510]]
 
 
 def test_every_prompt_format_that_the_docs_show_is_read_as_the_same_question(tmp_path):

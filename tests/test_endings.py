@@ -22,7 +22,13 @@ from test_resume import seven, weights, whole  # noqa: F401
 
 import train
 from support.files import InputError
-from support.processes import StoppedError, StopRequest, another_ended, exit_code
+from support.processes import (
+    StoppedError,
+    StopRequest,
+    another_ended,
+    choose_device,
+    exit_code,
+)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGHUP, 129), (signal.SIGUSR1, 138)])
@@ -145,6 +151,43 @@ def test_when_one_process_dies_the_others_say_so_in_one_line(capsys, monkeypatch
     assert another_ended(dist.DistNetworkError("x")) and not another_ended(RuntimeError("a bug"))
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     assert not another_ended(gloo)  # the network of a single process is its own fault
+
+
+NCCL = "NCCL error in: NCCLUtils.cpp:77, unhandled system error\nncclSystemError: "
+
+
+@pytest.mark.parametrize(
+    "reason, said",
+    [
+        ("Last error:\nError while creating shared memory segment", "creating shared memory"),
+        ("Last error:\nDuplicate GPU detected", "Duplicate GPU detected"),
+        ("Failed to CUDA malloc 4 bytes: out of memory", "out of memory; use less"),
+    ],
+)
+def test_what_nccl_says_is_in_the_line(capsys, reason, said):
+    """It has one class of errors for its own faults and for the end of another process."""
+    error = dist.DistBackendError(NCCL + reason)
+    assert exit_code("train.py", mock.Mock(side_effect=error), lambda: "use less") == 1
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and said in printed
+    assert ("NCCL_DEBUG=INFO" in printed) == ("malloc" not in reason)
+
+
+def test_gpus_are_not_shared_in_silence_by_processes_that_do_not_know_their_number(monkeypatch):
+    """As under srun with RANK and WORLD_SIZE only: all would take the first GPU."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert choose_device("auto", "auto") == (torch.device("cuda:0"), torch.bfloat16)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(InputError, match="LOCAL_RANK is missing in the environment"):
+        choose_device("auto", "auto")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose_device("auto", "auto")[0] == torch.device("cuda:1") == taken[-1]
+    assert len(taken) == 2
 
 
 @pytest.mark.parametrize("on_cuda", [False, True])

@@ -187,7 +187,7 @@ RATINGS += [("none", -1), ("[[ten]] [[-3]]", -1), ("[[7/10]]", -1), ("[[6.]]", 6
 
 @pytest.mark.parametrize(("said", "score"), RATINGS)
 def test_a_rating_is_in_double_brackets_else_in_single_ones_else_minus_1(one, said, score):
-    one.says(said).judge()
+    one.says(said).judge(code=1 if score == -1 else 0)  # 1: nothing was judged
     assert [row["score"] for row in rows_of(one.out)] == [score, score]
 
 
@@ -330,7 +330,7 @@ PRESENT_LABELS += [("[A>B] at first, [[B>>A]] in the end", "B>>A"), ("nothing", 
 
 @pytest.mark.parametrize(("said", "label"), PRESENT_LABELS)
 def test_in_its_present_form_the_last_label_of_the_first_pattern_counts(present, said, label):
-    present.only_first().says(said).judge()
+    present.only_first().says(said).judge(code=0 if label else 1)
     assert len(present.asked) == 2
     assert [game["score"] for game in rows_of(present.out)[0]["games"]] == [label, label]
 
@@ -665,6 +665,25 @@ def test_interrupted_it_keeps_every_reply_and_the_next_run_asks_only_for_what_is
     either.judge()
     assert set(Counter(str(asked.talk) for asked in either.asked).values()) == {1}
     assert len(either.asked) == 6 and len(rows_of(either.out)) == (6 if either.mt else 3)
+
+
+def test_a_model_is_not_judged_against_its_own_file_of_answers(arena):
+    arena.baseline.unlink()
+    arena.baseline.symlink_to(arena.answers)
+    assert "both --baseline and --answers" in arena.refused() and not arena.asked
+
+
+def test_judgments_without_a_verdict_are_counted_and_asked_again_if_rows_are_deleted(either):
+    """As of a judge that always runs into its limit of tokens."""
+    said = either.says("Both are good, so").refused(code=1)
+    rows = len(rows_of(either.out))
+    assert f"0 failed; {rows} have no verdict (was --max-tokens" in said and rows in (3, 6)
+    asked = len(either.asked)
+    assert "none left to make" in either.says(BOTH).judge() and len(either.asked) == asked
+    kept = either.out.read_bytes().splitlines(keepends=True)[0]
+    either.out.write_bytes(kept)
+    assert "have no verdict" not in either.judge("--max-tokens", 4000)
+    assert len(rows_of(either.out)) == rows
 
 
 def test_a_row_that_was_cut_short_is_dropped_with_a_word_and_a_missing_newline_is_mended(mt):

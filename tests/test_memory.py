@@ -517,7 +517,8 @@ def test_all_processes_recompute_as_many_blocks_as_the_one_with_the_least_memory
         assert op == dist.ReduceOp.MIN
         number.clamp_(max=others.pop(0))
 
-    others = [1, 2, 1, 0]  # whether one block fits, then how many more
+    # Before the limit is taken; whether one block fits, then how many more.
+    others = [0, 1, 2, 1, 0]
     with_group = memory.dist
     monkeypatch.setattr(memory, "dist", SimpleNamespace(**vars(with_group) | {"all_reduce": least}))
     assert rehearsed(1e12).chosen == {

@@ -552,5 +552,5 @@ def test_every_form_that_the_docs_show_is_read_as_the_same_question_and_one_answ
     for p in texts:
         assert p.prompt[-1][1].startswith("Name a fruit.")
         assert (p.chosen, p.rejected) in [("An apple.", None), (None, "No.")]
-    assert [x.tolist() for x in (ids.prompt, ids.rejected)] == [[512, 65, 66], [68, 516]]
+    assert [x.tolist() for x in (ids.prompt, ids.rejected)] == [[506, 65, 66], [68, 510]]
     assert ids.chosen is None

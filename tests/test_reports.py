@@ -241,7 +241,7 @@ def test_tables_put_models_side_by_side_with_a_dash_for_what_is_missing(tmp_path
     one, two, three, likelihoods = tables
     assert one[0] == ["model", "MT-Bench, gpt-4", "MT-Bench, turbo", "Arena-Hard, gpt-4"]
     assert one[2] == ["a", "7.00 [7.00, 7.00]", "6.00 [6.00, 6.00]", "-"]
-    assert one[3] == ["b", "-", "-", "50.00 [50.00, 50.00]"]
+    assert one[3] == ["b", "-", "-", "50.00 [50.00, 50.00] (x)"]  # x: whose scores they are
     assert two[0][:3] == ["model", "bleu4_lf", "rouge1_lf"] and two[2][:3] == ["a", "42.40", "-"]
     assert [row[:2] for row in three[2:]] == [["a", "-"], ["b", "37.70"]] and three[3][6] == "12.35"
     assert likelihoods[0] == ["model", *measured] and likelihoods[2][0] == "a (HH-RLHF)"

@@ -665,6 +665,16 @@ def test_bf16_products_stay_close_to_fp32_and_weights_stay_fp32(start, tmp_path)
 # ----------------------------------------------------------------------- losses and references
 
 
+@pytest.mark.parametrize("more", ["", "--precision bf16"])  # in bf16 FSDP shards over one process
+def test_the_update_of_a_processs_rows_is_that_of_adamw(start, tmp_path, monkeypatch, more):
+    more += " --max-steps 3 --weight-decay 0.1 --adam-beta1 0.8 --adam-beta2 0.9 --adam-eps 1e-4"
+    trained(start, tmp_path / "ours", more)
+    monkeypatch.setattr(train.sharding, "update", lambda optimizer: optimizer.step())
+    trained(start, tmp_path / "torchs", more)
+    ours, torchs = (tmp_path / name / "model/model.safetensors" for name in ("ours", "torchs"))
+    assert ours.read_bytes() == torchs.read_bytes()
+
+
 @pytest.mark.parametrize("loss", asft.LOSSES)
 def test_the_first_step_of_every_loss_is_its_definition(start, tmp_path, loss):
     row = trained(start, tmp_path / "out", "--loss", loss, "--max-steps 1")[0]
@@ -689,7 +699,8 @@ def test_the_first_step_of_every_loss_is_its_definition(start, tmp_path, loss):
         assert row[name] == pytest.approx(values.mean(), rel=1e-5, abs=1e-6), name
     always = "step epoch lr grad_norm tokens_per_s pairs_per_s peak_memory_gib align"
     assert set(words(always)) <= row.keys()
-    assert {"reward_w", "reward_l"} <= row.keys() or loss in ("sft", "asft", "orpo")
+    rewards = {"reward_w", "reward_l"} & row.keys()
+    assert bool(rewards) == (loss in ("simpo", "dpo", "dpo-norm", "ipo"))
 
 
 @pytest.mark.parametrize("loss, first", [("dpo", math.log(2)), ("ipo", 25), ("ipo --ipo-sum", 25)])
