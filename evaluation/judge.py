@@ -69,7 +69,7 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: Jobs, settings: dict)
     """Does the jobs that --out lacks, several at once, and writes each row when it is complete.
 
     When interrupted, it waits for the replies under way, so that all that was paid for is kept.
-    Raises StoppedError (exit code 1) if nothing was judged at all."""
+    Raises StoppedError (exit code 1) if --out was empty and no row got a verdict."""
     out = Path(flags.out)
     hold_out(out)
     done = done_jobs(flags, model, jobs)
@@ -117,8 +117,8 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: Jobs, settings: dict)
         said += f" ({reasons}); the same command tries them again"
     if unclear:
         said += (
-            f"; {unclear} have no verdict (was --max-tokens {settings['max_tokens']} too low?): to "
-            f"ask again, delete their rows from {out}"
+            f"; {unclear} rows have no verdict (was --max-tokens {settings['max_tokens']} too "
+            f"low?): to ask again, delete them from {out}"
         )
     said += f"; raw replies in {judge.raw}"
     if not good and not done:

@@ -18,7 +18,8 @@
     run_directory.py   OUT itself: its lock, what a run is made of
     log.py             the header, the line per step, metrics.jsonl and eval.jsonl
     compiler.py        whether and how blocks and the head are compiled
-    sharding.py        when FSDP reduces gradients and gives up weights; one pool of memory
+    sharding.py        when FSDP reduces gradients and gives up weights; one pool of memory; AdamW's
+                       update of the rows of a process
     memory.py          trying the costliest micro-batches; what is recomputed; simulation (--plan)
     flops.py           what a step computes, and its share of the GPUs' peak
 

@@ -248,6 +248,8 @@ def rehearse(
     def blocks_that_fit() -> int:
         return smallest((limit - tried.peak) // one, dataset.device)
 
+    if gpu:
+        smallest(0, dataset.device)  # so that NCCL has made what it keeps for this: see available
     found = find([layers, layers // 2, 0] if fixed is None else [fixed])
     resting, gathered = gpu.allocated() if gpu else 0, False
     recomputed = layers if fixed is None else fixed
@@ -255,7 +257,6 @@ def rehearse(
     if gpu and not fixed:
         tried = try_with(recomputed)  # again: the first time, compiling took memory too
     if fixed is None:
-        smallest(0, dataset.device)  # so that NCCL has made what it keeps for this: see available
         limit = gpu.available() * (1 - MARGIN)
         kept = pair_bytes(llama, dataset, layers - 1) - pair_bytes(llama, dataset, layers)
         one = max(kept[indexes].sum() for step in found.steps for indexes in step)

@@ -48,8 +48,10 @@ def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtyp
     half = precision == "bf16" or (precision == "auto" and cuda)
     here = torch.device("cpu")
     if cuda:
-        # Without it, all processes of a machine would take its first GPU.
-        here = torch.device("cuda", environment("LOCAL_RANK", None if in_a_group() else 0))
+        # Without LOCAL_RANK, all processes of a machine would take the first of its GPUs. Launchers
+        # that do not set it show each process one GPU.
+        several = in_a_group() and found > 1
+        here = torch.device("cuda", environment("LOCAL_RANK", None if several else 0))
         torch.cuda.set_device(here)
     return here, torch.bfloat16 if half else torch.float32
 
@@ -320,8 +322,8 @@ def complain(program: str, message: object) -> None:
 
 
 def another_ended(error: Exception) -> bool:
-    """True if this error means that another process of the run ended: its connections are closed.
-    gloo raises RuntimeErrors, known by their texts."""
+    """True if this error means that another process of the run ended: its connections are closed
+    (or, of NCCL, a fault of its own). gloo raises RuntimeErrors, known by their texts."""
     if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
         return True
     text = str(error).lower()
@@ -371,8 +373,8 @@ def exit_code(program: str, action: typing.Callable[[], None], memory_advice: ty
             reason = " ".join(str(error).splitlines()[1:]) or str(error)
             complain(
                 program,
-                f"NCCL failed, unless another process of the run says why it ended: "
-                f"{shown(reason, 400)}; NCCL_DEBUG=INFO in the environment makes it say more",
+                f"NCCL failed: {shown(reason, 400)}. If another process of the run says why it "
+                "ended, that is the cause; else NCCL_DEBUG=INFO in the environment tells more",
             )
         elif another_ended(error):
             complain(program, "another process of the run ended; its message says why")

@@ -181,7 +181,7 @@ def run_joined(*command_lines, processes: int = 2, **options) -> str:
     from joined import run_all
 
     codes, printed = run_all([words(*line) for line in command_lines], processes, **options)
-    assert not any(codes), printed
+    assert codes == [0] * processes, (codes, printed)
     return printed[0][0]
 
 

@@ -38,8 +38,9 @@ def run_all(
     process calls first; homes: its directory, if each has its own. With first_fails the others are
     killed when the first has ended, as torchrun would.
     """
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
-        CONTEXT.set_forkserver_preload(["joined"])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), CUDA_VISIBLE_DEVICES=""):
+        if sys.platform == "linux":  # elsewhere a fork after the import is not safe
+            CONTEXT.set_forkserver_preload(["joined"])
         forkserver.ensure_running()
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.create_server(("", 0))) for _ in command_lines]
@@ -59,6 +60,8 @@ def run_all(
             if first_fails or process.is_alive():
                 for other in started:
                     other.kill()
+        for process in started:  # those that were killed just now too
+            process.join()
         codes = [process.exitcode for process in started]
         return codes, [[path.read_text() for path in paths] for paths in printed]
 

@@ -174,9 +174,10 @@ def test_what_nccl_says_is_in_the_line(capsys, reason, said):
 
 
 def test_gpus_are_not_shared_in_silence_by_processes_that_do_not_know_their_number(monkeypatch):
-    """As under srun with RANK and WORLD_SIZE only: all would take the first GPU."""
-    taken = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    """As under srun with RANK and WORLD_SIZE only: all would take the first GPU, unless each sees
+    only one."""
+    taken, visible = [], 8
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -188,6 +189,9 @@ def test_gpus_are_not_shared_in_silence_by_processes_that_do_not_know_their_numb
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert choose_device("auto", "auto")[0] == torch.device("cuda:1") == taken[-1]
     assert len(taken) == 2
+    visible = 1
+    monkeypatch.delenv("LOCAL_RANK")
+    assert choose_device("auto", "auto")[0] == torch.device("cuda:0")
 
 
 @pytest.mark.parametrize("on_cuda", [False, True])

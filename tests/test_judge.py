@@ -677,12 +677,12 @@ def test_judgments_without_a_verdict_are_counted_and_asked_again_if_rows_are_del
     """As of a judge that always runs into its limit of tokens."""
     said = either.says("Both are good, so").refused(code=1)
     rows = len(rows_of(either.out))
-    assert f"0 failed; {rows} have no verdict (was --max-tokens" in said and rows in (3, 6)
+    assert f"0 failed; {rows} rows have no verdict (was --max-tokens" in said and rows in (3, 6)
     asked = len(either.asked)
     assert "none left to make" in either.says(BOTH).judge() and len(either.asked) == asked
     kept = either.out.read_bytes().splitlines(keepends=True)[0]
     either.out.write_bytes(kept)
-    assert "have no verdict" not in either.judge("--max-tokens", 4000)
+    assert "no verdict" not in either.judge("--max-tokens", 4000)
     assert len(rows_of(either.out)) == rows
 
 
