@@ -16,8 +16,7 @@ In reading order
     evaluate                         held-out metrics
     attach_reference                 log-probs of the starting model, for dpo, dpo-norm and ipo
     shard ... make_optimizer         FSDP2 (not needed by one process in fp32); AdamW
-    read_pairs, fine_tune, export    what is trained on; a whole run; the model that it leaves
-    plan                             what a run would need
+    read_pairs, fine_tune, plan      what is trained on; a whole run; what it would need
 
 Weights and AdamW's moments are kept in fp32, sharded over the processes (with --replicas, over
 those of a replica); matrix products run in bf16 on CUDA and in fp32 on a CPU (--precision). A
@@ -78,10 +77,10 @@ from support import checkpoints, memory, processes, run_directory, sharding
 from support.best import Best
 from support.bins import MicroBatch
 from support.compiler import compile_model, worth_compiling
-from support.export import save_model
+from support.export import export_run
 from support.files import InputError
 from support.flags import check_answers, check_flags, flag, parse, resolved
-from support.held_out import answer, last_turn, read_groups
+from support.held_out import answer, read_groups
 from support.log import Log, describe, header, run_facts, size_and_speed
 from support.metrics import Sums, common_metrics
 from support.reference import cached_logps
@@ -601,29 +600,7 @@ def fine_tune(config: Config) -> None:
     with stop:  # also during the export: the first signal lets it finish
         with memory.advising("in a step", model, training):
             train(run, done)
-        export(run)
-
-
-def export(run: Run) -> None:
-    """Writes OUT/model: the last weights, or with --keep-best the best ones; prints the answers to
-    --samples prompts of the starting weights and of these."""
-    config, model, chat, log = run.config, run.model, run.chat, run.log
-    last = run.training.steps
-    checkpoints.stop_unless_finite(checkpoints.trained_tensors(model, run.optimizer), last)
-    exported_step = run.best.load(last)
-    log.flush()
-    save_model(
-        model,
-        log.out / "model",
-        dtype=torch.bfloat16 if config.save_dtype == "bf16" else torch.float32,
-        source=config.model,
-        stop_ids=[chat.end_of_turn] if chat else [],
-    )
-    if config.samples:
-        prompts = [pair.prompt for pair in run.held_out.pairs[: config.samples]]
-        log.answers([last_turn(chat, prompt) for prompt in prompts], exported_step)
-    saved, metrics = log.out / "model", log.out / "metrics.jsonl"
-    log.say(f"\nsaved {saved} ({config.save_dtype}); metrics in {metrics}")
+        export_run(run)
 
 
 def plan(config: Config, llama: LlamaConfig) -> None:

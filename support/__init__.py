@@ -9,7 +9,7 @@
     tensors.py         safetensors files, and which rows of a sharded tensor a process holds
     processes.py       devices, the process group, agreement between processes, signals, exit codes
     flags.py           the command line <-> Config <-> config.json; what flags and rows may be
-    export.py          a model directory that transformers and vLLM load
+    export.py          the end of a run: a model directory that transformers and vLLM load
     checkpoints.py     OUT/checkpoints: written whole, checked, resumed
     best.py            the weights of the best evaluation (--keep-best)
     metrics.py         what is measured of pairs under every loss; sums and means

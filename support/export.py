@@ -1,5 +1,6 @@
 """Writes a model directory that transformers and vLLM load.
 
+export_run          OUT/model, at the end of a run
 save_model          the weights, sharded or not, and all that belongs beside them
 CHAT_TEMPLATE       the format that data.ChatFormat trains, as transformers and vLLM apply it
 source_template     the chat template that a model directory comes with
@@ -17,8 +18,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from support import notice
+from support import checkpoints, notice
 from support.files import InputError, flush, naming, read_json, read_start, shown, write_json
+from support.held_out import last_turn
 from support.llama_config import token_ids
 from support.processes import announced, on_first_process
 from support.tensors import finite
@@ -44,6 +46,28 @@ CHAT_TEMPLATE = (
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
     "{% endif %}"
 )
+
+
+def export_run(run) -> None:
+    """Writes OUT/model: the last weights, or with --keep-best the best ones; prints the answers to
+    --samples prompts of the starting weights and of these. run: train.Run."""
+    config, model, chat, log = run.config, run.model, run.chat, run.log
+    last = run.training.steps
+    checkpoints.stop_unless_finite(checkpoints.trained_tensors(model, run.optimizer), last)
+    exported_step = run.best.load(last)
+    log.flush()
+    save_model(
+        model,
+        log.out / "model",
+        dtype=torch.bfloat16 if config.save_dtype == "bf16" else torch.float32,
+        source=config.model,
+        stop_ids=[chat.end_of_turn] if chat else [],
+    )
+    if config.samples:
+        prompts = [pair.prompt for pair in run.held_out.pairs[: config.samples]]
+        log.answers([last_turn(chat, prompt) for prompt in prompts], exported_step)
+    saved, metrics = log.out / "model", log.out / "metrics.jsonl"
+    log.say(f"\nsaved {saved} ({config.save_dtype}); metrics in {metrics}")
 
 
 @announced("writing the model")

@@ -22,7 +22,7 @@ from conftest import (
 from safetensors.torch import load_file
 
 import train
-from support import best, checkpoints
+from support import best, checkpoints, export
 from support.files import checksum
 
 # Evaluations after 2, 4, 6 and 8. At this rate the one after 4 has the best loss, and the one after
@@ -226,7 +226,7 @@ def before_the_old_one_is_gone(path, inner=checkpoints.remove):
         (Path, "rename", before_its_name, [".best-000004.", "best-000002"]),
         (Path, "rename", after_its_name, ["best-000002", "best-000004"]),
         (checkpoints, "remove", before_the_old_one_is_gone, [".best-000002.old", "best-000004"]),
-        (train, "save_model", kill, ["best-000004"]),
+        (export, "save_model", kill, ["best-000004"]),
     ],
 )
 @pytest.mark.parametrize("again", ["", "--save-every 1"])

@@ -45,7 +45,7 @@ from conftest import (
 from safetensors.torch import load_file
 
 import train
-from support import checkpoints, sharding
+from support import checkpoints, export, sharding
 from support.files import checksum, file_checksum
 from support.processes import StopRequest, join_group
 
@@ -516,11 +516,11 @@ def test_a_second_signal_stops_at_once_but_within_a_second_it_is_the_same_reques
 
 
 def test_a_signal_while_the_model_is_exported_lets_it_finish(start, fresh, monkeypatch):
-    def save_model(*arguments, inner=train.save_model, **named):
+    def save_model(*arguments, inner=export.save_model, **named):
         signal.raise_signal(signal.SIGTERM)
         inner(*arguments, **named)
 
-    monkeypatch.setattr(train, "save_model", save_model)
+    monkeypatch.setattr(export, "save_model", save_model)
     assert main(*seven(start, fresh)) == 0
     assert (fresh / "model/model.safetensors").exists()
 
