@@ -322,9 +322,9 @@ def complain(program: str, message: object) -> None:
 
 
 def another_ended(error: Exception) -> bool:
-    """True if this error means that another process of the run ended: its connections are closed
-    (or, of NCCL, a fault of its own). gloo raises RuntimeErrors, known by their texts."""
-    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
+    """True if this error means that another process of the run ended: its connections are closed.
+    gloo raises RuntimeErrors, known by their texts."""
+    if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)):
         return True
     text = str(error).lower()
     ends = ("closed by peer", "reset by peer", "broken pipe", "connect", "timed out")
@@ -369,7 +369,7 @@ def exit_code(program: str, action: typing.Callable[[], None], memory_advice: ty
         advice = memory_advice()
         if out_of_memory(error) and advice is not None:
             complain(program, f"out of memory; {advice}")
-        elif isinstance(error, dist.DistBackendError):  # NCCL's, for every fault of its own too
+        elif isinstance(error, dist.DistBackendError):  # NCCL's, whatever the cause
             reason = " ".join(str(error).splitlines()[1:]) or str(error)
             complain(
                 program,

@@ -15,10 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
 
+from conftest import ON_CPU, ROOT
+
 import eval
 import train
 
-ROOT = Path(train.__file__).parent
 CONTEXT = multiprocessing.get_context("forkserver")
 LIMIT = 300  # seconds
 
@@ -38,7 +39,7 @@ def run_all(
     process calls first; homes: its directory, if each has its own. With first_fails the others are
     killed when the first has ended, as torchrun would.
     """
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), CUDA_VISIBLE_DEVICES=""):
+    with mock.patch.dict(os.environ, ON_CPU | {"PYTHONPATH": os.pathsep.join(sys.path)}):
         if sys.platform == "linux":  # elsewhere a fork after the import is not safe
             CONTEXT.set_forkserver_preload(["joined"])
         forkserver.ensure_running()
@@ -46,8 +47,7 @@ def run_all(
         sockets = [held.enter_context(socket.create_server(("", 0))) for _ in command_lines]
         ports = [str(free.getsockname()[1]) for free in sockets]
     lines = list(zip(ports, command_lines, strict=True))
-    shared = os.environ | {"CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"WORLD_SIZE": str(processes)}
+    shared = os.environ | ON_CPU | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(processes)}
     with TemporaryDirectory() as scratch:
         printed, started = [], []
         for rank, home in enumerate(homes or [ROOT] * processes):
