@@ -158,9 +158,9 @@ def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments) -
     h // (H / G).
 
     The loop over `scaled_dot_product_attention` defines the result. CUDA's variable-length flash
-    kernel, for half types only, must equal it up to rounding (tests/test_cuda.py). SDPA's own
-    `is_causal` is aligned at the top left: with unequal lengths it would show a rejected token only
-    the first tokens of its prompt, so a mask says bottom right.
+    kernel, for half types and multiples of 8 components, must equal it up to rounding
+    (tests/test_cuda.py). SDPA's own `is_causal` is aligned at the top left: with unequal lengths it
+    would show a rejected token only the first tokens of its prompt, so a mask says bottom right.
     """
     k_NGK, v_NGK = k_TGK, v_TGK
     if segments.key_index_N is not None:
@@ -168,7 +168,8 @@ def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments) -
         k_NGK = k_TGK.index_select(0, segments.key_index_N)
         v_NGK = v_TGK.index_select(0, segments.key_index_N)
     starts, longest = (segments.query_starts, segments.key_starts), segments.longest
-    if on_cuda(q_THK) and q_THK.dtype in (torch.bfloat16, torch.float16):
+    half = q_THK.dtype in (torch.bfloat16, torch.float16)
+    if on_cuda(q_THK) and half and q_THK.shape[-1] % 8 == 0:
         # A window of (-1, 0): all keys before, none after, counted from the bottom right.
         return varlen_attn(
             q_THK, k_NGK, v_NGK, *starts, longest, longest, window_size=(-1, 0), **GROUPED

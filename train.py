@@ -166,7 +166,9 @@ class Config:
     # devices
     device: str = flag("auto", "cuda if each process has a GPU", ("auto", "cpu", "cuda"))
     precision: str = flag(
-        "auto", "matrix products: bf16 on CUDA, fp32 on a CPU. OPEN", ("auto", "fp32", "bf16")
+        "auto",
+        "matrix products: bf16 on GPUs since the A100, fp32 elsewhere. OPEN",
+        ("auto", "fp32", "bf16"),
     )
     checkpoint_blocks: str = flag(
         "auto",
@@ -475,8 +477,8 @@ def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
         split([model.model["norm"], model.lm_head], reshard_after_forward=False)
     split(model)
     register_fsdp_forward_method(model, "logits")
-    if mesh.size() == 1:
-        sharding.use_one_pool(model)
+    if mesh.shape[-1] == 1:
+        sharding.hold_whole(model)
 
 
 def build_model(config: Config, mesh: DeviceMesh) -> Llama:

@@ -298,7 +298,7 @@ def compile_blocks(a: argparse.Namespace) -> None:
     say(
         a,
         f"- 1B, batches of {[tokens(indexes) for indexes in batches]} tokens: graphs compiled so "
-        f"far {graphs}, {graphs[-1] - graphs[1]} of them after the second batch (wanted: 0); "
+        f"far {graphs}, {graphs[-1] - graphs[0]} of them after the first batch (wanted: 0); "
         f"{sum(counters['graph_break'].values())} graph breaks",
     )
     medians, micro_batches = {}, pairs.own_micro_batches()[:4]

@@ -6,7 +6,7 @@ caches on disk keep the programs of different settings apart.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
@@ -38,4 +38,11 @@ def compile_model(model: nn.Module) -> None:
         block.compile(dynamic=True)
     # It would split each token's sums over several kernels if the batch for which it compiles has
     # few tokens, and use those for larger batches too.
-    model.exponentiate = torch.compile(model.exponentiate, options={"split_reductions": False})
+    compiled = torch.compile(model.exponentiate, options={"split_reductions": False})
+
+    def exponentiate(logits_SV: Tensor) -> tuple[Tensor, Tensor]:
+        # It would compile for the first batch's number of tokens, and again for the second's.
+        torch._dynamo.maybe_mark_dynamic(logits_SV, 0)
+        return compiled(logits_SV)
+
+    model.exponentiate = exponentiate

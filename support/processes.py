@@ -38,8 +38,8 @@ def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtyp
     """This process's device, and the dtype of matrix products.
 
     --device auto is CUDA if every process of this machine has a GPU, else the CPU. --precision
-    auto is bf16 on CUDA and fp32 on the CPU. Makes the GPU the current one. Raises InputError if
-    --device cuda is asked for and there are too few GPUs.
+    auto is bf16 on GPUs that compute in it, else fp32. Makes the GPU the current one. Raises
+    InputError if --device cuda is asked for and there are too few GPUs, or bf16 and one has none.
     """
     found, needed = torch.cuda.device_count(), environment("LOCAL_WORLD_SIZE", 1)
     cuda = device == "cuda" or (device == "auto" and found >= needed)
@@ -53,6 +53,14 @@ def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtyp
         several = in_a_group() and found > 1
         here = torch.device("cuda", environment("LOCAL_RANK", None if several else 0))
         torch.cuda.set_device(here)
+        # The flash kernel needs it too.
+        major, minor = torch.cuda.get_device_capability(here)
+        if precision == "bf16" and major < 8:
+            raise InputError(
+                f"--precision bf16 needs a GPU of compute capability 8.0 or more (A100 and newer); "
+                f"{torch.cuda.get_device_name(here)} has {major}.{minor}: pass --precision fp32"
+            )
+        half = half and major >= 8
     return here, torch.bfloat16 if half else torch.float32
 
 

@@ -1,13 +1,12 @@
 """What FSDP is told besides how a model is split, which is train.shard: when gradients are reduced,
-how long weights stay gathered, and which memory gradients take on one process. And the update of
-the rows that a process holds.
+how long weights stay gathered, and which memory gradients take if nothing is split. And the update
+of the rows that a process holds.
 
 A model that is not sharded (one process, in the weights' own dtype) needs none of this: all
 functions here but `update` then do nothing.
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.adamw import adamw
@@ -24,12 +23,12 @@ def prepare_backward(model: nn.Module, last: bool) -> None:
     """Tells FSDP whether to reduce gradients over processes, and to give up gathered weights, in
     the next backward. last: the step ends there.
 
-    On several processes gradients are reduced in every micro-batch: otherwise each process would
-    hold those of the whole model. On one process waiting costs no memory, so they are reduced once
-    per step. Replicas exchange theirs once per step too.
+    If the model is split over processes, gradients are reduced in every micro-batch: otherwise each
+    process would hold those of the whole model. If not (one process, or each a replica), waiting
+    costs no memory, so they are reduced once per step. Replicas exchange theirs once per step too.
     """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last or dist.get_world_size() > 1)
+        model.set_requires_gradient_sync(last or not getattr(model, "held_whole", False))
         model.set_requires_all_reduce(last)
         model.set_reshard_after_backward(last or not weights_kept_gathered(model))
 
@@ -83,7 +82,7 @@ def update(optimizer: torch.optim.AdamW) -> None:
 
 
 class OnePool:
-    """Gives FSDP, on one process, the memory for the gradients that it reduces.
+    """Gives FSDP the memory for the gradients that it reduces, if each process holds all of them.
 
     FSDP reduces on a stream of its own, and CUDA's allocator keeps the free memory of each stream
     in a pool of its own. So what a step's summed gradients leave free could not hold their reduced
@@ -101,10 +100,12 @@ class OnePool:
         return tensor
 
     def __call__(self, *_args, **_options):
-        raise NotImplementedError("one process has nothing to send")
+        raise NotImplementedError("a model that is not split has nothing to scatter")
 
 
-def use_one_pool(model: nn.Module) -> None:
-    """Lets a model that is sharded over one process reduce its gradients as `OnePool` says."""
+def hold_whole(model: nn.Module) -> None:
+    """To be called for a model that FSDP has "split" over one process, or over one of each replica:
+    its gradients are reduced once per step, as `OnePool` says."""
+    model.held_whole = True
     for module in fsdp_modules(model):
         module.set_custom_reduce_scatter(OnePool())

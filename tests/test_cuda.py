@@ -95,14 +95,6 @@ def test_summed_gradients_and_their_reduced_copies_share_one_pool_of_memory():
     assert idle < gradients / 2
 
 
-@torch.no_grad()
-def vary_tokens_of_head(compiled):
-    """The second number of tokens that the head meets becomes a variable."""
-    compiled.exponentiate(
-        compiled.model["embed_tokens"].weight.new_zeros(5, compiled.config.vocab_size)
-    )
-
-
 @needs_cuda
 def test_a_compiled_model_gives_an_eager_ones_numbers_and_compiles_no_more_for_other_sizes():
     """Sizes on both sides of those at which torch.compile would by itself change the norms'
@@ -121,7 +113,6 @@ def test_a_compiled_model_gives_an_eager_ones_numbers_and_compiles_no_more_for_o
             logps = [ours(batch)[0] for ours in (eager, compiled)]
             for values in logps:
                 values.sum().backward()
-            vary_tokens_of_head(compiled)
             torch.testing.assert_close(*logps, rtol=0.02, atol=0.05)
     finally:
         torch.compiler.set_stance("default")
@@ -145,7 +136,6 @@ def test_blocks_compile_once_for_five_batches_of_other_lengths_and_change_no_num
             torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile")
             found = compiled(batch)[0]
             found.sum().backward()
-            vary_tokens_of_head(compiled)
             torch.testing.assert_close(found, logps, rtol=1e-5, atol=1e-5)
     finally:
         torch.compiler.set_stance("default")

@@ -179,6 +179,7 @@ def test_gpus_are_not_shared_in_silence_by_processes_that_do_not_know_their_numb
     taken, visible = [], 8
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert choose_device("auto", "auto") == (torch.device("cuda:0"), torch.bfloat16)
@@ -192,6 +193,21 @@ def test_gpus_are_not_shared_in_silence_by_processes_that_do_not_know_their_numb
     visible = 1
     monkeypatch.delenv("LOCAL_RANK")
     assert choose_device("auto", "auto")[0] == torch.device("cuda:0")
+
+
+def test_gpus_older_than_the_a100_compute_in_fp32(monkeypatch):
+    """They have no bf16, and the flash kernel does not run on them. A T4 has 7.5."""
+    name_of = {"device_count": lambda: 1, "set_device": lambda _: None}
+    name_of |= {"get_device_capability": lambda _: (7, 5), "get_device_name": lambda _: "Tesla T4"}
+    for name, value in name_of.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for precision in ("auto", "fp32"):
+        assert choose_device("auto", precision) == (torch.device("cuda:0"), torch.float32)
+    with pytest.raises(InputError, match=r"bf16 needs .* 8\.0 or more .*; Tesla T4 has 7\.5: pass"):
+        choose_device("auto", "bf16")
+    assert choose_device("cpu", "bf16")[1] == torch.bfloat16
 
 
 @pytest.mark.parametrize("on_cuda", [False, True])

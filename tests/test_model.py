@@ -327,6 +327,19 @@ def test_attention_is_softmax_over_the_visible_keys(heads, key_heads, query_leng
         assert_equal(found, expected, 1e-13)
 
 
+def test_on_cuda_heads_that_the_kernel_cannot_read_go_to_the_loop(monkeypatch):
+    """It reads 8 components at once."""
+    calls = []
+    monkeypatch.setattr(model, "varlen_attn", lambda *args, **_: calls.append(args))
+    q, k = (torch.randn(9, heads, 12).bfloat16() for heads in (4, 2))
+    segments = Segments(starts([4, 5]), starts([4, 5]), None, 9)
+    expected = model.attention(q, k, k, segments)
+    monkeypatch.setattr(model, "on_cuda", lambda x: True)
+    assert torch.equal(model.attention(q, k, k, segments), expected) and not calls
+    q, k = q[..., :8], k[..., :8]
+    assert model.attention(q, k, k, segments) is None and len(calls) == 1
+
+
 def test_on_cuda_half_types_go_to_the_variable_length_kernel_in_one_call(monkeypatch):
     """A call that this torch's own checks accept, on tensors without storage."""
     calls, kernel = [], model.varlen_attn
