@@ -26,6 +26,7 @@ from support.export import CHAT_TEMPLATE, source_template
 from support.files import InputError, flush, naming, read_json, write_whole
 from support.flags import command_line
 from support.flops import pair_flops, peak_tflops, utilisation
+from support.memory import Gpu
 from support.processes import (
     StoppedError,
     announced,
@@ -211,8 +212,7 @@ def size_and_speed(run, drawn: list[int], started: float) -> dict[str, float]:
         share, available = sum(blocks) / len(blocks), dist.get_world_size() * peak_of_one * 1e12
         used = utilisation(*flops, share, seconds, available)
     if run.training.device == "cuda":
-        # How often the allocator, out of memory, has emptied its cache: each time costs seconds.
-        used["memory_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
+        used["memory_retries"] = Gpu().emptied()
     return {
         "pairs": len(drawn),
         "tokens": tokens,

@@ -172,16 +172,21 @@ class Gpu:
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats()
 
+    def emptied(self) -> int:
+        """How often the allocator, out of memory, emptied its cache. Each time costs seconds."""
+        return torch.cuda.memory_stats()["num_alloc_retries"]
+
 
 # (model, dataset, indexes of pairs) -> the loss of each pair, and metrics: train.step_loss.
 StepLoss = Callable[[nn.Module, object, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
 
 
 class Measured(NamedTuple):
-    """Bytes that a rehearsal took on this process."""
+    """What a rehearsal took on this process."""
 
-    held: list[int]  # after the forward pass of each micro-batch
-    peak: int
+    held: list[int]  # bytes after the forward pass of each micro-batch
+    peak: int  # bytes
+    emptied: int  # how often the allocator emptied its cache
 
 
 def measure(
@@ -195,7 +200,7 @@ def measure(
     """Forward and backward of these micro-batches with so many blocks recomputed, without an
     update. Raises StoppedError with advice if memory does not suffice."""
     model.recompute_first(recomputed)
-    held, peak = [], 0
+    held, peak, emptied = [], 0, gpu.emptied() if gpu else 0
     for step in steps:
         if gpu:
             gpu.reset_peak()
@@ -211,7 +216,7 @@ def measure(
                 del loss
         peak = max(peak, gpu.peak() if gpu else 0)
         model.zero_grad()
-    return Measured(held, peak)
+    return Measured(held, peak, gpu.emptied() - emptied if gpu else 0)
 
 
 def rehearse(
@@ -228,7 +233,8 @@ def rehearse(
     A kept block adds at any moment at most what it keeps. So two measurements are enough to know
     which numbers fit: with every block recomputed, and with one kept (if `pair_bytes` says that it
     fits). What a choice leaves free is measured again. No process may run out of memory while it
-    tries, because the others would wait for it.
+    tries, because the others would wait for it. What is free may still be in pieces, or in another
+    stream's pool: if so, the allocator would empty its cache in each step, and more are recomputed.
 
     model: model.Llama; dataset: train.Dataset, whose max_tokens_per_gpu may be raised.
     step_loss: train.step_loss. gpu: whose memory is measured (default: this process's, if it
@@ -247,6 +253,9 @@ def rehearse(
 
     def blocks_that_fit() -> int:
         return smallest((limit - tried.peak) // one, dataset.device)
+
+    def in_pieces() -> bool:
+        return not smallest(not tried.emptied, dataset.device)
 
     if gpu:
         smallest(0, dataset.device)  # so that NCCL has made what it keeps for this: see available
@@ -276,7 +285,15 @@ def rehearse(
         fits = leaves_room_to_gather(weights, tried.peak, gpu.available())
         if smallest(fits, dataset.device) and sharding.keep_gathered(model):
             gathered, tried = True, try_with(0)
+    fit = recomputed
+    if fixed is None and in_pieces():
+        tried = try_with(recomputed)  # again: the tries before may have left the pieces
+        while recomputed < layers and in_pieces():
+            recomputed = min(layers, recomputed + max(1, layers // 8))
+            tried = try_with(recomputed)
     text = f"recomputes {recomputed} of {layers} blocks"
+    if recomputed > fit:
+        text += f", {recomputed - fit} of them because free memory is in pieces"
     if gathered:
         text += ", keeps weights gathered"
     if gpu:

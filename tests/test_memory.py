@@ -425,6 +425,7 @@ class Bytes(TorchDispatchMode):
         super().__init__()
         self.total, self.live, self.highest, self.known = total, 0, 0, set()
         self.ever = 0  # the highest of all, which reset_peak does not forget
+        self.whole, self.empties = math.inf, 0  # see emptied
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -457,8 +458,13 @@ class Bytes(TorchDispatchMode):
         return self.highest
 
     def reset_peak(self):
+        self.empties = self.emptied()
         self.ever = max(self.ever, self.highest)
         self.highest = self.live
+
+    def emptied(self):
+        """One more for each step that took more than `whole` bytes."""
+        return self.empties + (self.highest > self.whole)
 
 
 LENGTHS = [(40, 30, 20), (10, 60, 50), (30, 30, 30), (5, 9, 8)]
@@ -470,7 +476,7 @@ def rehearsed(monkeypatch):
     Returns what it chose, what it said, its pairs and its meter."""
     with group():
 
-        def run(total, most=None, keep=lambda model: False, **flags):
+        def run(total, most=None, keep=lambda model: False, whole=math.inf, **flags):
             config = train.Config(
                 model="m", data="d", device="cpu", pairs_per_step=4, max_steps=2, **flags
             )
@@ -478,6 +484,7 @@ def rehearsed(monkeypatch):
             pairs = train.Dataset(random_pairs(LENGTHS), config, "cpu")
             pairs.max_tokens_per_gpu = most or pairs.max_tokens_per_gpu
             ours, gpu, said = tiny_model(num_hidden_layers=8), Bytes(total), []
+            gpu.whole = whole
             batch = lambda i: pack([pairs.pairs[j] for j in i], longest=128)  # noqa: E731
             monkeypatch.setattr(sharding, "keep_gathered", keep)
             with gpu:
@@ -511,6 +518,28 @@ def test_as_few_blocks_are_recomputed_as_memory_demands(rehearsed):
     assert rehearsed(1.02 * peaks[8]).chosen["recomputed_blocks"] == 8
 
 
+def test_more_blocks_are_recomputed_if_the_allocator_would_empty_its_cache_in_each_step(rehearsed):
+    peaks = [peak_with(rehearsed, k) for k in range(9)]
+    for whole, expected in [(1.02 * peaks[0], 0), (1.02 * peaks[2], 2), (0.9 * peaks[8], 8)]:
+        found = rehearsed(1.2 * peaks[0], whole=whole)
+        assert found.chosen["recomputed_blocks"] == expected
+        assert [block.recompute for block in found.model.model["layers"]].count(True) == expected
+        more = f"blocks, {expected} of them because free memory is in pieces; "
+        assert (more in found.said[0]) == (expected > 0)
+    # A number that was asked for stays.
+    found = rehearsed(1e12, whole=0.9 * peaks[8], checkpoint_blocks="3")
+    assert found.chosen["recomputed_blocks"] == 3 and "pieces" not in found.said[0]
+
+
+def test_a_cache_that_is_emptied_only_once_changes_no_choice(rehearsed, monkeypatch):
+    """Earlier tries may have left it so."""
+    peak = peak_with(rehearsed, 0)
+    counts = iter([0, 0, 0, 0, 0, 0, 0, 1])  # before and after each of four tries
+    monkeypatch.setattr(Bytes, "emptied", lambda self: next(counts, 1))
+    found = rehearsed(1.2 * peak)
+    assert found.chosen["recomputed_blocks"] == 0 and next(counts, None) is None
+
+
 def test_all_processes_recompute_as_many_blocks_as_the_one_with_the_least_memory(
     rehearsed, monkeypatch
 ):
@@ -518,15 +547,17 @@ def test_all_processes_recompute_as_many_blocks_as_the_one_with_the_least_memory
         assert op == dist.ReduceOp.MIN
         number.clamp_(max=others.pop(0))
 
-    # Before the limit is taken; whether one block fits, then how many more.
-    others = [0, 1, 2, 1, 0]
+    # Before the limit is taken; whether one block fits, then how many more; then the other one's
+    # allocator empties its cache with 5 recomputed, twice, and not with 6.
+    others = [0, 1, 2, 1, 0, 0, 0, 1]
     with_group = memory.dist
     monkeypatch.setattr(memory, "dist", SimpleNamespace(**vars(with_group) | {"all_reduce": least}))
     assert rehearsed(1e12).chosen == {
-        "recomputed_blocks": 5,
+        "recomputed_blocks": 6,
         "max_tokens_per_gpu": 8192,
         "weights_kept_gathered": False,
     }
+    assert not others
 
 
 def test_micro_batches_are_larger_than_by_default_if_nothing_is_recomputed_and_they_surely_fit(
