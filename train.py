@@ -16,7 +16,7 @@ In reading order
     evaluate                         held-out metrics
     attach_reference                 log-probs of the starting model, for dpo, dpo-norm and ipo
     shard ... make_optimizer         FSDP2 (not needed by one process in fp32); AdamW
-    read_pairs, fine_tune, plan      what is trained on; a whole run; what it would need
+    read_datasets, fine_tune, plan   what is trained on; a whole run; what it would need
 
 Weights and AdamW's moments are kept in fp32, sharded over the processes (with --replicas, over
 those of a replica); matrix products run in bf16 on CUDA and in fp32 on a CPU (--precision). A
@@ -47,42 +47,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 import asft
-from data import (
-    ChatFormat,
-    Pair,
-    check_longest,
-    encode_preferences,
-    pack,
-    plan_step,
-    read_preferences,
-    split_pairs,
-)
-from model import (
-    Batch,
-    Llama,
-    LlamaConfig,
-    check_weights,
-    expected_shapes,
-    load_weights,
-)
+from data import ChatFormat, Pair, check_longest, pack, plan_step, split_pairs
+from model import Batch, Llama, LlamaConfig, check_weights, expected_shapes, load_weights
 from support import checkpoints, memory, processes, run_directory, sharding
 from support.best import Best
 from support.bins import MicroBatch
 from support.compiler import compile_model, worth_compiling
 from support.export import export_run
-from support.files import InputError
-from support.flags import check_answers, check_flags, flag, parse, resolved
+from support.flags import check_flags, flag, parse, resolved
 from support.held_out import answer, read_groups
-from support.log import Log, describe, header, run_facts, size_and_speed
+from support.log import Log, header, run_facts, size_and_speed
 from support.metrics import Sums, common_metrics
+from support.reading import describe, read_pairs
 from support.reference import cached_logps
 from support.tensors import moved
 
@@ -517,32 +497,13 @@ def make_optimizer(config: Config, model: Llama) -> torch.optim.AdamW:
 # ------------------------------------------------------------------------------------ the run
 
 
-def read_pairs(
+def read_datasets(
     config: Config, llama: LlamaConfig, device: str
 ) -> tuple[list[Dataset], list[Counter], ChatFormat | None]:
-    """The training pairs and, if asked for, the held-out ones, checked; their counts; and the chat
-    format, unless all pairs are token ids."""
-    progress = processes.every_two_seconds()
-    files = [config.data, config.eval_data] if config.eval_data else [config.data]
-    counts = [Counter() for _ in files]
-    preferences = [
-        read_preferences(path, count, config.skip_bad_lines, progress)
-        for path, count in zip(files, counts, strict=True)
-    ]
-    text = any(row.is_text for rows in preferences for row in rows)
-    chat = ChatFormat(config.model) if text else None
-    if config.samples and chat is None:
-        raise InputError("--samples needs text: these pairs are token ids")
-
-    datasets = []
-    for path, rows, count in zip(files, preferences, counts, strict=True):
-        check_answers(config, path, rows)
-        pairs = encode_preferences(
-            rows, chat, config.max_tokens, config.overlong, count, llama.vocab_size, progress
-        )
-        if not pairs:
-            raise InputError(f"{path}: no pair left to use ({describe(count)})")
-        datasets.append(Dataset(pairs, config, device))
+    """The training pairs and, if asked for, the held-out ones; what was counted in each file; and
+    the chat format, unless all pairs are token ids."""
+    pairs, counts, chat = read_pairs(config, llama.vocab_size)
+    datasets = [Dataset(of_file, config, device) for of_file in pairs]
     if config.eval_by:
         held_out = datasets[1]
         held_out.groups = read_groups(config.eval_data, config.eval_by, held_out.pairs)
@@ -559,7 +520,7 @@ def fine_tune(config: Config) -> None:
         return plan(config, llama)
     weight_files = check_weights(config.model, llama)
     mesh = processes.start(config)
-    datasets, counts, chat = read_pairs(config, llama, mesh.device_type)
+    datasets, counts, chat = read_datasets(config, llama, mesh.device_type)
     training = datasets[0]
     held_out = datasets[1] if config.eval_data else None
 
@@ -608,7 +569,7 @@ def fine_tune(config: Config) -> None:
 def plan(config: Config, llama: LlamaConfig) -> None:
     """Prints the steps, FLOPs and memory of the run on --plan CUDA devices."""
     memory.init_fake_group(config.plan)
-    datasets, counts, _ = read_pairs(config, llama, "cpu")
+    datasets, counts, _ = read_datasets(config, llama, "cpu")
 
     def build(mesh: DeviceMesh) -> tuple[Llama, torch.optim.AdamW]:
         with torch.device("meta"):

@@ -239,7 +239,7 @@ def prepare(a: argparse.Namespace, shape: str, *flags):
     sizes = ["--max-tokens", str(sized(a, MAX_TOKENS)), "--max-tokens-per-gpu", str(sized(a, 8192))]
     config = parse(train_py.Config, [*paths, *flags, *sizes], {}, "")
     mesh = train_py.processes.start(config)
-    (pairs,), _, _ = train_py.read_pairs(config, shape_of(a, shape), mesh.device_type)
+    (pairs,), _, _ = train_py.read_datasets(config, shape_of(a, shape), mesh.device_type)
     model = train_py.build_model(config, mesh)
     if a.device == "cuda":  # 8B fits on one card only so
         model.recompute_first(len(model.model["layers"]))

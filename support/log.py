@@ -29,63 +29,17 @@ from support.flops import pair_flops, peak_tflops, utilisation
 from support.memory import Gpu
 from support.processes import (
     StoppedError,
-    announced,
     choose_device,
     erase_line,
     is_first,
     on_first_process,
     peak_memory_gib,
 )
+from support.reading import describe, describe_repeats
 from support.tokenizer import ids_of_rendered
 
 # Metrics of a step in the order of its line, with their formats. A loss may lack some of them.
 STEP = "loss:.4f sft:.4f align:.4f | margin:+.4f accuracy:.1% logp_w:.4f logp_l:.4f"
-
-
-def describe(counts: Counter) -> str:
-    """Counts of a data file in one line."""
-    reasons = ("bad lines", "unequal prompts", "empty", "overlong", "identical")
-    dropped = ", ".join(f"{counts[reason]:,} {reason}" for reason in reasons)
-    good, bad = counts["good answers"], counts["bad answers"]
-    kept = f"{counts['kept']:,} kept"
-    if good or bad:
-        kept += f" ({counts['kept'] - good - bad:,} pairs, {good:,} good and {bad:,} bad answers)"
-    kept += f", {counts['truncated']:,} of them truncated"
-    text = f"{counts['read']:,} read, {kept}; dropped: {dropped}"
-    if repeats := counts["repeat their prompt"]:
-        answers = "the answers begin" if good or bad else "both answers begin"
-        text += f". In {repeats:,} {answers} with the prompt: left in by mistake?"
-    if marked := counts["hold chat markers"]:
-        text += f". In {marked:,} a text holds markers of a chat format: left in by mistake?"
-    if reversed_scores := counts["scored the other way"]:
-        text += (
-            f". In {reversed_scores:,} the chosen answer has a lower score than the rejected one"
-        )
-    if nothing := counts["hold a word for nothing"]:
-        text += f". In {nothing:,} a text is nan, None or null: missing values?"
-    if padded := counts["end in one id"]:
-        text += f". In {padded:,} an answer ends in a run of one token id: padding?"
-    return text
-
-
-@announced("comparing the pairs with each other")
-def describe_repeats(pairs: list) -> str:
-    """How many of these pairs (data.Pair) are there more than once, and how many with chosen and
-    rejected swapped (of single answers: labelled both good and bad), if any."""
-
-    def key(*parts: np.ndarray) -> int:
-        return hash(tuple(ids.tobytes() for ids in parts))
-
-    seen = {key(pair.prompt, pair.chosen, pair.rejected) for pair in pairs}
-    swapped = sum(key(pair.prompt, pair.rejected, pair.chosen) in seen for pair in pairs)
-    text = ""
-    if repeats := len(pairs) - len(seen):
-        text += (
-            f". Of those kept, {repeats:,} repeat an earlier one (compared as they are trained on)"
-        )
-    if swapped:
-        text += f". {swapped:,} contradict each other: good in one is bad in the other"
-    return text
 
 
 def header(config, out: Path, model, datasets: list, counts: list[Counter], chat) -> str:

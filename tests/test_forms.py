@@ -20,7 +20,7 @@ from conftest import ROOT, words
 from data import ChatFormat, encode_preferences, read_preferences
 from evaluation.prompts import read_prompts
 from support.files import InputError
-from support.log import describe
+from support.reading import describe
 
 EXAMPLE = ROOT / "examples" / "model"
 FRUIT, ASK = "Name a fruit.", [("user", "Name a fruit.")]

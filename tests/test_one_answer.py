@@ -23,7 +23,7 @@ import train
 from data import ChatFormat, Pair, encode_preferences, pack, read_preferences
 from model import load_model
 from support.flops import pair_flops
-from support.log import describe
+from support.reading import describe
 
 EXAMPLE = ROOT / "examples" / "model"
 PAIRS = random_pairs(LENGTHS)
