@@ -148,19 +148,19 @@ def asft_loss(
         beta: weight of the align term, the paper's beta (it finds 0.1 to 0.5 to work). Not a
             temperature, not DPO's beta.
         sft_weight: weight of L_SFT; 0 leaves beta * L_align ("align only").
-        temperature: T of the tempered form of arXiv 2502.01237, in which the align term is
-            -logsigmoid(T * log_odds_w) - logsigmoid(-T * log_odds_l). The paper has 1.
+        temperature: that of the tempered form of arXiv 2502.01237, in which the align term is
+            -logsigmoid(temperature * log_odds_w) - logsigmoid(-temperature * log_odds_l). The
+            paper has 1.
         eps: log-probs above -eps (in nats) count as -eps inside the align term's log(1 - p), or
-            its odds if tempered. log(1 - p) is infinite at logp = 0 and has the gradient 1/|logp|
-            near it: eps bounds both. The gradient is passed through, so a rejected response that
+            its odds if tempered. log(1 - p) is -inf at logp = 0, and near it its gradient is
+            1/logp: eps bounds both. The gradient is passed through, so a rejected response that
             the model knows by heart is pushed with weight about beta / eps (at temperature 1),
             neither NaN nor 0. The paper is silent here. `clamped` counts how often it acts.
 
     Returns:
         loss_B, and per-pair metrics, detached: sft, align (both unweighted), align_w and align_l
         (its chosen and rejected half), rejected_weight (the loss's gradient with respect to
-        logp_l; at temperature 1 it is beta * p_l / (1 - p_l)), clamped (1 if eps acted), margin,
-        accuracy.
+        logp_l), clamped (1 if eps acted), margin, accuracy.
 
     Raises ValueError for unequal shapes and for beta < 0, sft_weight < 0, temperature <= 0,
     eps <= 0.
@@ -178,7 +178,7 @@ def asft_loss(
         align_l_B = -log1mexp(bounded_l_B)
     else:
         align_w_B = -F.logsigmoid(temperature * log_odds(_bounded(logp_w_B, eps)))
-        align_w_B = align_w_B.masked_fill(logp_w_B == 0, 0.0)  # no chosen answer: 0, not eps^T
+        align_w_B = align_w_B.masked_fill(logp_w_B == 0, 0.0)  # no chosen answer: exactly 0
         align_l_B = -F.logsigmoid(-temperature * log_odds(bounded_l_B))
     align_B = align_w_B + align_l_B
     loss_B = sft_weight * sft_B + beta * align_B
@@ -186,11 +186,9 @@ def asft_loss(
         # Tempered, logp_w is bounded too, except the 0 of an absent answer.
         clamped_w_B = (logp_w_B > -eps) & (logp_w_B < 0)
         clamped_B = (logp_l_B > -eps) | ((temperature != 1) & clamped_w_B)
-        # push = d align_l / d logp_l = T sigmoid(T log_odds_l) / (1 - p_l). At T = 1 the sigmoid is
-        # p_l, so this is the odds p_l / (1 - p_l).
-        log_odds_l_B = log_odds(bounded_l_B)
-        push_B = temperature * torch.sigmoid(temperature * log_odds_l_B)
-        push_B = push_B / -torch.expm1(bounded_l_B)
+        # d align_l / d logp_l. At temperature 1 the sigmoid is p_l, so this is p_l / (1 - p_l).
+        sigmoid_B = torch.sigmoid(temperature * log_odds(bounded_l_B))
+        push_B = temperature * sigmoid_B / -torch.expm1(bounded_l_B)
     metrics = {
         "sft": sft_B.detach(),
         "align": align_B.detach(),

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from model import Batch, Segments
-from support.bins import MicroBatch, fewest_bins
+from support.bins import fewest_bins
 from support.files import InputError
-from support.forms import Turns, doubts, parse_pair
+from support.forms import Turns, likely_mistakes, parse_pair
 from support.llama_config import generation_eos
 from support.records import read_records
 from support.tokenizer import check_keeps_text, load_tokenizer
@@ -75,7 +75,7 @@ def read_preferences(
     """Reads a whole file before anything is trained on; each record may have a form of its own.
 
     `counts` gains "read", "bad lines", "unequal prompts" (dropped: the two sides have different
-    prompts), and what `doubts` finds in the rows returned. Unless skip_bad_lines, raises
+    prompts), and what `likely_mistakes` finds in the rows returned. Unless skip_bad_lines, raises
     InputError with the place and fault of the first 20 records that are neither a pair nor a
     labelled answer. `read_records` says what is never skipped.
     """
@@ -95,7 +95,7 @@ def read_preferences(
         if parts is None:
             counts["unequal prompts"] += 1
         else:
-            counts.update(doubts(record, *parts))
+            counts.update(likely_mistakes(record, *parts))
             preferences.append(Preference(*parts, place))
     counts["bad lines"] += len(bad)
     if bad and not skip_bad_lines:
@@ -227,16 +227,18 @@ def encode_preferences(
     pairs = []
     for start in range(0, len(preferences), CHUNK):
         chunk = preferences[start : start + CHUNK]
-        for p, (prompt, chosen, rejected) in zip(chunk, encode_chunk(chunk, chat), strict=True):
+        encoded = encode_chunk(chunk, chat)
+        for preference, (prompt, chosen, rejected) in zip(chunk, encoded, strict=True):
+            place = preference.place
             top = max(int(ids.max(initial=0)) for ids in (prompt, chosen, rejected))
             if vocab_size is not None and top >= vocab_size:
                 raise InputError(
-                    f"{p.place}: token id {top} is not below the model's vocab_size {vocab_size}"
+                    f"{place}: token id {top} is not below the model's vocab_size {vocab_size}"
                 )
             room = max_tokens - len(prompt)  # 0 or less: no room at all
             too_long = max(len(chosen), len(rejected)) > room
             answers = [ids for ids in (chosen, rejected) if len(ids)]
-            emptied = len(answers) < len(p.answers)  # a text without ids
+            emptied = len(answers) < len(preference.answers)  # a text without ids
             if not len(prompt) or emptied:
                 counts["empty"] += 1
             elif room <= 0 or (too_long and overlong == "drop"):
@@ -246,9 +248,9 @@ def encode_preferences(
             else:
                 counts["truncated"] += too_long
                 if len(answers) == 1:
-                    counts["bad answers" if p.chosen is None else "good answers"] += 1
+                    counts["good answers" if len(chosen) else "bad answers"] += 1
                 # Copies: a slice would keep the whole response in memory.
-                pairs.append(Pair(prompt, chosen[:room].copy(), rejected[:room].copy(), p.place))
+                pairs.append(Pair(prompt, chosen[:room].copy(), rejected[:room].copy(), place))
         progress(f"encoded {start + len(chunk):,} of {len(preferences):,} pairs")
     counts["kept"] += len(pairs)
     return pairs
@@ -264,8 +266,9 @@ def encode_chunk(chunk: list[Preference], chat: ChatFormat | None) -> Iterator[l
     for p in chunk:
         prompt, sides = p.prompt, (p.chosen, p.rejected)
         if p.is_text:
-            asks = prompt[-1][1] and any(role == "user" and content for role, content in prompt)
-            prompt = chat.prompt(prompt, encoded) if asks else []
+            user_speaks = any(role == "user" and content for role, content in prompt)
+            usable = prompt[-1][1] and user_speaks
+            prompt = chat.prompt(prompt, encoded) if usable else []
             sides = [chat.response(side, encoded) if side else [] for side in sides]
         parts = [[] if ids is None else ids for ids in (prompt, *sides)]
         yield [np.asarray(ids, dtype=np.int32) for ids in parts]
@@ -337,7 +340,7 @@ def plan_step(
     step: int,
     processes: int,
     max_tokens_per_gpu: int,
-) -> list[list[MicroBatch]]:
+) -> list[list[list[int]]]:
     """Which pairs each process computes in which micro-batch of step `step` (from 0).
 
     A pure function. The step's pairs depend only on (number of pairs, pairs_per_step, seed, step),
@@ -366,7 +369,7 @@ def epoch_order(pairs: int, seed: int | None, epoch: int) -> np.ndarray:
 
 def split_pairs(
     indexes: np.ndarray, sizes: np.ndarray, processes: int, max_tokens_per_gpu: int
-) -> list[list[MicroBatch]]:
+) -> list[list[list[int]]]:
     """[process][micro-batch] -> indexes of pairs. A micro-batch has at most max_tokens_per_gpu
     packed tokens; InputError if one pair has more.
 

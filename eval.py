@@ -12,8 +12,8 @@
     python eval.py COMMAND --help                                     the flags of a command
 
 If generate, answer or judge is interrupted, the same command resumes it. Under torchrun, generate,
-likelihood and answer hold the whole model in each process and share the rows. The code of each
-command, and its flags, are in evaluation/; docs/evaluation.md shows all of them at work.
+likelihood and answer hold the whole model in each process and split the rows between them. The code
+of each command, and its flags, are in evaluation/; docs/evaluation.md shows all of them at work.
 """
 
 import support  # noqa: F401  before torch, which reads what it sets
@@ -44,8 +44,8 @@ STEPS = {
 def parse(
     arguments: list[str] | None = None, flags: argparse.Namespace | None = None
 ) -> argparse.Namespace:
-    """Parses a command's flags into `flags` (default: a new Namespace). `flags.command` is the
-    function to run. main passes a Namespace of its own, to read it after a failure."""
+    """Parses a command's flags into `flags` (default: a new Namespace). `flags.run` is the function
+    to run. main passes a Namespace of its own, to read it after a failure."""
     parser = FlagParser(
         prog="python eval.py",
         description=__doc__,
@@ -55,14 +55,14 @@ def parse(
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, allow_abbrev=False)
-        command.set_defaults(command=module.run)
+        command.set_defaults(run=module.run)
         module.add_flags(command)
     for name, bench in (("mt-bench", MT_BENCH), ("arena-hard", ARENA_HARD)):
         benchmark = commands.add_parser(name, help=f"{bench.name}: answer, judge, report")
         steps = benchmark.add_subparsers(required=True, metavar="STEP")
         for step, (module, text) in STEPS.items():
             command = steps.add_parser(step, help=text, allow_abbrev=False)
-            command.set_defaults(command=module.run, bench=bench)
+            command.set_defaults(run=module.run, bench=bench)
             module.add_flags(command, bench)
     return parser.parse_args(arguments, flags)
 
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def run() -> None:
         parse(arguments, flags)
-        flags.command(flags)
+        flags.run(flags)
 
     def memory_advice() -> str | None:
         for name in ("cache_tokens", "max_tokens_per_gpu"):  # what bounds a command's memory

@@ -4,7 +4,7 @@ In reading order
     RopeScaling, LlamaConfig        config.json, read strictly
     Segments, Batch, attention      the packed sequence, and which of its tokens attend to which
     rope_tables, rotate             rotary positions, with Llama 3.1's frequency scaling
-    RMSNorm, Attention, MLP, Block
+    RMSNorm, Attention, MLP, Block  a layer; then two of its operations, to keep less for backward
     target_logps, Head              log-probs of the scored tokens; their logits are kept once
     Llama                           the model; its module names are the checkpoint's keys
     load_model ... load_weights     Hugging Face directories, whole or this process's share
@@ -167,14 +167,15 @@ def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments) -
         # The backward of index_select is one index-add; indexing with [] would sort.
         k_NGK = k_TGK.index_select(0, segments.key_index_N)
         v_NGK = v_TGK.index_select(0, segments.key_index_N)
-    starts, longest = (segments.query_starts, segments.key_starts), segments.longest
     half = q_THK.dtype in (torch.bfloat16, torch.float16)
     if on_cuda(q_THK) and half and q_THK.shape[-1] % 8 == 0:
         # A window of (-1, 0): all keys before, none after, counted from the bottom right.
+        starts, longest = (segments.query_starts, segments.key_starts), segments.longest
         return varlen_attn(
             q_THK, k_NGK, v_NGK, *starts, longest, longest, window_size=(-1, 0), **GROUPED
         )
-    query_lengths, key_lengths = (start.diff().tolist() for start in starts)
+    query_lengths = segments.query_starts.diff().tolist()
+    key_lengths = segments.key_starts.diff().tolist()
     outputs = []
     for q, k, v in zip(
         q_THK.split(query_lengths), k_NGK.split(key_lengths), v_NGK.split(key_lengths), strict=True
@@ -223,36 +224,6 @@ def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------- blocks
 
 
-class _RMSNorm(torch.autograd.Function):
-    """RMSNorm that keeps its input and one number per token for backward. Autograd would also keep
-    the normed input, and for half types an fp32 copy of the input.
-
-    With n = x / rms(x), whose gradient is g = grad * weight, that of x is
-    (g - n mean(g n)) / rms(x).
-    """
-
-    @staticmethod
-    def forward(ctx, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        x = at_least_fp32(x_TD)
-        scale_T1 = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x_TD, weight_D, scale_T1)
-        return weight_D * (x * scale_T1).to(x_TD.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_TD: Tensor):
-        x_TD, weight_D, scale_T1 = ctx.saved_tensors
-        normed_TD = at_least_fp32(x_TD) * scale_T1
-        # The weight in fp32: the product of two half types would be rounded.
-        grad_normed_TD = grad_TD * at_least_fp32(weight_D)
-        # Does not share grad_TD * normed_TD with grad_weight_D: torch.compile would store a product
-        # that is summed over two axes, in fp32.
-        mean_T1 = (grad_normed_TD * normed_TD).mean(-1, keepdim=True)
-        grad_x_TD = (grad_normed_TD - normed_TD * mean_T1) * scale_T1
-        grad_weight_D = (grad_TD * normed_TD).sum(0)
-        return grad_x_TD.to(x_TD.dtype), grad_weight_D.to(weight_D.dtype), None
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) in fp32, cast back, *then* scaled: the order matters in bf16, and it is
     Llama's."""
@@ -294,28 +265,6 @@ class Attention(nn.Module):
         return self.o_proj(out_THK.flatten(-2))
 
 
-class _GatedProduct(torch.autograd.Function):
-    """(silu(gate) * up) @ weight.T. Keeps gate and up; backward computes silu(gate) and the product
-    with up again. Autograd would keep all four. What is made here is changed in place: no copies.
-    """
-
-    @staticmethod
-    def forward(ctx, gate_TF: Tensor, up_TF: Tensor, weight_DF: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_TF, up_TF, weight_DF)
-        return F.linear(F.silu(gate_TF).mul_(up_TF), weight_DF)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_TD: Tensor):
-        gate_TF, up_TF, weight_DF = ctx.saved_tensors
-        silu_TF = F.silu(gate_TF)
-        grad_weight_DF = grad_TD.T @ (silu_TF * up_TF)
-        grad_TF = grad_TD @ weight_DF
-        grad_up_TF = silu_TF.mul_(grad_TF)
-        grad_gate_TF = torch.ops.aten.silu_backward(grad_TF.mul_(up_TF), gate_TF)
-        return grad_gate_TF, grad_up_TF, grad_weight_DF
-
-
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
@@ -350,7 +299,6 @@ class Block(nn.Module):
         segments: Segments | None,
         attend: Callable = attention,
     ) -> Tensor:
-        """Runs `compute`. With `recompute`, backward runs it again."""
         inputs = (x_TD, rope, segments, attend)
         if torch.is_grad_enabled() and self.recompute:
             # Called inside the compiled block: the compiler sees that backward does not need
@@ -363,6 +311,61 @@ class Block(nn.Module):
         """The output (T, D) of the block."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, segments, attend)
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
+
+# ------------------------------------------------------- operations that keep less for backward
+
+
+class _RMSNorm(torch.autograd.Function):
+    """RMSNorm that keeps its input and one number per token for backward. Autograd would also keep
+    the normed input, and for half types an fp32 copy of the input.
+
+    With n = x / rms(x), whose gradient is g = grad * weight, that of x is
+    (g - n mean(g n)) / rms(x).
+    """
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        x = at_least_fp32(x_TD)
+        scale_T1 = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x_TD, weight_D, scale_T1)
+        return weight_D * (x * scale_T1).to(x_TD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TD: Tensor):
+        x_TD, weight_D, scale_T1 = ctx.saved_tensors
+        normed_TD = at_least_fp32(x_TD) * scale_T1
+        # The weight in fp32: the product of two half types would be rounded.
+        grad_normed_TD = grad_TD * at_least_fp32(weight_D)
+        # Does not share grad_TD * normed_TD with grad_weight_D: torch.compile would store a product
+        # that is summed over two axes, in fp32.
+        mean_T1 = (grad_normed_TD * normed_TD).mean(-1, keepdim=True)
+        grad_x_TD = (grad_normed_TD - normed_TD * mean_T1) * scale_T1
+        grad_weight_D = (grad_TD * normed_TD).sum(0)
+        return grad_x_TD.to(x_TD.dtype), grad_weight_D.to(weight_D.dtype), None
+
+
+class _GatedProduct(torch.autograd.Function):
+    """(silu(gate) * up) @ weight.T. Keeps gate and up; backward computes silu(gate) and the product
+    with up again. Autograd would keep all four. What is made here is changed in place: no copies.
+    """
+
+    @staticmethod
+    def forward(ctx, gate_TF: Tensor, up_TF: Tensor, weight_DF: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_TF, up_TF, weight_DF)
+        return F.linear(F.silu(gate_TF).mul_(up_TF), weight_DF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TD: Tensor):
+        gate_TF, up_TF, weight_DF = ctx.saved_tensors
+        silu_TF = F.silu(gate_TF)
+        grad_weight_DF = grad_TD.T @ (silu_TF * up_TF)
+        grad_TF = grad_TD @ weight_DF
+        grad_up_TF = silu_TF.mul_(grad_TF)
+        grad_gate_TF = torch.ops.aten.silu_backward(grad_TF.mul_(up_TF), gate_TF)
+        return grad_gate_TF, grad_up_TF, grad_weight_DF
 
 
 # ---------------------------------------------------------------------------------------- head
@@ -500,8 +503,8 @@ class Llama(nn.Module):
         self.exponentiate = exp_in_place  # support/compiler.py replaces it by a compiled form
 
     def recompute_first(self, blocks: int) -> None:
-        """Lets the first `blocks` blocks recompute in backward; the others keep what they computed.
-        The last ones keep theirs because backward uses and frees those first."""
+        """Lets the first `blocks` blocks recompute in backward. Backward reaches them last, when it
+        has freed what the others kept."""
         for i, block in enumerate(self.model["layers"]):
             block.recompute = i < blocks
 

@@ -10,7 +10,7 @@ Files: OUT/config.json, metrics.jsonl, eval.jsonl, checkpoints/, a reference's l
 end model/, which transformers and vLLM load.
 
 In reading order
-    Config                           every setting: its flag, its default, its line of help
+    Config                           every setting, its flag and default; skip it at first
     Dataset, step_loss               what a step draws; the forward pass and loss of a micro-batch
     Run, train, learning_rate        the loop; warm-up and cosine
     evaluate                         held-out metrics
@@ -19,9 +19,9 @@ In reading order
     read_datasets, fine_tune, plan   what is trained on; a whole run; what it would need
 
 Weights and AdamW's moments are kept in fp32, sharded over the processes (with --replicas, over
-those of a replica); matrix products run in bf16 on CUDA and in fp32 on a CPU (--precision). A
-step's pairs do not depend on the number of processes, and each pair weighs 1/pairs_per_step
-wherever it is computed.
+those of a replica). Matrix products run in bf16 on GPUs since the A100, in fp32 elsewhere
+(--precision). A step's pairs do not depend on the number of processes, and each pair weighs
+1/pairs_per_step wherever it is computed.
 
 The state of a run is its step number, its weights and AdamW's moments (with --keep-best also the
 best weights so far). Nothing is drawn at random except the order of the pairs, a function of seed
@@ -55,7 +55,6 @@ from data import ChatFormat, Pair, check_longest, pack, plan_step, split_pairs
 from model import Batch, Llama, LlamaConfig, check_weights, expected_shapes, load_weights
 from support import checkpoints, memory, processes, run_directory, sharding
 from support.best import Best
-from support.bins import MicroBatch
 from support.compiler import compile_model, worth_compiling
 from support.export import export_run
 from support.flags import check_flags, flag, parse, resolved
@@ -231,19 +230,19 @@ class Dataset:
         steps = self.config.epochs * self.steps_per_epoch
         return min(steps, self.config.max_steps or steps)
 
-    def micro_batches(self, step: int, world: int) -> list[list[MicroBatch]]:
+    def micro_batches(self, step: int, world: int) -> list[list[list[int]]]:
         """[process][micro-batch] -> indexes of the pairs of update `step` (from 0)."""
         c = self.config
         seed, most = c.seed if c.shuffle else None, self.max_tokens_per_gpu
         return plan_step(self.sizes, c.pairs_per_step, seed, step, world, most)
 
-    def own_micro_batches(self) -> list[MicroBatch]:
+    def own_micro_batches(self) -> list[list[int]]:
         """All pairs once: this process's micro-batches of them."""
         everything = np.arange(len(self.pairs))
         world = dist.get_world_size()
         return split_pairs(everything, self.sizes, world, self.max_tokens_per_gpu)[dist.get_rank()]
 
-    def batch(self, indexes: MicroBatch) -> Batch:
+    def batch(self, indexes: list[int]) -> Batch:
         """The packed batch of these pairs.
 
         A process without a pair in this micro-batch must still take part in the collectives of the
@@ -254,7 +253,7 @@ class Dataset:
         return batch.to(self.device)
 
     @torch.no_grad()
-    def reference_logps(self, indexes: MicroBatch, batch: Batch) -> tuple[Tensor, Tensor]:
+    def reference_logps(self, indexes: list[int], batch: Batch) -> tuple[Tensor, Tensor]:
         """mean_R and sum_R of the batch's responses under the reference."""
         if isinstance(self.reference, Llama):
             return self.reference(batch)
@@ -263,7 +262,7 @@ class Dataset:
 
 
 def step_loss(
-    model: Llama, dataset: Dataset, indexes: MicroBatch
+    model: Llama, dataset: Dataset, indexes: list[int]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Forward pass of one micro-batch: packed pairs -> one loss per pair.
 
@@ -312,9 +311,10 @@ def train(run: Run, done: int) -> None:
     config, model, dataset, optimizer = run.config, run.model, run.training, run.optimizer
     rank, world = dist.get_rank(), dist.get_world_size()
     scale = world / config.pairs_per_step  # FSDP averages gradients over processes, hence `world`
-    for step in range(done + 1, dataset.steps + 1):  # counted from 1, as it is logged
+    for index in range(done, dataset.steps):
+        step = index + 1  # as it is logged
         started = time.perf_counter()
-        micro_batches = dataset.micro_batches(step - 1, world)  # [process][micro-batch] -> indexes
+        micro_batches = dataset.micro_batches(index, world)  # [process][micro-batch] -> pairs
         drawn = [i for by_rank in micro_batches for indexes in by_rank for i in indexes]
 
         sums, losses = Sums(), []
@@ -335,11 +335,11 @@ def train(run: Run, done: int) -> None:
             processes.stop_non_finite(step, means["loss"], norm, losses, drawn, dataset.pairs)
 
         rate = learning_rate(
-            step - 1, dataset.steps, config.lr, config.warmup_ratio, config.min_lr_ratio
+            index, dataset.steps, config.lr, config.warmup_ratio, config.min_lr_ratio
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
-        sharding.update(optimizer)
+        sharding.optimizer_step(optimizer)
         optimizer.zero_grad()
 
         # `means` are of the weights before this update, eval_* of those after it.

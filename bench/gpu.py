@@ -252,7 +252,7 @@ def prepare(a: argparse.Namespace, shape: str, *flags):
             sharding.prepare_backward(model, last=i + 1 == len(micro_batches))
             train_py.step_loss(model, pairs, indexes)[0].mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        sharding.update(optimizer)
+        sharding.optimizer_step(optimizer)
         optimizer.zero_grad()
         assert math.isfinite(float(norm))
         if a.device == "cuda":

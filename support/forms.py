@@ -7,7 +7,7 @@ In reading order
     parse_pair, parse_side              a record -> prompt, chosen, rejected
     read_label, answer_key              a record with one answer, good or bad
     with_system                         a system text beside a system turn
-    doubts                              what is kept, but said in the header
+    likely_mistakes                     what is kept, but said in the header
     stored_messages, text, token_ids    checked values
 
 A function here raises ValueError that says what it found; its caller adds file and line.
@@ -336,7 +336,7 @@ SCORES = tuple(
 NOTHING = ("nan", "NaN", "None", "null", "<NA>")  # missing values, written as texts
 
 
-def doubts(record: dict, prompt, *answers) -> list[str]:
+def likely_mistakes(record: dict, prompt, *answers) -> list[str]:
     """What may be wrong with a pair that is not refused, by the names of its counts."""
     found = ["repeat their prompt"] * repeats_prompt(prompt, *answers)
     if isinstance(prompt, list):
