@@ -39,6 +39,7 @@ from support.processes import announced
 from support.tensors import (
     check_headers,
     finite,
+    flash_reads,
     local_rows,
     moved,
     on_cuda,
@@ -158,17 +159,16 @@ def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments) -
     h // (H / G).
 
     The loop over `scaled_dot_product_attention` defines the result. CUDA's variable-length flash
-    kernel, for half types and multiples of 8 components, must equal it up to rounding
-    (tests/test_cuda.py). SDPA's own `is_causal` is aligned at the top left: with unequal lengths it
-    would show a rejected token only the first tokens of its prompt, so a mask says bottom right.
+    kernel, for half types, must equal it up to rounding (tests/test_cuda.py). SDPA's own
+    `is_causal` is aligned at the top left: with unequal lengths it would show a rejected token only
+    the first tokens of its prompt, so a mask says bottom right.
     """
     k_NGK, v_NGK = k_TGK, v_TGK
     if segments.key_index_N is not None:
         # The backward of index_select is one index-add; indexing with [] would sort.
         k_NGK = k_TGK.index_select(0, segments.key_index_N)
         v_NGK = v_TGK.index_select(0, segments.key_index_N)
-    half = q_THK.dtype in (torch.bfloat16, torch.float16)
-    if on_cuda(q_THK) and half and q_THK.shape[-1] % 8 == 0:
+    if on_cuda(q_THK) and flash_reads(q_THK):
         # A window of (-1, 0): all keys before, none after, counted from the bottom right.
         starts, longest = (segments.query_starts, segments.key_starts), segments.longest
         return varlen_attn(

@@ -180,5 +180,10 @@ def add_model_flags(command: argparse.ArgumentParser, seed_of: str) -> None:
     devices, precisions = ("auto", "cpu", "cuda"), ("auto", "fp32", "bf16")
     add("--model", required=True, metavar="DIR", help="Hugging Face directory of a Llama")
     add("--device", default="auto", choices=devices, help="auto: cuda if each process has a GPU")
-    add("--precision", default="auto", choices=precisions, help="auto: bf16 on CUDA, fp32 on CPU")
+    add(
+        "--precision",
+        default="auto",
+        choices=precisions,
+        help="auto: bf16 on GPUs since A100, else fp32",
+    )
     add("--seed", type=between(int, 0), default=0, help=f"of {seed_of} [0]")

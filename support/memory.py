@@ -71,6 +71,8 @@ def pair_bytes(llama, dataset, recomputed: int) -> np.ndarray:
 
 def compute_dtype(dataset) -> torch.dtype:
     """That of matrix products. dataset: train.Dataset."""
+    if dataset.config.plan:  # of GPUs that need not be like this machine's
+        return torch.bfloat16
     return choose_device(dataset.config.device, dataset.config.precision)[1]
 
 

@@ -32,6 +32,15 @@ def on_cuda(x: Tensor) -> bool:
     return x.is_cuda or isinstance(x, FakeTensor)
 
 
+def flash_reads(q_THK: Tensor) -> bool:
+    """True if CUDA's variable-length flash kernel can read these queries: half types, heads of 8,
+    16, ... 256 components. --plan simulates it for all heads, since it takes about what the loop
+    does. Not used on AMD's GPUs: some versions of their kernel align attention at the top left."""
+    half, size = q_THK.dtype in (torch.bfloat16, torch.float16), q_THK.shape[-1]
+    fits = size % 8 == 0 and size <= 256 and torch.version.hip is None
+    return half and (fits or isinstance(q_THK, FakeTensor))
+
+
 def moved(value, device: torch.device | str):
     """A tensor, or what has `to`, on `device`; anything else as it is. A GPU copies from pinned
     memory: from other memory the copy may begin only when its earlier work is done, and the CPU

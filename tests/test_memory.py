@@ -757,6 +757,16 @@ def test_a_plan_without_a_memory_shows_all_blocks_recomputed_and_none(wide, caps
     assert "pairs.jsonl: 32 read, 32 kept" in printed
 
 
+def test_a_plan_does_not_depend_on_this_machines_gpu_nor_on_the_heads(wide, monkeypatch, capsys):
+    """A T4 has no bf16. The flash kernel does not read heads of 12 components."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: 1 / 0)
+    path = wide[1] / "config.json"
+    path.write_text(json.dumps(read_json(path) | {"head_dim": 12, "num_hidden_layers": 1}))
+    peaks, _, _ = plan(capsys, *wide, "--precision bf16")
+    assert min(peaks) > 0.1
+
+
 def test_a_plan_chooses_as_a_run_would(wide, capsys):
     (least, most), _, _ = plan(capsys, *wide)
     (middle,), blocks, _ = plan(capsys, *wide, "--checkpoint-blocks 2")
