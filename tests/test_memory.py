@@ -533,11 +533,16 @@ def test_more_blocks_are_recomputed_if_the_allocator_would_empty_its_cache_in_ea
 
 def test_a_cache_that_is_emptied_only_once_changes_no_choice(rehearsed, monkeypatch):
     """Earlier tries may have left it so."""
-    peak = peak_with(rehearsed, 0)
-    counts = iter([0, 0, 0, 0, 0, 0, 0, 1])  # before and after each of four tries
-    monkeypatch.setattr(Bytes, "emptied", lambda self: next(counts, 1))
-    found = rehearsed(1.2 * peak)
-    assert found.chosen["recomputed_blocks"] == 0 and next(counts, None) is None
+    room, tries, measure = 1.2 * peak_with(rehearsed, 0), [], memory.measure
+
+    def measured(model, dataset, steps, recomputed, *rest):
+        tries.append(recomputed)
+        found = measure(model, dataset, steps, recomputed, *rest)
+        return found._replace(emptied=tries.count(0) == 2)
+
+    monkeypatch.setattr(memory, "measure", measured)
+    assert rehearsed(room).chosen["recomputed_blocks"] == 0
+    assert tries.count(0) == 3  # with the micro-batches by default, with the run's, and again
 
 
 def test_all_processes_recompute_as_many_blocks_as_the_one_with_the_least_memory(
