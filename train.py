@@ -156,7 +156,7 @@ class Config:
     )
     compile: str = flag(
         "auto",
-        "compile blocks and head, once for all lengths: on for CUDA and 50 M parameters or more",
+        "compile blocks and head, once for all lengths: in bf16 on CUDA, from 50 M parameters on",
         ("auto", "on", "off"),
     )
     replicas: int = flag(1, "hybrid sharding: number of groups, each with a whole model")
@@ -465,9 +465,9 @@ def build_model(config: Config, mesh: DeviceMesh) -> Llama:
     """The starting model in fp32, sharded. Each process reads only its own rows of the files."""
     with torch.device("meta"):
         model = Llama(LlamaConfig.load(config.model))
-    if worth_compiling(config.compile, model, mesh.device_type):
-        compile_model(model)
     _, compute_dtype = processes.choose_device(config.device, config.precision)
+    if worth_compiling(config.compile, model, mesh.device_type, compute_dtype):
+        compile_model(model)
     shard(model, mesh, compute_dtype)
     model.to_empty(device=mesh.device_type)
     load_weights(model, config.model)

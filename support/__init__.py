@@ -16,6 +16,7 @@
     held_out.py        answers to held-out prompts (--samples); groups of pairs (--eval-by)
     reference.py       log-probs of the starting model, kept in a file, for dpo, dpo-norm, ipo
     run_directory.py   OUT itself: its lock, what a run is made of
+    reading.py         the pairs of a run's files; what was dropped, in words
     log.py             the header, the line per step, metrics.jsonl and eval.jsonl
     compiler.py        whether and how blocks and the head are compiled
     sharding.py        when FSDP reduces gradients and gives up weights; one pool of memory; AdamW's
@@ -23,7 +24,7 @@
     memory.py          trying the costliest micro-batches; what is recomputed; simulation (--plan)
     flops.py           what a step computes, and its share of the GPUs' peak
 
-Nothing here imports model.py, data.py or train.py.
+Only reading.py imports data.py. Nothing here imports model.py or train.py.
 """
 
 import contextlib

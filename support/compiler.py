@@ -11,13 +11,21 @@ from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
+from support.tensors import flash_fits
+
 MIN_PARAMETERS = 50_000_000  # a smaller model's run is over before compilation has paid
 
 
-def worth_compiling(choice: str, model: nn.Module, device: str) -> bool:
-    """True if --compile is on, or if it is auto and a model of MIN_PARAMETERS runs on a GPU."""
+def worth_compiling(choice: str, model: nn.Module, device: str, dtype: torch.dtype) -> bool:
+    """True if --compile is on; or if it is auto, a model of MIN_PARAMETERS runs on a GPU, and the
+    flash kernel computes attention. Otherwise attention is a loop over segments, and Dynamo would
+    compile the code on each side of it anew for other numbers of segments, until it gives up.
+
+    model: model.Llama; dtype: that of matrix products.
+    """
     if choice == "auto":
-        return device == "cuda" and sum(p.numel() for p in model.parameters()) >= MIN_PARAMETERS
+        large = sum(p.numel() for p in model.parameters()) >= MIN_PARAMETERS
+        return device == "cuda" and large and flash_fits(dtype, model.config.head_dim)
     return choice == "on"
 
 

@@ -235,8 +235,9 @@ def rehearse(
     A kept block adds at any moment at most what it keeps. So two measurements are enough to know
     which numbers fit: with every block recomputed, and with one kept (if `pair_bytes` says that it
     fits). What a choice leaves free is measured again. No process may run out of memory while it
-    tries, because the others would wait for it. What is free may still be in pieces, or in another
-    stream's pool: if so, the allocator would empty its cache in each step, and more are recomputed.
+    tries, because the others would wait for it. Free memory may still be in pieces, or in another
+    stream's pool. The allocator would then empty its cache in each step, so more blocks are
+    recomputed, or micro-batches stay as they are.
 
     model: model.Llama; dataset: train.Dataset, whose max_tokens_per_gpu may be raised.
     step_loss: train.step_loss. gpu: whose memory is measured (default: this process's, if it
@@ -257,6 +258,10 @@ def rehearse(
         return smallest((limit - tried.peak) // one, dataset.device)
 
     def in_pieces() -> bool:
+        nonlocal tried
+        if smallest(not tried.emptied, dataset.device):
+            return False
+        tried = try_with(recomputed)  # again: earlier tries may have left the pieces
         return not smallest(not tried.emptied, dataset.device)
 
     if gpu:
@@ -279,22 +284,25 @@ def rehearse(
                 tried = try_with(recomputed)
             # The last try may have been the one with one block kept.
             model.recompute_first(recomputed)
+        fit = recomputed
+        while recomputed < layers and in_pieces():
+            recomputed = min(layers, recomputed + max(1, layers // 8))
+            tried = try_with(recomputed)
         if recomputed == 0 and dataset.config.max_tokens_per_gpu is None:
-            found = enlarge(dataset, found, find, tried.peak, resting, limit)
-            tried = try_with(0)
+            smaller, found = found, enlarge(dataset, found, find, tried.peak, resting, limit)
+            if found is not smaller:
+                tried = try_with(0)
+                if in_pieces():
+                    dataset.max_tokens_per_gpu //= LARGER
+                    found = smaller
+                    tried = try_with(0)
     if gpu and recomputed == 0:
         weights = compute_dtype(dataset).itemsize * sum(p.numel() for p in model.parameters())
         fits = leaves_room_to_gather(weights, tried.peak, gpu.available())
         if smallest(fits, dataset.device) and sharding.keep_gathered(model):
             gathered, tried = True, try_with(0)
-    fit = recomputed
-    if fixed is None and in_pieces():
-        tried = try_with(recomputed)  # again: the tries before may have left the pieces
-        while recomputed < layers and in_pieces():
-            recomputed = min(layers, recomputed + max(1, layers // 8))
-            tried = try_with(recomputed)
     text = f"recomputes {recomputed} of {layers} blocks"
-    if recomputed > fit:
+    if fixed is None and recomputed > fit:
         text += f", {recomputed - fit} of them because free memory is in pieces"
     if gathered:
         text += ", keeps weights gathered"

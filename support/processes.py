@@ -39,7 +39,8 @@ def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtyp
 
     --device auto is CUDA if every process of this machine has a GPU, else the CPU. --precision
     auto is bf16 on GPUs that compute in it, else fp32. Makes the GPU the current one. Raises
-    InputError if --device cuda is asked for and there are too few GPUs, or bf16 and one has none.
+    InputError if --device cuda is asked for and there are too few GPUs, or if bf16 is asked for and
+    this process's GPU does not compute in it.
     """
     found, needed = torch.cuda.device_count(), environment("LOCAL_WORLD_SIZE", 1)
     cuda = device == "cuda" or (device == "auto" and found >= needed)

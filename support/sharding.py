@@ -104,8 +104,8 @@ class OnePool:
 
 
 def hold_whole(model: nn.Module) -> None:
-    """To be called for a model that FSDP has "split" over one process, or over one of each replica:
-    its gradients are reduced once per step, as `OnePool` says."""
+    """For a model whose shard axis has one process: each process holds all of it. From now on its
+    gradients are reduced once per step, in memory that `OnePool` gives."""
     model.held_whole = True
     for module in fsdp_modules(model):
         module.set_custom_reduce_scatter(OnePool())

@@ -33,12 +33,16 @@ def on_cuda(x: Tensor) -> bool:
 
 
 def flash_reads(q_THK: Tensor) -> bool:
-    """True if CUDA's variable-length flash kernel can read these queries: half types, heads of 8,
-    16, ... 256 components. --plan simulates it for all heads, since it takes about what the loop
-    does. Not used on AMD's GPUs: some versions of their kernel align attention at the top left."""
-    half, size = q_THK.dtype in (torch.bfloat16, torch.float16), q_THK.shape[-1]
-    fits = size % 8 == 0 and size <= 256 and torch.version.hip is None
-    return half and (fits or isinstance(q_THK, FakeTensor))
+    """True if CUDA's variable-length flash kernel can read these queries. --plan simulates the
+    kernel for all heads: the loop takes about as much memory."""
+    return flash_fits(q_THK.dtype, q_THK.shape[-1]) or isinstance(q_THK, FakeTensor)
+
+
+def flash_fits(dtype: torch.dtype, head_dim: int) -> bool:
+    """True for half types and heads of 8, 16, ... 256 components. False on AMD's GPUs: some
+    versions of their kernel align attention at the top left."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return half and head_dim % 8 == 0 and head_dim <= 256 and torch.version.hip is None
 
 
 def moved(value, device: torch.device | str):
