@@ -500,8 +500,8 @@ def make_optimizer(config: Config, model: Llama) -> torch.optim.AdamW:
 def read_datasets(
     config: Config, llama: LlamaConfig, device: str
 ) -> tuple[list[Dataset], list[Counter], ChatFormat | None]:
-    """The training pairs and, if asked for, the held-out ones; what was counted in each file; and
-    the chat format, unless all pairs are token ids."""
+    """The training pairs and, if asked for, the held-out ones; counts and chat format as of
+    `read_pairs`."""
     pairs, counts, chat = read_pairs(config, llama.vocab_size)
     datasets = [Dataset(of_file, config, device) for of_file in pairs]
     if config.eval_by:

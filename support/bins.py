@@ -4,12 +4,10 @@ import heapq
 
 import numpy as np
 
-MicroBatch = list[int]  # indexes of pairs: a bin
-
 
 def fewest_bins(
     indexes: list[int], lengths: np.ndarray, multiple: int, most: int
-) -> list[MicroBatch]:
+) -> list[list[int]]:
     """Puts each index into the emptiest bin (the first of equals). The number of bins is the
     smallest multiple of `multiple` with which no bin holds more than `most`. Fullest bin first.
 
@@ -21,7 +19,7 @@ def fewest_bins(
     for k in range(1, 9):
         bins = max(bins, -(-int((lengths * (k + 1) > most).sum()) // k))
 
-    def fill(m: int) -> list[MicroBatch] | None:
+    def fill(m: int) -> list[list[int]] | None:
         return fill_bins(indexes, lengths.tolist(), multiple * m, most)
 
     # More bins never make the fullest one fuller, so the smallest m that is enough lies between one
@@ -41,11 +39,11 @@ def fewest_bins(
 
 def fill_bins(
     indexes: list[int], lengths: list[int], bins: int, most: int
-) -> list[MicroBatch] | None:
+) -> list[list[int]] | None:
     """Each index into the emptiest bin (the first of equals); the bins, fullest first. None if one
     would hold more than `most`."""
     loads = [(0, b) for b in range(bins)]  # a heap
-    contents: list[MicroBatch] = [[] for _ in loads]
+    contents: list[list[int]] = [[] for _ in loads]
     for i, length in zip(indexes, lengths, strict=True):
         load, b = loads[0]
         if load + length > most:

@@ -29,7 +29,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from support import sharding
-from support.bins import MicroBatch
 from support.files import InputError, shown
 from support.flags import recomputed_blocks
 from support.flops import pair_flops
@@ -79,7 +78,7 @@ def compute_dtype(dataset) -> torch.dtype:
 class Costliest(NamedTuple):
     """The micro-batches of a run that take most memory, and what its micro-batches look like."""
 
-    steps: list[list[MicroBatch]]  # each with one or two micro-batches, to be run like a step's
+    steps: list[list[list[int]]]  # each with one or two micro-batches, to be run like a step's
     bytes: float  # of the costliest one by the last of the costs
     count: float  # micro-batches of a step, on each process
     mean: float  # tokens of a micro-batch
@@ -87,14 +86,14 @@ class Costliest(NamedTuple):
 
 
 def costliest(
-    plans: Iterable[list[list[MicroBatch]]], sizes: np.ndarray, costs: list[np.ndarray]
+    plans: Iterable[list[list[list[int]]]], sizes: np.ndarray, costs: list[np.ndarray]
 ) -> Costliest:
     """For each of `costs` (bytes of each pair), the costliest micro-batch of the run, and after it
     the costliest that is not the first of its step and so runs beside gradients (if there is one).
 
     plans: of every step, [process][micro-batch] -> indexes of pairs; sizes: tokens of each pair.
     """
-    best: list[list[tuple[float, MicroBatch]]] = [[(-1, []), (-1, [])] for _ in costs]
+    best: list[list[tuple[float, list[int]]]] = [[(-1, []), (-1, [])] for _ in costs]
     steps = count = tokens = most = 0
     for plan in plans:
         steps += 1
@@ -116,7 +115,7 @@ def costliest_of(llama, dataset, processes: int, recomputed: list[int]) -> Costl
 
     progress = every_two_seconds()
 
-    def plans() -> Iterator[list[list[MicroBatch]]]:
+    def plans() -> Iterator[list[list[list[int]]]]:
         for step in range(dataset.steps):
             progress(f"planned {step:,} of {dataset.steps:,} steps")
             yield dataset.micro_batches(step, processes)
@@ -180,7 +179,7 @@ class Gpu:
 
 
 # (model, dataset, indexes of pairs) -> the loss of each pair, and metrics: train.step_loss.
-StepLoss = Callable[[nn.Module, object, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
+StepLoss = Callable[[nn.Module, object, list[int]], tuple[Tensor, dict[str, Tensor]]]
 
 
 class Measured(NamedTuple):
@@ -194,7 +193,7 @@ class Measured(NamedTuple):
 def measure(
     model: nn.Module,
     dataset,
-    steps: list[list[MicroBatch]],
+    steps: list[list[list[int]]],
     recomputed: int,
     step_loss: StepLoss,
     gpu: Gpu | None,

@@ -54,7 +54,7 @@ def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtyp
         several = in_a_group() and found > 1
         here = torch.device("cuda", environment("LOCAL_RANK", None if several else 0))
         torch.cuda.set_device(here)
-        # The flash kernel needs it too.
+        # Before 8.0 a GPU has no bf16, and the flash kernel does not run on it.
         major, minor = torch.cuda.get_device_capability(here)
         if precision == "bf16" and major < 8:
             raise InputError(
