@@ -89,7 +89,7 @@ def _checked(*logps: Tensor) -> list[Tensor]:
 
 def comparison(logp_w_B: Tensor, logp_l_B: Tensor) -> Metrics:
     """margin = l_w - l_l in nats, and accuracy: 1 if the chosen response is likelier per token; a
-    tie counts 0."""
+    tie counts 0. Takes mean log-probs, so losses that may take sums do not return it."""
     logp_w_B, logp_l_B = _checked(logp_w_B, logp_l_B)
     margin_B = (logp_w_B - logp_l_B).detach()
     return {"margin": margin_B, "accuracy": (margin_B > 0).to(margin_B.dtype)}
@@ -136,26 +136,23 @@ def asft_loss(
     which is what runs at temperature 1: no odds, no cancellation, and no trouble at logp_w = 0.
     (With sft_weight, 1 + beta is sft_weight + beta.)
 
-    Each answer has its own terms, so none needs a partner. For a missing one pass logp_w = 0 or
-    logp_l = -inf (p_l = 0), as train.py does: its terms are then exactly 0, at every temperature
-    and eps. Pass the 0 as a constant: the gradient with respect to logp_w need not be 0 there.
-    (Tempered, an answer that is there but certain, logp_w = 0 after rounding, counts as missing in
-    the align term.)
+    Each answer has its own terms, so none needs a partner. For an absent one pass logp_w = 0, as a
+    constant, or logp_l = -inf, as train.py does: its terms are then exactly 0, at every temperature
+    and eps. (Tempered, logp_w = 0 of an answer that is there has no align term either.)
 
     Args:
         logp_w_B, logp_l_B: mean log-probs in nats, at most 0, of equal shape. Half types are
-            computed in fp32; float64 stays float64. 0 and -inf: see above.
+            computed in fp32; float64 stays float64.
         beta: weight of the align term, the paper's beta (it finds 0.1 to 0.5 to work). Not a
             temperature, not DPO's beta.
         sft_weight: weight of L_SFT; 0 leaves beta * L_align ("align only").
         temperature: that of the tempered form of arXiv 2502.01237, in which the align term is
             -logsigmoid(temperature * log_odds_w) - logsigmoid(-temperature * log_odds_l). The
             paper has 1.
-        eps: log-probs above -eps (in nats) count as -eps inside the align term's log(1 - p), or
-            its odds if tempered. log(1 - p) is -inf at logp = 0, and near it its gradient is
-            1/logp: eps bounds both. The gradient is passed through, so a rejected response that
-            the model knows by heart is pushed with weight about beta / eps (at temperature 1),
-            neither NaN nor 0. The paper is silent here. `clamped` counts how often it acts.
+        eps: in nats. Inside the align term's log(1 - p), or its odds if tempered, log-probs above
+            -eps are replaced by -eps, but keep gradient 1. So value and gradient stay finite: a
+            rejected response that the model knows by heart is pushed with weight about beta / eps
+            (at temperature 1). The paper is silent here. `clamped` counts how often eps acts.
 
     Returns:
         loss_B, and per-pair metrics, detached: sft, align (both unweighted), align_w and align_l
@@ -183,9 +180,9 @@ def asft_loss(
     align_B = align_w_B + align_l_B
     loss_B = sft_weight * sft_B + beta * align_B
     with torch.no_grad():
-        # Tempered, logp_w is bounded too, except the 0 of an absent answer.
-        clamped_w_B = (logp_w_B > -eps) & (logp_w_B < 0)
-        clamped_B = (logp_l_B > -eps) | ((temperature != 1) & clamped_w_B)
+        clamped_B = logp_l_B > -eps
+        if temperature != 1:  # logp_w is bounded too, except the 0 of an absent answer
+            clamped_B |= (logp_w_B > -eps) & (logp_w_B < 0)
         # d align_l / d logp_l. At temperature 1 the sigmoid is p_l, so this is p_l / (1 - p_l).
         sigmoid_B = torch.sigmoid(temperature * log_odds(bounded_l_B))
         push_B = temperature * sigmoid_B / -torch.expm1(bounded_l_B)
@@ -224,7 +221,7 @@ def orpo_loss(
 
 
 def _rewards(reward_w_B: Tensor, reward_l_B: Tensor) -> Metrics:
-    """Implicit rewards, of the losses that have them."""
+    """Implicit rewards, detached, for the losses that define them."""
     margin_B = reward_w_B - reward_l_B
     rewards = {"reward_w": reward_w_B, "reward_l": reward_l_B, "reward_margin": margin_B}
     return {name: value_B.detach() for name, value_B in rewards.items()}

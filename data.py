@@ -7,6 +7,8 @@ In reading order
     pack                            several pairs as one sequence of tokens, each prompt once
     plan_step, split_pairs          a step's pairs over processes and micro-batches
 
+In several functions `counts` is a tally of records and pairs by reason, to which each adds its own.
+
 Rules. Only the last assistant turn is scored; all turns before it are prompt. Both responses share
 one prompt, or the pair is dropped. Text never becomes a control token. What is scored is built
 together with the ids, never inferred later. A row of a file is a pair or one labelled answer, good
@@ -35,7 +37,7 @@ from support.files import InputError
 from support.forms import Turns, likely_mistakes, parse_pair
 from support.llama_config import generation_eos
 from support.records import read_records
-from support.tokenizer import check_keeps_text, load_tokenizer
+from support.tokenizer import check_keeps_text, control_ids, load_tokenizer
 
 # ------------------------------------------------------------------------------------------ reading
 
@@ -125,16 +127,7 @@ class ChatFormat:
     def __init__(self, directory: str | Path):
         path = Path(directory) / "tokenizer.json"
         self.tokenizer = load_tokenizer(path)
-        ids = {}
-        for name in "begin_of_text start_header_id end_header_id eot_id end_of_text eom_id".split():
-            token = f"<|{name}|>"
-            ids[name] = self.tokenizer.token_to_id(token)
-            if ids[name] is None and name != "eom_id":  # only Llama 3.1 and later have it
-                raise InputError(f"{path}: has no token {token}, wanted Llama 3's control tokens")
-            if ids[name] in self.encode([token])[0]:
-                raise InputError(
-                    f"{path}: makes the control token {token} from text (it is not marked special)"
-                )
+        ids = control_ids(self.tokenizer, path)
         check_keeps_text(self.tokenizer, path)
         self.begin, self.end_of_turn = ids["begin_of_text"], ids["eot_id"]
         self.start_header, self.end_header = ids["start_header_id"], ids["end_header_id"]
@@ -172,7 +165,7 @@ class ChatFormat:
 
     def response(self, content: str, encoded: dict[str, list[int]] | None = None) -> list[int]:
         """Ids of an assistant's response and its closing <|eot_id|>, all of them scored; [] if the
-        response is empty. `encoded`: as of `prompt`."""
+        response is empty. `encoded`: as in `prompt`."""
         encoded = encoded or self.encode_stripped([content])
         ids = encoded[content.strip()]
         return [*ids, self.end_of_turn] if ids else []
@@ -237,8 +230,8 @@ def encode_preferences(
                 )
             room = max_tokens - len(prompt)  # 0 or less: no room at all
             too_long = max(len(chosen), len(rejected)) > room
-            answers = [ids for ids in (chosen, rejected) if len(ids)]
-            emptied = len(answers) < len(preference.answers)  # a text without ids
+            present = sum(len(ids) > 0 for ids in (chosen, rejected))
+            emptied = present < len(preference.answers)  # a text without ids
             if not len(prompt) or emptied:
                 counts["empty"] += 1
             elif room <= 0 or (too_long and overlong == "drop"):
@@ -247,7 +240,7 @@ def encode_preferences(
                 counts["identical"] += 1
             else:
                 counts["truncated"] += too_long
-                if len(answers) == 1:
+                if present == 1:
                     counts["good answers" if len(chosen) else "bad answers"] += 1
                 # Copies: a slice would keep the whole response in memory.
                 pairs.append(Pair(prompt, chosen[:room].copy(), rejected[:room].copy(), place))
@@ -258,20 +251,24 @@ def encode_preferences(
 
 def encode_chunk(chunk: list[Preference], chat: ChatFormat | None) -> Iterator[list[np.ndarray]]:
     """Ids of prompt, chosen and rejected (int32; none of an absent answer). A prompt whose last
-    turn is empty, or whose user says nothing, gets no ids: its pair is dropped as "empty"."""
+    turn is empty, or that has no user text, gets no ids: its pair is dropped as "empty"."""
+
+    def arrays(*parts) -> list[np.ndarray]:
+        return [np.asarray([] if ids is None else ids, dtype=np.int32) for ids in parts]
+
     in_text = [p for p in chunk if p.is_text]
     contents = [content for p in in_text for _, content in p.prompt]
     answers = [answer for p in in_text for answer in p.answers]
     encoded = chat.encode_stripped([*contents, *answers]) if in_text else {}
     for p in chunk:
-        prompt, sides = p.prompt, (p.chosen, p.rejected)
-        if p.is_text:
-            user_speaks = any(role == "user" and content for role, content in prompt)
-            usable = prompt[-1][1] and user_speaks
-            prompt = chat.prompt(prompt, encoded) if usable else []
-            sides = [chat.response(side, encoded) if side else [] for side in sides]
-        parts = [[] if ids is None else ids for ids in (prompt, *sides)]
-        yield [np.asarray(ids, dtype=np.int32) for ids in parts]
+        sides = (p.chosen, p.rejected)
+        if not p.is_text:
+            yield arrays(p.prompt, *sides)
+            continue
+        user_text = any(role == "user" and content for role, content in p.prompt)
+        usable = user_text and p.prompt[-1][1]
+        prompt_ids = chat.prompt(p.prompt, encoded) if usable else []
+        yield arrays(prompt_ids, *(chat.response(side, encoded) if side else [] for side in sides))
 
 
 # ------------------------------------------------------------------------------------------ packing
@@ -375,10 +372,10 @@ def split_pairs(
 
     Pairs go, longest first, into the emptiest of processes x m micro-batches; m is the smallest for
     which all fit. Every process gets m of them, since the collectives of a sharded model need
-    equal numbers; some are empty if pairs are few. The fullest come first, so that the n-th ones of
-    all processes are alike in size.
+    equal numbers; some are empty if pairs are few. `fewest_bins` puts the fullest first, so that
+    the n-th ones of all processes are alike in size.
     """
-    indexes = indexes[np.lexsort((indexes, -sizes[indexes]))]
+    indexes = indexes[np.lexsort((indexes, -sizes[indexes]))]  # longest first, then by index
     drawn_sizes = sizes[indexes]
     check_longest(drawn_sizes, max_tokens_per_gpu)
     filled = fewest_bins(indexes.tolist(), drawn_sizes, processes, max_tokens_per_gpu)

@@ -4,7 +4,7 @@ In reading order
     RopeScaling, LlamaConfig        config.json, read strictly
     Segments, Batch, attention      the packed sequence, and which of its tokens attend to which
     rope_tables, rotate             rotary positions, with Llama 3.1's frequency scaling
-    RMSNorm, Attention, MLP, Block  a layer; then two of its operations, to keep less for backward
+    RMSNorm, Attention, MLP, Block  a layer
     target_logps, Head              log-probs of the scored tokens; their logits are kept once
     Llama                           the model; its module names are the checkpoint's keys
     load_model ... load_weights     Hugging Face directories, whole or this process's share
@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from asft import at_least_fp32
 from support.files import InputError
 from support.llama_config import checked_config, config_json, read_config
+from support.operations import gated_product, rms_norm
 from support.processes import announced
 from support.tensors import (
     check_headers,
@@ -234,12 +235,16 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return _RMSNorm.apply(x_TD, self.weight, self.eps)
+        # The formula above, but for backward it keeps only x and one number per token.
+        return rms_norm(x_TD, self.weight, self.eps)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: H query heads share G key/value heads. `attend`: `attention`, or
-    what generation has instead (see Llama.hidden)."""
+    """Grouped-query attention: H query heads share G key/value heads.
+
+    `attend` is `attention`. Only generation passes another function, which caches keys and values
+    and takes no segments.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -275,7 +280,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return _GatedProduct.apply(self.gate_proj(x_TD), self.up_proj(x_TD), self.down_proj.weight)
+        # The formula above, but for backward it keeps only gate and up.
+        return gated_product(self.gate_proj(x_TD), self.up_proj(x_TD), self.down_proj.weight)
 
 
 class Block(nn.Module):
@@ -308,73 +314,18 @@ class Block(nn.Module):
         return self.compute(*inputs)
 
     def compute(self, x_TD: Tensor, rope, segments, attend) -> Tensor:
-        """The output (T, D) of the block."""
+        """The block's output (T, D), which `forward` returns."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, segments, attend)
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
 
-# ------------------------------------------------------- operations that keep less for backward
-
-
-class _RMSNorm(torch.autograd.Function):
-    """RMSNorm that keeps its input and one number per token for backward. Autograd would also keep
-    the normed input, and for half types an fp32 copy of the input.
-
-    With n = x / rms(x), whose gradient is g = grad * weight, that of x is
-    (g - n mean(g n)) / rms(x).
-    """
-
-    @staticmethod
-    def forward(ctx, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        x = at_least_fp32(x_TD)
-        scale_T1 = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x_TD, weight_D, scale_T1)
-        return weight_D * (x * scale_T1).to(x_TD.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_TD: Tensor):
-        x_TD, weight_D, scale_T1 = ctx.saved_tensors
-        normed_TD = at_least_fp32(x_TD) * scale_T1
-        # The weight in fp32: the product of two half types would be rounded.
-        grad_normed_TD = grad_TD * at_least_fp32(weight_D)
-        # Does not share grad_TD * normed_TD with grad_weight_D: torch.compile would store a product
-        # that is summed over two axes, in fp32.
-        mean_T1 = (grad_normed_TD * normed_TD).mean(-1, keepdim=True)
-        grad_x_TD = (grad_normed_TD - normed_TD * mean_T1) * scale_T1
-        grad_weight_D = (grad_TD * normed_TD).sum(0)
-        return grad_x_TD.to(x_TD.dtype), grad_weight_D.to(weight_D.dtype), None
-
-
-class _GatedProduct(torch.autograd.Function):
-    """(silu(gate) * up) @ weight.T. Keeps gate and up; backward computes silu(gate) and the product
-    with up again. Autograd would keep all four. What is made here is changed in place: no copies.
-    """
-
-    @staticmethod
-    def forward(ctx, gate_TF: Tensor, up_TF: Tensor, weight_DF: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_TF, up_TF, weight_DF)
-        return F.linear(F.silu(gate_TF).mul_(up_TF), weight_DF)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_TD: Tensor):
-        gate_TF, up_TF, weight_DF = ctx.saved_tensors
-        silu_TF = F.silu(gate_TF)
-        grad_weight_DF = grad_TD.T @ (silu_TF * up_TF)
-        grad_TF = grad_TD @ weight_DF
-        grad_up_TF = silu_TF.mul_(grad_TF)
-        grad_gate_TF = torch.ops.aten.silu_backward(grad_TF.mul_(up_TF), gate_TF)
-        return grad_gate_TF, grad_up_TF, grad_weight_DF
-
-
 # ---------------------------------------------------------------------------------------- head
 
-# How many logits of half types are held in fp32 at once: on a CPU as many as fit in its cache, on a
-# GPU enough to keep it busy (1 GiB). If compiled, no logits are held in fp32.
+# Half-type logits are copied to fp32 in chunks of so many numbers: on a CPU as many as fit in its
+# cache, on a GPU enough to keep it busy (1 GiB). The compiled form makes no such copies.
 CHUNK_ELEMENTS, CHUNK_ELEMENTS_CUDA = 2**20, 2**28
-# Without gradients, so many scored tokens share a matrix product (or a chunk's, if they are more):
-# with fewer, the weights are read too often.
+# Without gradients a matrix product takes at least so many scored tokens: with fewer, the weights
+# would be read too often.
 MATMUL_ROWS = 256
 
 
@@ -405,7 +356,7 @@ def exp_in_place(logits_SV: Tensor) -> tuple[Tensor, Tensor]:
 
 class _TargetLogps(torch.autograd.Function):
     """log softmax(hidden @ weight.T)[target]. Forward overwrites the logits with their gradient,
-    but for one factor per scored token, which is known only in backward.
+    except for one factor per scored token, which is known only in backward.
 
     With m a token's largest logit and Z = sum exp(logits - m),
         d logp / d logits = onehot - exp(logits - m) / Z = (exp(logits - m) - Z onehot) * (-1 / Z).
@@ -422,7 +373,8 @@ class _TargetLogps(torch.autograd.Function):
         logit_S = logits_SV.gather(-1, target_S1)[:, 0]
         m_S, Z_S = exponentiate(logits_SV)
         unscaled_SV = logits_SV  # the same memory, which now holds exp(logits - m)
-        at_target_S = (logit_S - m_S).exp() - Z_S  # in fp32, and only then rounded
+        # exp(logits - m) - Z at the target: in fp32, and only then rounded.
+        at_target_S = (logit_S - m_S).exp() - Z_S
         unscaled_SV.scatter_(-1, target_S1, at_target_S[:, None].to(unscaled_SV.dtype))
         ctx.save_for_backward(hidden_SD, weight_VD, unscaled_SV, Z_S)
         return logit_S - m_S - Z_S.log()
@@ -464,7 +416,7 @@ def target_logps(
 
 class Head(nn.Linear):
     """An untied head. FSDP gathers its weight when its forward is called, so the log-probs are
-    computed there."""
+    computed there. exponentiate: `exp_in_place`, or its compiled form."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config.hidden_size, config.vocab_size, bias=False)
@@ -500,7 +452,7 @@ class Llama(nn.Module):
         )
         # A tied model uses the embedding. Registered twice, to_empty() would make two parameters.
         self.lm_head = None if config.tie_word_embeddings else Head(config)
-        self.exponentiate = exp_in_place  # support/compiler.py replaces it by a compiled form
+        self.exponentiate = exp_in_place  # support/compiler.py puts its compiled form here
 
     def recompute_first(self, blocks: int) -> None:
         """Lets the first `blocks` blocks recompute in backward. Backward reaches them last, when it
@@ -536,8 +488,8 @@ class Llama(nn.Module):
     ) -> Tensor:
         """The last block's output (T, D), before the final norm.
 
-        attends: for each block, what it calls instead of `attention`, with the same arguments.
-        Generation passes functions that keep keys and values, and no segments.
+        attends: generation's, for each block a function that it calls instead of `attention`, with
+        the same arguments.
         """
         x_TD = self.model["embed_tokens"](tokens_T)
         rope = rope_tables(self.config, positions_T)

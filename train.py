@@ -58,11 +58,12 @@ from support.best import Best
 from support.compiler import compile_model, worth_compiling
 from support.export import export_run
 from support.flags import check_flags, flag, parse, resolved
-from support.held_out import answer, read_groups
+from support.held_out import GroupSums, answer, read_groups
 from support.log import Log, header, run_facts, size_and_speed
 from support.metrics import Sums, common_metrics
 from support.reading import describe, read_pairs
 from support.reference import cached_logps
+from support.settings import RunSettings
 from support.tensors import moved
 
 # ------------------------------------------------------------------------------- configuration
@@ -80,10 +81,12 @@ EXAMPLE = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RunSettings):
     """Every setting of a run is a flag. PAPER: the paper's setting; OPEN: the paper does not say,
     and this is the choice made here. On the command line a loss's own defaults (asft.py) replace
     those in brackets: simpo's beta is 2."""
+
+    # Of RunSettings (support/settings.py): devices, evaluation, checkpoints, what is written.
 
     # model and data
     model: str = flag("", "Hugging Face directory of a Llama: config, safetensors, tokenizer")
@@ -103,9 +106,6 @@ class Config:
         "precompute",
         "reference's log-probs: computed once, or in each step by a frozen copy. PAPER: live",
         ("precompute", "live"),
-    )
-    reference_cache: str | None = flag(
-        None, "file that keeps the reference's log-probs over runs with equal weights and pairs"
     )
 
     # optimisation, order of the pairs
@@ -127,65 +127,24 @@ class Config:
     seed: int = flag(0, "seed of the pairs' order. OPEN: any; report several")
     shuffle: bool = flag(True, "a new order of the pairs each epoch; without, the file's. OPEN")
 
-    # lengths, micro-batches
+    # lengths, micro-batches, precision
     max_tokens: int | None = flag(
         None, "most tokens of a prompt and its answer (default: 2048 or the model's). PAPER: 2048"
     )
     overlong: str = flag(
         "truncate", "too long a response: cut its end, or drop its pair. OPEN", ("truncate", "drop")
     )
-    skip_bad_lines: bool = flag(False, "count malformed lines instead of stopping at them")
     max_tokens_per_gpu: int | None = flag(
         None,
         "packed tokens of a micro-batch on one process: bounds memory, same update (default: 8192; "
         "16384 where --checkpoint-blocks auto finds room for it)",
     )
     share_prompt: bool = flag(True, "compute a prompt once for both answers; same up to rounding")
-
-    # devices
-    device: str = flag("auto", "cuda if each process has a GPU", ("auto", "cpu", "cuda"))
     precision: str = flag(
         "auto",
         "matrix products: bf16 on GPUs since the A100, fp32 elsewhere. OPEN",
         ("auto", "fp32", "bf16"),
     )
-    checkpoint_blocks: str = flag(
-        "auto",
-        "how many blocks backward computes again to save memory: a number, on (all), off (none); "
-        "auto: on GPUs as few as memory allows, none on a CPU",
-    )
-    compile: str = flag(
-        "auto",
-        "compile blocks and head, once for all lengths: in bf16 on CUDA, from 50 M parameters on",
-        ("auto", "on", "off"),
-    )
-    replicas: int = flag(1, "hybrid sharding: number of groups, each with a whole model")
-
-    # evaluation, checkpoints, what is written, what is only computed
-    eval_every: int = flag(0, "steps between evaluations, besides those at start and end")
-    eval_by: str | None = flag(None, "key of held-out rows: metrics for each of its values too")
-    samples: int = flag(0, "held-out prompts to answer (greedily) at each evaluation")
-    keep_best: str | None = flag(
-        None,
-        "export the weights of the evaluation with the best held-out metric, not the last ones",
-        ("loss", "accuracy"),
-    )
-    save_dtype: str = flag("bf16", "weights of OUT/model", ("bf16", "fp32"))
-    save_every: int = flag(
-        1000, "steps between checkpoints (12 bytes a parameter each); 0: only when told to stop"
-    )
-    keep: int = flag(2, "checkpoints to keep, the newest")
-    resume: str | None = flag(
-        None, "resume the run in this directory; without one, resume or begin the run in --out"
-    )
-    peak_tflops: float | None = flag(
-        None,
-        "bf16 TFLOP/s of a device, for MFU and HFU (default: known for A100, H100, H200, B200)",
-    )
-    plan: int | None = flag(
-        None, "print steps, FLOPs and memory of the run on so many GPUs, and stop; no weights read"
-    )
-    gpu_memory: float | None = flag(None, "with --plan: GiB of each GPU, to choose as a run would")
 
     def __post_init__(self):
         check_flags(self)
@@ -258,7 +217,7 @@ class Dataset:
         if isinstance(self.reference, Llama):
             return self.reference(batch)
         rows_B = moved(torch.tensor(indexes or self.stand_in), self.device)
-        return self.reference[rows_B].flatten(0, 1).unbind(-1)
+        return self.reference[rows_B].flatten(0, 1).unbind(-1)  # (B, 2, 2) -> (R, 2) -> two (R,)
 
 
 def step_loss(
@@ -267,7 +226,7 @@ def step_loss(
     """Forward pass of one micro-batch: packed pairs -> one loss per pair.
 
     Returns loss_B, and metrics per pair, detached: the loss's own, and those that every loss has
-    (support/metrics.py). "rows" among them is 1, or 0 of a stand-in, which must not count.
+    (support/metrics.py). "rows" among them is 1; for a stand-in 0, so that it does not count.
     """
     loss = dataset.config.loss_row
     batch = dataset.batch(indexes)
@@ -317,7 +276,7 @@ def train(run: Run, done: int) -> None:
         micro_batches = dataset.micro_batches(index, world)  # [process][micro-batch] -> pairs
         drawn = [i for by_rank in micro_batches for indexes in by_rank for i in indexes]
 
-        sums, losses = Sums(), []
+        sums, losses = Sums(), []  # losses: to name the pairs whose loss is not finite
         own = micro_batches[rank]
         for i, indexes in enumerate(own):
             sharding.prepare_backward(model, last=i + 1 == len(own))
@@ -339,7 +298,7 @@ def train(run: Run, done: int) -> None:
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
-        sharding.optimizer_step(optimizer)
+        sharding.optimizer_step(optimizer)  # optimizer.step(), without DTensor's overhead
         optimizer.zero_grad()
 
         # `means` are of the weights before this update, eval_* of those after it.
@@ -390,20 +349,14 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     dataset = run.held_out
     prompts = [pair.prompt for pair in dataset.pairs[: run.config.samples]]
     answers = [answer(run.model, run.chat, prompt, dataset.device) for prompt in prompts]
-    of_all, of_groups = Sums(), {name: Sums() for name in dataset.groups}
+    sums, sums_by_group = Sums(), GroupSums(dataset.groups)
     for indexes in dataset.own_micro_batches():
         _, metrics = step_loss(run.model, dataset, indexes)
-        of_all.add(metrics)
-        for name, group in dataset.groups.items():
-            within = [float(i in group) for i in indexes or dataset.stand_in]
-            of_groups[name].add(metrics, torch.tensor(within, device=dataset.device))
+        sums.add(metrics)
+        sums_by_group.add(metrics, indexes or dataset.stand_in)
     sharding.reshard(run.model)
-    row = of_all.mean_over_processes("eval_")
-    by = {
-        name: {"pairs": len(group)} | of_groups[name].mean_over_processes("eval_")
-        for name, group in dataset.groups.items()
-    }
-    run.log.evaluation(step, row, by, answers)
+    row = sums.mean_over_processes("eval_")
+    run.log.evaluation(step, row, sums_by_group.means_over_processes(), answers)
     return row
 
 
@@ -500,8 +453,8 @@ def make_optimizer(config: Config, model: Llama) -> torch.optim.AdamW:
 def read_datasets(
     config: Config, llama: LlamaConfig, device: str
 ) -> tuple[list[Dataset], list[Counter], ChatFormat | None]:
-    """The training pairs and, if asked for, the held-out ones; counts and chat format as of
-    `read_pairs`."""
+    """The training pairs and, if asked for, the held-out ones; counts and chat format as
+    `read_pairs` returns them."""
     pairs, counts, chat = read_pairs(config, llama.vocab_size)
     datasets = [Dataset(of_file, config, device) for of_file in pairs]
     if config.eval_by:
@@ -513,6 +466,7 @@ def read_datasets(
 def fine_tune(config: Config) -> None:
     """A whole run: checks, training, export. Flags, data and the headers of the weights are checked
     before OUT is made, the values of the weights before the first step."""
+    # Check flags and files, read the pairs.
     processes.refuse_restart(config.resume is not None)
     llama = LlamaConfig.load(config.model)
     config = resolved(config, llama)
@@ -524,12 +478,14 @@ def fine_tune(config: Config) -> None:
     training = datasets[0]
     held_out = datasets[1] if config.eval_data else None
 
+    # Make OUT, or open that of the run to resume. fingerprint: hashes of weights and pairs.
     out, fingerprint = run_directory.open_run(config, weight_files, datasets)
     log = Log(out)
     if processes.on_first_process((out / "model").exists):
         log.say(f"{out} is finished: its model is {out / 'model'}; the flags given change nothing")
         return
 
+    # Build what is trained, from the starting weights.
     model = build_model(config, mesh)
     if log.active:
         log.say(header(config, out, model, datasets, counts, chat))
@@ -539,12 +495,13 @@ def fine_tune(config: Config) -> None:
         attach_reference(config, mesh, model, datasets, out, fingerprint)
     optimizer = make_optimizer(config, model)
 
-    # Runs the costliest micro-batches without an update, so that running out of memory shows now.
-    # Sets how many blocks are recomputed; may raise training.max_tokens_per_gpu, and may keep
+    # Run the costliest micro-batches without an update, so that running out of memory shows now.
+    # This sets how many blocks are recomputed; it may raise training.max_tokens_per_gpu and keep
     # weights gathered.
     with processes.announced("trying the run's costliest micro-batches"):
         facts["memory"] = memory.rehearse(model, training, step_loss, log.say)
 
+    # Find the newest checkpoint, and cut the logs back to its step.
     identity = run_directory.identity(config, fingerprint)
     checkpoint, written = checkpoints.newest_checkpoint(out, identity, log.say)
     done = written["step"]  # 0 without a checkpoint
@@ -553,6 +510,7 @@ def fine_tune(config: Config) -> None:
         log.say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint: from step 1")
     run_directory.record(out, facts)
 
+    # Load it, train, export.
     best = Best(config.keep_best, out, identity, model, mesh, log.say)
     stop = processes.StopRequest()
     run = Run(config, mesh, model, optimizer, training, held_out, chat, log, best, stop, identity)

@@ -8,6 +8,7 @@
     bins.py            a step's pairs into as few micro-batches as they fit in
     tensors.py         safetensors files, and which rows of a sharded tensor a process holds
     processes.py       devices, the process group, agreement between processes, signals, exit codes
+    settings.py        the settings of a run that are not the method's
     flags.py           the command line <-> Config <-> config.json; what flags and rows may be
     export.py          the end of a run: a model directory that transformers and vLLM load
     checkpoints.py     OUT/checkpoints: written whole, checked, resumed
@@ -18,6 +19,7 @@
     run_directory.py   OUT itself: its lock, what a run is made of
     reading.py         the pairs of a run's files; what was dropped, in words
     log.py             the header, the line per step, metrics.jsonl and eval.jsonl
+    operations.py      RMSNorm and the MLP's product, which keep less for backward than autograd
     compiler.py        whether and how blocks and the head are compiled
     sharding.py        when FSDP reduces gradients and gives up weights; one pool of memory; AdamW's
                        update of the rows of a process

@@ -1,7 +1,8 @@
 """The flags of a program: a frozen dataclass gives the flags, --help, the command and config.json.
 
-train.py's Config names each setting once, with its default and one line of help. Here are the
-steps between it and what a user types or resumes:
+train.py's Config names each setting once, with its default and one line of help; those that are not
+the method's come from support/settings.py. Here are the steps between it and what a user types or
+resumes:
 
     flag, spell             a field with its line of help; a field's name as a flag
     RANGES, check_flags     what a field may hold, and what goes with what
@@ -208,7 +209,9 @@ def _parser(config_class: type, description: str) -> FlagParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    for field in dataclasses.fields(config_class):
+    # The class's own settings first, then those of support/settings.py.
+    own = inspect.get_annotations(config_class)
+    for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name not in own):
         text = field.metadata["help"]
         if field.default not in (None, "") and not isinstance(field.default, bool):
             text += f" [{field.default}]"

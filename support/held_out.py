@@ -3,6 +3,7 @@
 answer         a greedy answer to a held-out prompt
 last_turn      what a prompt asks, to be shown beside it
 read_groups    held-out pairs by the value of a key in their rows
+GroupSums      the metrics of each such group
 """
 
 import json
@@ -12,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from support.files import InputError
 from support.forms import present
+from support.metrics import Sums
 from support.records import read_records
 
 MOST_GROUPS = 20
@@ -80,3 +82,26 @@ def read_groups(path: str | Path, key: str, pairs: Sequence) -> dict[str, set[in
             f"{MOST_GROUPS}"
         )
     return groups
+
+
+class GroupSums:
+    """The metrics of each group of pairs, summed over micro-batches. groups: as `read_groups` gives
+    them."""
+
+    def __init__(self, groups: dict[str, set[int]]):
+        self.groups = groups
+        self.sums = {name: Sums() for name in groups}
+
+    def add(self, metrics: dict[str, Tensor], indexes: list[int]) -> None:
+        """Adds a micro-batch's metrics; indexes: of its pairs."""
+        device = metrics["rows"].device
+        for name, group in self.groups.items():
+            within = [float(i in group) for i in indexes]
+            self.sums[name].add(metrics, torch.tensor(within, device=device))
+
+    def means_over_processes(self) -> dict[str, dict[str, float]]:
+        """For each group its number of pairs and its means, equal on all processes."""
+        return {
+            name: {"pairs": len(group)} | self.sums[name].mean_over_processes("eval_")
+            for name, group in self.groups.items()
+        }

@@ -33,6 +33,25 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
+CONTROL = ("begin_of_text", "start_header_id", "end_header_id", "eot_id", "end_of_text", "eom_id")
+
+
+def control_ids(tokenizer: Tokenizer, path: Path) -> dict[str, int | None]:
+    """The ids of Llama 3's control tokens; eom_id may be None, since only Llama 3.1 and later have
+    it. Raises InputError if another is missing, or if plain text makes one."""
+    ids = {}
+    for name in CONTROL:
+        token = f"<|{name}|>"
+        ids[name] = tokenizer.token_to_id(token)
+        if ids[name] is None and name != "eom_id":
+            raise InputError(f"{path}: has no token {token}, wanted Llama 3's control tokens")
+        if ids[name] in tokenizer.encode(token, add_special_tokens=False).ids:
+            raise InputError(
+                f"{path}: makes the control token {token} from text (it is not marked special)"
+            )
+    return ids
+
+
 # Each byte that occurs in UTF-8: a byte-level tokenizer may lack some.
 EVERY_BYTE = [range(32, 127), range(0x80, 0xC0), range(0x80, 0x800, 64), range(0xFFF, 0xD000, 4096)]
 EVERY_BYTE += [(0xD000, 0xE000, 0xF000, 0x10000, 0x40000, 0x80000, 0xC0000, 0x100000)]
