@@ -34,7 +34,7 @@ from torch import Tensor
 from model import Batch, Segments
 from support.bins import fewest_bins
 from support.files import InputError
-from support.forms import Turns, likely_mistakes, parse_pair
+from support.forms import Turns, likely_mistakes, parse_pair, unread_keys
 from support.llama_config import generation_eos
 from support.records import read_records
 from support.tokenizer import check_keeps_text, control_ids, load_tokenizer
@@ -42,6 +42,7 @@ from support.tokenizer import check_keeps_text, control_ids, load_tokenizer
 # ------------------------------------------------------------------------------------------ reading
 
 BAD_LINES_SHOWN = 20
+UNREAD = "unread key "  # how such a count begins
 # Preferences encoded at once, since an Encoding takes many times the memory of its ids; and records
 # read between two reports.
 CHUNK = 1000
@@ -77,9 +78,9 @@ def read_preferences(
     """Reads a whole file before anything is trained on; each record may have a form of its own.
 
     `counts` gains "read", "bad lines", "unequal prompts" (dropped: the two sides have different
-    prompts), and what `likely_mistakes` finds in the rows returned. Unless skip_bad_lines, raises
-    InputError with the place and fault of the first 20 records that are neither a pair nor a
-    labelled answer. `read_records` says what is never skipped.
+    prompts), and what `likely_mistakes` and `unread_keys` find in the rows returned. Unless
+    skip_bad_lines, raises InputError with the place and fault of the first 20 records that are
+    neither a pair nor a labelled answer. `read_records` says what is never skipped.
     """
     counts = Counter() if counts is None else counts
     preferences, bad = [], []
@@ -98,6 +99,7 @@ def read_preferences(
             counts["unequal prompts"] += 1
         else:
             counts.update(likely_mistakes(record, *parts))
+            counts.update(UNREAD + key for key in unread_keys(record))
             preferences.append(Preference(*parts, place))
     counts["bad lines"] += len(bad)
     if bad and not skip_bad_lines:
@@ -105,7 +107,10 @@ def read_preferences(
         if len(bad) > BAD_LINES_SHOWN:
             lines.append(f"... and {len(bad) - BAD_LINES_SHOWN} more")
         total = f"{len(bad)} bad of {counts['read']} records"
-        raise InputError("\n".join([*lines, f"{total}; fix them, or pass --skip-bad-lines"]))
+        advice = "fix them, or pass --skip-bad-lines"
+        if len(bad) == counts["read"]:
+            advice = "docs/data-formats.md shows the forms that are read"
+        raise InputError("\n".join([*lines, f"{total}; {advice}"]))
     return preferences
 
 

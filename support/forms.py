@@ -7,7 +7,7 @@ In reading order
     parse_pair, parse_side              a record -> prompt, chosen, rejected
     read_label, answer_key              a record with one answer, good or bad
     with_system                         a system text beside a system turn
-    likely_mistakes                     what is kept, but said in the header
+    likely_mistakes, unread_keys        what is kept or left out, but said in the header
     stored_messages, text, token_ids    checked values
 
 A function here raises ValueError that says what it found; its caller adds file and line.
@@ -48,7 +48,7 @@ def messages(value: object, key: str) -> Turns:
 
 
 # Keys of a record or a message that change what the model should see, and are not implemented.
-LEFT_OUT = ("tools", "tool_calls", "function_call")
+LEFT_OUT = ("tools", "tool_calls", "functions", "function_calls", "function_call")
 LEFT_OUT += ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -73,7 +73,7 @@ def parse_message(message: object, key: str) -> tuple[str, str]:
     said = set()
     for role_key, content_key in SPELLINGS:
         if role_key in found and content_key in found:
-            role, content = found[role_key], text(found[content_key], key).strip()
+            role, content = found[role_key], message_text(found[content_key], key).strip()
             if not isinstance(role, str) or role not in ROLES:
                 wanted = f"wanted one of {', '.join(ROLES)}"
                 raise ValueError(f"{key} holds the role {shown(role)}, {wanted}")
@@ -82,6 +82,16 @@ def parse_message(message: object, key: str) -> tuple[str, str]:
         wanted = "wanted a message with role and content (or from, value)"
         raise ValueError(f"{key} holds {shown(message)}, {wanted}")
     return said.pop()
+
+
+def message_text(content: object, key: str) -> str:
+    """A message's content: a text, or a list of one part that is a text, as for multimodal
+    models."""
+    if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
+        part = present(content[0])
+        if part.keys() == {"type", "text"} and part["type"] == "text":
+            content = part["text"]
+    return text(content, key)
 
 
 def transcript(value: str) -> Turns:
@@ -162,6 +172,8 @@ PROMPT_FORMS: dict[str, Callable[[dict], Turns]] = {
     "prompt": prompt_key,
     "messages": messages_key,
 }
+# Where it is if none of those is there and the answers are texts, as in orca_dpo_pairs.
+LONE_PROMPTS = ("question", "input")
 PAIR_KEYS = ("chosen", "rejected")
 ID_KEYS = ("prompt_ids", "chosen_ids", "rejected_ids")  # token ids, used as they are
 # A record with one answer says under a label if it is good (true) or bad (false). The answer is
@@ -189,24 +201,28 @@ def parse_pair(record: object) -> tuple | None:
     keys = PAIR_KEYS if good is None else (answer_key(record) or "completion",)
     for key in keys:
         if key not in record:
-            raise ValueError(f"key {key} is missing, found {shown(', '.join(sorted(record)))}")
+            wanted = "chosen and rejected, or an answer and a label (docs/data-formats.md)"
+            raise ValueError(f"key {key} is missing: found {names(record)}, wanted {wanted}")
     refuse_left_out(record)
     for key in (*keys, "prompt", "conversations", "messages"):
+        if key == "prompt" and said_by_user(record.get(key), [record[k] for k in keys]):
+            record[key] = [{"role": "user", "content": record[key]}]  # text, whatever it looks like
         if isinstance(record.get(key), str):
             record[key] = stored_messages(record[key], key)
     prompts, conversation = read_prompt_keys(record), None
     prompts.pop(keys[0], None)  # a conversation that ends with the one answer
-    if "messages" in prompts and prompts["messages"][-1][0] == "assistant":
-        # UltraFeedback repeats the chosen conversation there: it is not a prompt.
-        conversation = prompts.pop("messages")
+    for key in CONVERSATION_KEYS:
+        if key in prompts and prompts[key][-1][0] == "assistant":
+            # UltraFeedback repeats the chosen conversation there: it is not a prompt.
+            repeating, conversation = key, prompts.pop(key)
     first, *others = prompts or [None]
     for other in others:
         if prompts[other] != prompts[first]:
             raise ValueError(f"{first} and {other} give different prompts, wanted one")
-    prompt = prompts[first] if prompts else []
+    prompt = prompts[first] if prompts else lone_prompt(record, keys)
     asked, answers = zip(*(parse_side(prompt, record, key) for key in keys), strict=True)
     if conversation and not same_conversation(conversation, [*asked[0], ("assistant", answers[0])]):
-        raise ValueError(f"messages hold another conversation than {keys[0]}, wanted one")
+        raise ValueError(f"{repeating} hold another conversation than {keys[0]}, wanted one")
     if asked[0] != asked[-1]:
         return None
     refuse_lost_parts(record, asked[0])
@@ -215,6 +231,34 @@ def parse_pair(record: object) -> tuple | None:
     if role != "user" and as_messages:  # TRL would continue that turn
         raise ValueError(f"the turn before the answer is the {role}'s, wanted the user's")
     return asked[0], *as_pair(answers, good)
+
+
+def names(record: dict) -> str:
+    """The keys of a record, for a message."""
+    return shown(", ".join(sorted(record)), 200)
+
+
+def said_by_user(prompt: object, answers: list) -> bool:
+    """True if a text is a user's turn of an answer that is a whole conversation. It then is no
+    transcript, and no messages as text."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        return False
+    turns = [turn for answer in answers if isinstance(answer, list) for turn in answer]
+    said = [
+        (ROLES.get(turn[role]), turn[content].strip())
+        for turn in turns
+        for role, content in SPELLINGS
+        if looks_like_message(turn) and role in turn and content in turn
+    ]
+    return ("user", prompt.strip()) in said
+
+
+def lone_prompt(record: dict, keys: Sequence[str]) -> Turns:
+    """The prompt under one of LONE_PROMPTS, if the answers are texts; [] otherwise: then they must
+    hold their prompt."""
+    plain = all(isinstance(record[key], str) and not transcript(record[key]) for key in keys)
+    found = [key for key in LONE_PROMPTS if key in record]
+    return [("user", text(record[found[0]], found[0]).strip())] if plain and found else []
 
 
 def as_pair(answers: Sequence, good: bool | None) -> Sequence:
@@ -301,9 +345,8 @@ def parse_side(prompt: Turns, record: dict, key: str) -> tuple[Turns, str]:
         turns = [*turns, ("assistant", "")]  # encode_preferences drops the pair as empty
     if not any(role == "user" for role, _ in turns[:-1]):
         wanted = f"{', '.join(PROMPT_FORMS)}, or whole conversations as answers"
-        found = shown(", ".join(sorted(record)))
         raise ValueError(
-            f"key prompt is missing or has no user's turn: found {found}, wanted {wanted}"
+            f"key prompt is missing or has no user's turn: found {names(record)}, wanted {wanted}"
         )
     turns = with_system(turns, record)
     return turns[:-1], turns[-1][1]
@@ -342,6 +385,7 @@ def likely_mistakes(record: dict, prompt, *answers) -> list[str]:
     if isinstance(prompt, list):
         texts = [*(content for _, content in prompt), *filter(None, answers)]
         marked = any(mark in text for text in texts for mark in MARKERS)
+        marked = marked or any(BRACKET.match(text) and NAMED_ROLE.search(text) for text in texts)
         closed = (answer for answer in filter(None, answers) if answer.endswith("</s>"))
         marked = marked or any("<s>" not in answer[1:] for answer in closed)  # else it is HTML
         found += ["hold chat markers"] * marked
@@ -351,6 +395,17 @@ def likely_mistakes(record: dict, prompt, *answers) -> list[str]:
         found += ["end in one id"] * any(len(set(end.tolist())) == 1 for end in ends)
     found += ["scored the other way"] * scored_the_other_way(record)
     return found
+
+
+# Every key that a form has.
+READ = {*PROMPT_FORMS, "history", "system", *LONE_PROMPTS, *PAIR_KEYS, *ID_KEYS, "response_ids"}
+READ |= {*LABELS, *ANSWER_KEYS, *LEFT_OUT, *(key for pair in SCORES for key in pair)}
+
+
+def unread_keys(record: dict) -> list[str]:
+    """The keys that hold something and that no form has, as a header shows them."""
+    found = {key: value for key, value in present(record).items() if value not in ("", [], {})}
+    return [shown(key)[1:-1] for key in found if key not in READ]
 
 
 def scored_the_other_way(record: dict) -> bool:
@@ -380,22 +435,24 @@ def repeats_prompt(prompt, *answers) -> bool:
 
 # ----------------------------------------------------------------------------------- checked values
 
-# Messages that were turned into text begin with a bracket (json.dumps), perhaps after a quote
-# (json.dumps twice) or a name (str() of numpy, Spark, ...), and name a role.
-BRACKET = re.compile(r"""\s*["']?(?:\w+\()?[\[({]""")
+# Messages that were turned into text begin with a brace, perhaps after brackets, a quote
+# (json.dumps twice) or a name (str() of numpy), or with a name in brackets (Spark), and name a
+# role.
+BRACKET = re.compile(r"""\s*["']?(?:\w+\()?(?:[\[(]\s*)*(?:\{|[\[(]\s*\w+\()""")
 ANY_ROLE = rf"""\\?["'](?:{"|".join(ROLES)})\\?["']"""
 NAMED_ROLE = re.compile(rf"""\b(?:role|from)\\?["']?\s*[:=]\s*{ANY_ROLE}|\{{{ANY_ROLE},""")
 
 
 def stored_messages(value: str, key: str) -> object:
     """The messages that a text holds as JSON, or the text itself. ValueError for messages that
-    cannot be read back: a repr of Python's, numpy's or polars', or JSON that was cut."""
+    cannot be read back: a repr of Python's, numpy's or polars', or JSON that was cut. JSON with
+    other text after it is a text."""
     if not BRACKET.match(value):
         return value
     try:
         parsed = json.loads(value, object_pairs_hook=unique)
     except (ValueError, RecursionError):
-        if not NAMED_ROLE.search(value):
+        if not NAMED_ROLE.search(value) or begins_with_json(value):
             return value
         found = f"{key} holds messages as text that is not JSON ({shown(value)})"
         raise ValueError(f"{found}; wanted a list") from None
@@ -405,6 +462,15 @@ def stored_messages(value: str, key: str) -> object:
         return parsed if parsed and all(map(looks_like_message, parsed)) else value
     # A lone object may be an answer in JSON, such as {"from": "Rome", "value": "3"}.
     return parsed if looks_like_message(parsed) and NAMED_ROLE.search(value) else value
+
+
+def begins_with_json(value: str) -> bool:
+    """True if a text begins with a whole JSON value."""
+    try:
+        json.JSONDecoder().raw_decode(value.lstrip())
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def looks_like_message(value: object) -> bool:

@@ -8,10 +8,12 @@ from collections import Counter
 
 import numpy as np
 
-from data import ChatFormat, Pair, encode_preferences, read_preferences
+from data import UNREAD, ChatFormat, Pair, encode_preferences, read_preferences
 from support.files import InputError
 from support.flags import check_answers
 from support.processes import announced, every_two_seconds
+
+UNREAD_SHOWN = 8
 
 
 def read_pairs(
@@ -68,6 +70,11 @@ def describe(counts: Counter) -> str:
         text += f". In {nothing:,} a text is nan, None or null: missing values?"
     if padded := counts["end in one id"]:
         text += f". In {padded:,} an answer ends in a run of one token id: padding?"
+    unread = [name for name, _ in counts.most_common() if name.startswith(UNREAD)]
+    if unread:
+        keys = ", ".join(name.removeprefix(UNREAD) for name in unread[:UNREAD_SHOWN])
+        more = len(unread) - UNREAD_SHOWN
+        text += f". Keys not trained on: {keys}" + f" and {more:,} more" * (more > 0)
     return text
 
 

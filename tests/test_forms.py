@@ -83,6 +83,7 @@ def refused_prompt(row, tmp_path: Path, **options) -> str:
     return str(caught.value)
 
 
+TEXT_PART = {"type": "text", "text": FRUIT, "image": None}
 KIND = [("system", "Be kind."), *ASK]
 BESIDE = {"system": " Be kind.\n"}
 SPACED = "system: Be \n kind."  # equal but for white space
@@ -99,7 +100,23 @@ READ = {
         {"messages": [{"from": "human", "value": FRUIT}]} | TEXTS,
         ASK,
     ),
+    # the prompt under a name of its own, the answers texts
+    "question": ({"system": "", "question": FRUIT} | TEXTS, ASK),
+    "question beside system": (BESIDE | {"question": f" {FRUIT}"} | TEXTS, KIND),
+    "input": ({"input": FRUIT} | TEXTS, ASK),
+    "question beside prompt": ({"prompt": FRUIT, "question": "Which?"} | TEXTS, ASK),
+    "question beside transcripts": (
+        {"question": "Which?"} | transcripts(f"\n\nHuman: {FRUIT}\n\nAssistant:"),
+        ASK,
+    ),
+    "question beside whole conversations": ({"question": "Which?"} | WHOLE, ASK),
+    # one part that is a text, as multimodal models have it
+    "a content of one part": ({"prompt": [{"role": "user", "content": [TEXT_PART]}]} | TEXTS, ASK),
     # a prompt in two places
+    "conversations that repeat the chosen one": (
+        {"prompt": FRUIT, "conversations": WHOLE["chosen"]} | WHOLE,
+        ASK,
+    ),
     "messages that repeat the chosen conversation": (
         {"prompt": FRUIT, "messages": WHOLE["chosen"]} | WHOLE,
         ASK,
@@ -245,7 +262,28 @@ BAD = {
         {"question": FRUIT, "chosen": REPLIES["chosen"][0], "rejected": REPLIES["rejected"][0]},
         "found 'chosen, question, rejected', wanted conversations, instruction, prompt, messages",
     ),
-    "question, then texts": ({"question": FRUIT} | TEXTS, "no user's turn"),
+    "query, then texts": ({"query": FRUIT} | TEXTS, "no user's turn"),
+    "input beside question": (
+        {"question": FRUIT, "input": "It should be red."} | TEXTS,
+        "input is 'It should be red.'",
+    ),
+    "a conversation of another answer beside a prompt": (
+        {"prompt": FRUIT, "conversations": messages(*TOLD, "assistant: A pear.")} | WHOLE,
+        "conversations hold another conversation than chosen",
+    ),
+    "text and an image as one message": (
+        {"prompt": [{"role": "user", "content": [TEXT_PART, {"type": "image"}]}]} | TEXTS,
+        "wanted a string",
+    ),
+    "functions in a message": (
+        {"prompt": [{"role": "user", "content": FRUIT, "functions": "[{}, 1]"}]} | TEXTS,
+        "functions is '[{}, 1]': tools and media",
+    ),
+    "no answers": (
+        {"prompt": FRUIT, "response_0": "An apple.", "is_safe": True},
+        "key chosen is missing: found 'is_safe, prompt, response_0', wanted chosen and rejected, "
+        "or an answer and a label (docs/data-formats.md)",
+    ),
     "the prompt under `conversation`": (
         {"conversation": messages(*TOLD)} | REPLIES,
         "no user's turn",
@@ -503,6 +541,56 @@ LITERAL = [
     "Assistant: An apple.",
     '"An apple," he said.',
 ]
+
+
+ODD_TEXTS = [
+    HH_TALK,
+    "Human: Name a fruit.\n\nAssistant:",
+    '[python] messages=[{"role": "user", "content": x}] how do I add a system prompt?',
+    json.dumps(messages("user: x", "assistant: y")) + "\n\nContinue this list.",
+    json.dumps(messages("user: x")),
+    str(messages("user: x")),
+]
+
+
+@pytest.mark.parametrize("prompt", ODD_TEXTS)
+def test_a_prompt_that_its_conversations_hold_as_a_turn_is_that_text_and_counted(prompt, tmp_path):
+    """UltraFeedback's form: the text under `prompt` is also a turn of both answers."""
+    record = {"prompt": f"{prompt}\n"} | answers(f"user: {prompt}")
+    pair, counts = read_one(record, tmp_path)
+    assert pair == ([("user", prompt)], *TEXTS.values())
+    without, counts_without = read_one({k: record[k] for k in TEXTS}, tmp_path)
+    assert without == pair and counts == counts_without
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS[2:4])
+def test_code_that_names_a_role_and_goes_on_as_text_is_text_and_counted(text, tmp_path):
+    assert read_one({"prompt": text} | TEXTS, tmp_path)[0][0] == [("user", text)]
+    pair, counts = read_one({"prompt": FRUIT} | TEXTS | {"chosen": text}, tmp_path)
+    assert pair == (ASK, text, "No.")
+    assert counts["hold chat markers"] == text.startswith("[{")
+
+
+def test_keys_that_no_form_has_are_named_in_the_header_the_most_frequent_first(tmp_path):
+    """Step-DPO's rows: what the answers continue is under a key of its own."""
+    steps = {"prompt": FRUIT, "initial_reason_steps": "First,", "id\n": 0, "empty": [], "no": None}
+    path, counts = tmp_path / "a.jsonl", Counter()
+    rows = [steps | TEXTS, steps | TEXTS | {"id\n": None, "score_chosen": 1.0}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(read_preferences(path, counts)) == 2
+    assert describe(counts).endswith(". Keys not trained on: initial_reason_steps, id\\n")
+    many = Counter({f"unread key {i}": 20 - i for i in range(10)})
+    assert describe(many).endswith(". Keys not trained on: 0, 1, 2, 3, 4, 5, 6, 7 and 2 more")
+    assert "not trained on" not in describe(read_one({"prompt": FRUIT} | TEXTS, tmp_path)[1])
+
+
+def test_a_file_without_a_readable_record_points_to_the_forms(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": FRUIT, "response": "No."}) + "\n")
+    with pytest.raises(
+        InputError, match="1 bad of 1 records; docs/data-formats.md shows the forms"
+    ):
+        read_preferences(path)
 
 
 @pytest.mark.parametrize("answer", LITERAL)
