@@ -1376,7 +1376,7 @@ def shown_in_docs(name: str, tmp_path: Path) -> Path:
 
 def test_every_data_format_that_the_docs_show_is_read_as_the_same_question_and_answers(tmp_path):
     *texts, ids = read_preferences(shown_in_docs("formats", tmp_path))
-    assert len(texts) == 8
+    assert len(texts) == 9
     for p in texts:
         role, content = p.prompt[-1]
         assert role == "user" and content.startswith("Name a fruit.")
