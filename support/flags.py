@@ -209,9 +209,7 @@ def _parser(config_class: type, description: str) -> FlagParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    # The class's own settings first, then those of support/settings.py.
-    own = inspect.get_annotations(config_class)
-    for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name not in own):
+    for field in method_first(config_class):
         text = field.metadata["help"]
         if field.default not in (None, "") and not isinstance(field.default, bool):
             text += f" [{field.default}]"
@@ -223,6 +221,12 @@ def _parser(config_class: type, description: str) -> FlagParser:
             how |= {"nargs": "?", "const": ""}
         parser.add_argument(spell(field.name), help=text.replace("%", "%%"), **how)
     return parser
+
+
+def method_first(config_class: type) -> list[dataclasses.Field]:
+    """The fields of train.Config, its own before those of support/settings.py."""
+    own = inspect.get_annotations(config_class)
+    return sorted(dataclasses.fields(config_class), key=lambda field: field.name not in own)
 
 
 def recorded_flags(config_class: type, given: dict) -> dict | None:
@@ -270,7 +274,8 @@ def command_line(config) -> str:
     if config.loss != "ipo":
         unused |= {"ipo_sum"}
     words = []
-    for name, value in vars(config).items():
+    for field in method_first(type(config)):
+        name, value = field.name, getattr(config, field.name)
         if name in unused or value is None:
             continue
         if isinstance(value, bool):

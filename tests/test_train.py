@@ -116,6 +116,7 @@ def test_flags_help_header_and_config_json_show_every_field(start, tmp_path, cap
     # The printed flags are a command line that gives the same run.
     text = re.sub(r"\n +", " ", printed.split("flags ")[1].split("\n  memory ")[0])
     assert dataclasses.asdict(parsed(text)) == saved["flags"]
+    assert list(texts)[:3] == ["model", "data", "eval-data"] and text.startswith("--model")
 
 
 def test_settings_that_the_paper_leaves_open_are_marked_so():
