@@ -28,12 +28,19 @@ from support.tensors import finite
 SHARD_BYTES = 5_000_000_000
 COMPANIONS = (  # copied as they are
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"),
-    "generation_config.json",
+    *("vocab.json", "merges.txt", "added_tokens.json", "generation_config.json"),
 )
 TEMPLATES = ("chat_template.jinja", "chat_template.json")  # copied, unless ours is written
 # Keys of the source's config.json that are not passed on: they name a dtype or a file that the
-# export does not have, or code that would be executed.
-NOT_PASSED_ON = {"auto_map", "dtype", "rope_parameters", "_name_or_path", "transformers_version"}
+# export does not have, or code that would be executed. (transformers_version stays: without it,
+# transformers 4.57.6 and 5.2 advise a fix of the tokenizer that would change Llama 3's ids.)
+NOT_PASSED_ON = {"auto_map", "dtype", "rope_parameters", "_name_or_path"}
+# How transformers loads the tokenizer of a chat model, whatever class the source names: each of 4
+# and 5 lacks some that the other writes. This one reads tokenizer.json, as was trained.
+TOKENIZER_CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}
+# What that class gives to a model. By default transformers 4 adds token_type_ids, which generate
+# refuses.
+MODEL_INPUTS = {"model_input_names": ["input_ids", "attention_mask"]}
 # Gives exactly the ids of ChatFormat.prompt (tests/test_export.py), if the tokenizer splits the
 # header's newlines from the text after them, as Llama 3's does.
 CHAT_TEMPLATE = (
@@ -174,7 +181,7 @@ def write_companions(
     config.json and generation_config.json: a base model's ends a text, not a turn, so generation
     would not stop at the end of an answer. And the chat template that was trained takes the place
     of the source's, in tokenizer_config.json and no other file: served with another template, the
-    model would see a format that it was not trained on.
+    model would see a format that it was not trained on. So would it with another tokenizer's class.
     """
     passed_on = {}
     if source is not None:
@@ -198,7 +205,7 @@ def write_companions(
         if path.exists():
             _add_stop_ids(path, stop_ids)
     if source is not None:
-        chat = _tokenizer_config(Path(source)) or {"tokenizer_class": "PreTrainedTokenizerFast"}
+        chat = MODEL_INPUTS | _tokenizer_config(Path(source)) | TOKENIZER_CLASS
         write_json(directory / "tokenizer_config.json", chat | {"chat_template": CHAT_TEMPLATE})
 
 

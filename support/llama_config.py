@@ -43,6 +43,11 @@ def read_config(directory: str | Path) -> tuple[dict, Path]:
             f"{adapter}: an adapter, which is not implemented; merge it into the weights "
             "(merge_and_unload of peft), or move it away"
         )
+    if not path.parent.exists():
+        raise InputError(
+            f"{directory}: no such directory; wanted a Hugging Face model directory (from the Hub: "
+            "hf download NAME --local-dir DIR)"
+        )
     return read_json(path), path
 
 

@@ -89,17 +89,22 @@ def header(config, out: Path, model, datasets: list, counts: list[Counter], chat
     return "\n".join(["ASFT, Aligned Supervised Fine-Tuning (arXiv 2409.10571)", *text])
 
 
+HEADER = "<|start_header_id|>"  # begins each message in Llama 3's format
+OTHER_FORMAT = "has other turn markers: was the model trained in them? Pairs of token ids keep them"
+
+
 def describe_chat(model: str, bos: int | None, chat) -> str:
-    """Which chat format is trained and exported; if that is not the source's; if the template, as
-    transformers and vLLM encode its text, gives other ids; and if config.json's bos_token_id is not
-    the id of <|begin_of_text|>: then tokenizer and weights may not belong together. chat:
-    data.ChatFormat, or None."""
+    """Which chat format is trained and exported; if that is not the source's, whose template may
+    have other markers of turns; if the template, as transformers and vLLM encode its text, gives
+    other ids; and if config.json's bos_token_id is not the id of <|begin_of_text|>: then tokenizer
+    and weights may not belong together. chat: data.ChatFormat, or None."""
     if chat is None:
         return "none: the pairs are token ids"
     template = source_template(model)
     text = "Llama 3's format; the export has its template"
     if template is not None and template != CHAT_TEMPLATE:
-        text += f" instead of {model}'s own, which is another text"
+        text += f" instead of {model}'s own, which "
+        text += "is another text" if HEADER in template else OTHER_FORMAT
     rendered = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
     rendered += "<|start_header_id|>assistant<|end_header_id|>\n\n"
     if ids_of_rendered(chat.tokenizer, rendered) != chat.prompt([("user", "Hi")]):

@@ -168,16 +168,21 @@ def _alike(key: str, found: Iterable[str]) -> str:
 
 def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
     """Weight file -> the keys that the index gives it (None: a single file, without index)."""
-    index_path = directory / "model.safetensors.index.json"
+    index_path, single = (directory / f"model.safetensors{end}" for end in (".index.json", ""))
     if not index_path.exists():
-        return {directory / "model.safetensors": None}
+        pickles = sorted(path.name for path in directory.glob("*model*.bin"))
+        if pickles and not single.exists():
+            raise InputError(
+                f"{directory}: has {shown(pickles[0])[1:-1]}, a pickle, and no {single.name}; "
+                "pickles are never opened: save the model as safetensors, as transformers does"
+            )
+        return {single: None}
     index = read_json(index_path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     names = weight_map.values() if isinstance(weight_map, dict) else ()
     if not names or not all(isinstance(name, str) for name in names):
         raise InputError(f"{index_path}: wanted a weight_map of key to file name")
     files: dict[Path, set[str] | None] = {}
-    single = directory / "model.safetensors"
     if single.exists() and single.name not in names:
         raise InputError(
             f"{directory}: has both {single.name} and {index_path.name}, which names other files; "

@@ -74,7 +74,11 @@ def test_the_template_that_was_trained_replaces_the_sources_in_one_file_only(tmp
     (home / "chat_template.jinja").write_text(CHATML)
     out = exported(tmp_path, home)
     kept = json.loads((out / "tokenizer_config.json").read_text())
-    assert kept == {"chat_template": CHAT_TEMPLATE, "model_max_length": 77}
+    inputs = ["input_ids", "attention_mask"]
+    assert kept == {"model_input_names": inputs, "model_max_length": 77} | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": CHAT_TEMPLATE,
+    }
     holders = [path for path in out.iterdir() if b"im_start" in path.read_bytes()[:100_000]]
     assert not [path for path in holders if path.name != "tokenizer.json"]
     assert not (out / "chat_template.jinja").exists()
@@ -113,14 +117,54 @@ def test_the_header_says_if_the_exported_template_gives_other_ids_than_those_tra
     assert served != chat.prompt([("user", "Hi")])
 
 
-@pytest.mark.parametrize("template", [None, CHATML, CHAT_TEMPLATE])
-def test_the_header_says_if_the_sources_template_is_another(tmp_path, capsys, template):
+@pytest.mark.parametrize(
+    "found", [{}, {"tokenizer_class": "TokenizersBackend"}, {"tokenizer_class": "Qwen2Tokenizer"}]
+)
+def test_an_export_loads_as_the_tokenizer_that_was_trained_whatever_class_the_source_has(
+    tmp_path, found
+):
+    """transformers 4 knows no TokenizersBackend, which 5 writes; other classes give other ids."""
+    home = source(tmp_path, **found)
+    save_tokenizer(home, bare_tokenizer())
+    out = exported(tmp_path, home)
+    kept = json.loads((out / "tokenizer_config.json").read_text())
+    assert kept["tokenizer_class"] == "PreTrainedTokenizerFast"
+    theirs, text = AutoTokenizer.from_pretrained(out), "Na\u00efve  caf\u00e9 12345\n"
+    assert theirs(text, add_special_tokens=False)["input_ids"] == ChatFormat(out).encode([text])[0]
+    # generate would refuse token_type_ids.
+    assert set(theirs(text)) == {"input_ids", "attention_mask"} == set(kept["model_input_names"])
+    own = source(tmp_path / "own", model_input_names=["input_ids"])
+    kept = json.loads((exported(tmp_path / "own", own) / "tokenizer_config.json").read_text())
+    assert kept["model_input_names"] == ["input_ids"]
+
+
+def test_the_version_of_transformers_that_wrote_the_source_is_passed_on(tmp_path):
+    """Without it transformers 4.57.6 and 5.2 advise a "fix" that would change Llama 3's ids."""
+    home = source(tmp_path)
+    edit_json(home / "config.json", transformers_version="4.40.0")
+    kept = json.loads((exported(tmp_path, home) / "config.json").read_text())
+    assert kept["transformers_version"] == "4.40.0"
+
+
+DATED = "{{ '<|start_header_id|>system<|end_header_id|>\n\nToday is a day.<|eot_id|>' }}"
+
+
+@pytest.mark.parametrize(
+    "template, says",
+    [
+        (None, ""),
+        (CHAT_TEMPLATE, ""),
+        (DATED, "own, which is another text"),
+        (CHATML, "own, which has other turn markers: was the model trained in them?"),
+    ],
+)
+def test_the_header_says_if_the_sources_template_is_another(tmp_path, capsys, template, says):
     home = source(tmp_path, **({"chat_template": template} if template else {"bos_token": "x"}))
     flags = ("--model", home, "--data", ROOT / "examples/heldout.jsonl", "--max-steps", 1)
     assert train.main([str(word) for word in (*flags, "--out", tmp_path / "run")]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "Llama 3's format; the export has its template" in said
-    assert ("own, which is another text" in said) == (template == CHATML)
+    assert says in said and ("own, which" in said) == bool(says)
     assert "bos_token_id" not in said
 
 

@@ -166,11 +166,14 @@ def test_a_pickle_does_not_run(directory, tmp_path, name, function, said, by, pr
     assert not (tmp_path / "sentinel").exists()
 
 
-def test_a_model_of_pickles_is_refused_by_the_name_of_the_missing_safetensors(directory, tmp_path):
+def test_a_model_of_pickles_is_refused_and_says_what_is_wanted(directory, tmp_path):
     (directory / "model.safetensors").unlink()
-    plant(directory, tmp_path / "sentinel")
     message = refusal(load_model, directory)
     assert message.startswith(f"{directory / 'model.safetensors'}: No such file")
+    plant(directory, tmp_path / "sentinel")
+    message = refusal(load_model, directory)
+    assert message.startswith(f"{directory}: has pytorch_model.bin, a pickle, and no model.safeten")
+    assert "save the model as safetensors" in message
     assert not (tmp_path / "sentinel").exists()
 
 
