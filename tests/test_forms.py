@@ -275,6 +275,10 @@ BAD = {
         {"prompt": [{"role": "user", "content": [TEXT_PART, {"type": "image"}]}]} | TEXTS,
         "wanted a string",
     ),
+    "a text part that has more": (
+        {"prompt": [{"role": "user", "content": [TEXT_PART | {"image": "a.png"}]}]} | TEXTS,
+        "wanted a string",
+    ),
     "functions in a message": (
         {"prompt": [{"role": "user", "content": FRUIT, "functions": "[{}, 1]"}]} | TEXTS,
         "functions is '[{}, 1]': tools and media",
