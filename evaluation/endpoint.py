@@ -26,6 +26,19 @@ if typing.TYPE_CHECKING:
 # Every request would get these: a wrong key, no money, a wrong address or model, a redirect.
 STOPPING_STATUSES = (401, 402, 404, *range(300, 400))
 NO_MONEY = r"insufficient_\w*(quota|balance|credit|fund)|exceeded_current_quota|billing|payment"
+# Some endpoints say it, or that the key is wrong, only in words, under a status such as 400.
+NO_MONEY_WORDS = r"credit balance is too low|key limit exceeded|api key not valid"
+NOT_SUPPORTED = r"(?i)not support|unsupported|instead|unknown|unrecognized|not (allowed|permitted)"
+
+
+NOT_ASKED = "not asked, since the first ones failed alike"
+
+
+class Reply(typing.NamedTuple):
+    """A judge's text, without its thoughts; and if the limit of tokens cut it."""
+
+    text: str
+    cut: bool
 
 
 class UnjudgedError(Exception):
@@ -41,7 +54,7 @@ class Judge:
     settings: dict  # temperature and max_tokens, as the benchmark has them
     parameters: dict  # the same, as the endpoint accepts them
     raw: Path  # every reply, as it came
-    kept: dict[str, str] = field(default_factory=dict)  # request's hash -> text, from `raw`
+    kept: dict[str, Reply] = field(default_factory=dict)  # request's hash -> reply, from `raw`
     stop: threading.Event = field(default_factory=threading.Event)  # ask nothing more
     writing: threading.Lock = field(default_factory=threading.Lock)
     here: threading.local = field(default_factory=threading.local)  # this thread's request: `about`
@@ -62,7 +75,7 @@ def open_judge(flags: argparse.Namespace, settings: dict) -> Judge:
 
     def before_request(_request) -> None:
         if judge.stop.is_set():
-            raise UnjudgedError("stopped")
+            raise UnjudgedError(NOT_ASKED)
 
     def after_response(response) -> None:
         body = hide(response.read().decode(errors="replace"), key)
@@ -106,9 +119,10 @@ def hide(text: str, key: str) -> str:
 
 
 def error_of(body: str) -> dict:
-    """The error object in a body, empty if there is none."""
+    """The error object in a body, or in a list of one (Gemini's); empty if there is none."""
     try:
-        error = json.loads(body)["error"] or {}
+        found = json.loads(body)
+        error = (found[0] if isinstance(found, list) else found)["error"] or {}
     except (ValueError, LookupError, TypeError, RecursionError):
         return {}
     return error if isinstance(error, dict) else {"message": error}
@@ -122,32 +136,47 @@ def words(body: str) -> str:
 
 
 def no_money(body: str) -> bool:
-    """True if a body says that the account has run out of money, which waiting does not mend."""
+    """True if a body says that the account has run out of money, or that the key is wrong, which
+    waiting does not mend."""
     error = error_of(body)
     facts = f"{error.get('code')} {error.get('type')}"
-    return error.get("code") == 402 or re.search(NO_MONEY, facts) is not None
+    said = re.search(NO_MONEY_WORDS, str(error.get("message")).lower())
+    return error.get("code") == 402 or bool(said or re.search(NO_MONEY, facts))
 
 
-def reply_of(body: str) -> str:
-    """The text of a chat completion. Raises UnjudgedError with the reason if it has none."""
+def without_thoughts(content: str) -> str:
+    """What follows the thoughts of a model whose server leaves them in the text: they may name a
+    verdict that it then does not give. A template may have begun them, so that only their end is
+    there."""
+    begun = content.lstrip().startswith("<think>")
+    if begun or ("</think>" in content and "<think>" not in content):
+        return content.rpartition("</think>")[2] if "</think>" in content else ""
+    return content
+
+
+def reply_of(body: str) -> Reply:
+    """The text of a chat completion. Raises UnjudgedError with the reason if it has none, or if it
+    broke off for another reason than its limit of tokens."""
     if error_of(body):
         raise UnjudgedError(f"the reply is an error: {words(body)}")
     try:
         choice = json.loads(body)["choices"][0]
-        content = choice["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError):
+        finish, content = choice.get("finish_reason"), choice["message"].get("content")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UnjudgedError(f"the reply is no chat completion: {words(body)[:80]}") from None
     if isinstance(content, list):  # parts: texts, and thoughts that do not count
         parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
         content = "".join(str(part.get("text", "")) for part in parts)
-    if isinstance(content, str) and content.strip():
-        return content
-    finish = choice.get("finish_reason")
+    if choice.get("error") or finish in ("error", "content_filter"):
+        raise UnjudgedError(f"a reply that broke off, finish_reason {finish}")
+    text = without_thoughts(content) if isinstance(content, str) else ""
+    if text.strip():
+        return Reply(text, cut=finish == "length")
     advice = " (raise --max-tokens)" if finish == "length" else ""
     raise UnjudgedError(f"a reply without text, finish_reason {finish}{advice}")
 
 
-def ask(judge: Judge, talk: list[tuple[str, str]], about: dict) -> str:
+def ask(judge: Judge, talk: list[tuple[str, str]], about: dict) -> Reply:
     """The judge's reply to a talk of (role, text). A request that judge.raw has a text for is not
     sent again, and one that was answered without a text is not tried again in this run.
 
@@ -193,9 +222,10 @@ def send(judge: Judge, messages: list[dict], parameters: dict) -> tuple[int, str
 
 def other_parameters(parameters: dict, refusal: str) -> dict:
     """What to send instead if a refusal names a parameter that was sent: newer models accept
-    max_completion_tokens only, and no temperature. The same if it names neither."""
-    others = dict(parameters)
-    if "max_tokens" in others and re.search("max_(completion_)?tokens", refusal):
+    max_completion_tokens only, and no temperature. The same if it names neither, or says only that
+    max_tokens is too large."""
+    others, named = dict(parameters), re.search("max_(completion_)?tokens", refusal)
+    if "max_tokens" in others and named and re.search(NOT_SUPPORTED, refusal):
         others["max_completion_tokens"] = others.pop("max_tokens")
     elif "temperature" in refusal:
         others.pop("temperature", None)

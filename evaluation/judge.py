@@ -27,6 +27,7 @@ MT_MAX_TOKENS = 2048  # of a judgment, at temperature 0; Arena-Hard's configurat
 RATING = r"(\d{1,9}(?:\.\d*)?)"
 LABEL = r"\[\[([AB<>=]+)\]\]"
 NO_VERDICT = "no verdict"
+GIVE_UP = 8  # see `judge_all`; failures are alike if they differ only in numbers
 SECOND_TRY = "continue your judgment and finish by outputting a final verdict label"
 
 # Question's id and turn (None in Arena-Hard) -> the user prompts that the judge sees, and the
@@ -68,7 +69,8 @@ def done_jobs(flags: argparse.Namespace, model: str, jobs: Jobs) -> set:
 def judge_all(flags: argparse.Namespace, model: str, jobs: Jobs, settings: dict) -> None:
     """Does the jobs that --out lacks, several at once, and writes each row when it is complete.
 
-    When interrupted, it waits for the replies under way, so that all that was paid for is kept.
+    When interrupted, it waits for the replies under way, so that all that was paid for is kept. If
+    the first GIVE_UP jobs fail alike, or all give no verdict, it asks nothing more.
     Raises StoppedError (exit code 1) if --out was empty and no row got a verdict."""
     out = Path(flags.out)
     hold_out(out)
@@ -95,13 +97,18 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: Jobs, settings: dict)
         verdicts = [game["score"] for game in row.get("games", [row])]
         return NO_VERDICT if set(verdicts) <= {-1, None} else None
 
-    outcomes = Counter()
+    outcomes, first_alike = Counter(), {}
     with ThreadPoolExecutor(flags.concurrency) as pool:
         try:
             # The first job teaches the parameters, and a wrong key costs one request.
             for batch in (waiting[:1], waiting[1:]):
                 for future in as_completed([pool.submit(do, key) for key in batch]):
-                    outcomes[future.result()] += 1
+                    found = future.result()
+                    alike = found and re.sub(r"\d+", "0", found)
+                    first = first_alike.setdefault(alike, found)
+                    outcomes[first] += 1
+                    if first and len(outcomes) == 1 and outcomes[first] == GIVE_UP:
+                        judge.stop.set()
                     if outcomes.total() % max(1, len(waiting) // 10) == 0:
                         print(f"{outcomes.total()} of {len(waiting)}", flush=True)
         except KeyboardInterrupt:
@@ -118,7 +125,7 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: Jobs, settings: dict)
     if unclear:
         said += (
             f"; {unclear} rows have no verdict (was --max-tokens {settings['max_tokens']} too "
-            f"low?): to ask again, delete them from {out}"
+            f"low?): to ask again with a higher one, delete them from {out}"
         )
     said += f"; raw replies in {judge.raw}"
     if not good and not done:
@@ -175,14 +182,17 @@ def mt_bench_jobs(flags: argparse.Namespace, questions: dict, answers: dict) -> 
 
 def rate(turn: int, prompt: dict, user: str, judge: Judge, about: dict) -> dict:
     """The rest of a row of FastChat's judgments. The score is the first number in double brackets,
-    else in single ones, else -1."""
+    else in single ones, else -1. Of a reply that was cut, single brackets do not count: they may be
+    an index in code, and the verdict be missing."""
     talk = [("system", prompt["system_prompt"]), ("user", user)]
     reply = ask(judge, talk, about | {"turn": turn})
-    found = re.search(rf"\[\[{RATING}\]\]", reply) or re.search(rf"\[{RATING}\]", reply)
+    found = re.search(rf"\[\[{RATING}\]\]", reply.text)
+    if not found and not reply.cut:
+        found = re.search(rf"\[{RATING}\]", reply.text)
     score = -1
     if found:
         score = float(found[1]) if "." in found[1] else int(found[1])
-    row = {"judge": [judge.model, prompt["name"]], "user_prompt": user, "judgment": reply}
+    row = {"judge": [judge.model, prompt["name"]], "user_prompt": user, "judgment": reply.text}
     return row | {"score": score, "turn": turn, "tstamp": time.time()}
 
 
@@ -268,11 +278,11 @@ def play(config: dict, users: list[str], judge: Judge, about: dict) -> dict:
         talk = [("user", user)]
         if config["system_prompt"]:
             talk.insert(0, ("system", config["system_prompt"]))
-        reply = ask(judge, talk, about | {"game": game})
+        reply = ask(judge, talk, about | {"game": game}).text
         judgment = f"\n{reply}"
         if config["regex_patterns"] is None and not re.search(LABEL, judgment):
             talk += [("assistant", reply), ("user", SECOND_TRY)]
-            judgment += f"\n{ask(judge, talk, about | {'game': game})}"
+            judgment += f"\n{ask(judge, talk, about | {'game': game}).text}"
         score = label_of(judgment, config["regex_patterns"])
         games.append({"user_prompt": user, "judgment": judgment, "score": score})
     return {"judge": judge.model, "games": games}

@@ -22,7 +22,7 @@ from judging import ANSWERS, CONFIG, KEY, NAMES, answers, complaint, edit, rows_
 
 import eval as evaluation
 from data import ChatFormat
-from evaluation import benchmarks, endpoint
+from evaluation import benchmarks, endpoint, judge
 from support.export import save_model
 
 BOTH = "Rating: [[7]], and [[A>B]]"  # either benchmark takes something from it
@@ -428,6 +428,19 @@ WITHOUT_TEXT = {
     "deep": ("[" * 100_000, "no chat completion"),
     "stream": ('data: {"choices": []}\n\ndata: [DONE]\n\n', "no chat completion: data: {"),
     "only thoughts": (completion([{"type": "thinking", "thinking": "hm"}]), "without text"),
+    "thoughts that were cut": (
+        completion("<think>\nMaybe [[A>>B]], [[5]]? First", "length"),
+        "a reply without text, finish_reason length (raise --max-tokens)",
+    ),
+    "broken off": (
+        completion("nums[1] or [[3]], so", "error"),
+        "that broke off, finish_reason err",
+    ),
+    "filtered half-way": (completion("[[3]]", "content_filter"), "that broke off"),
+    "no content": (
+        completion("").replace('"content": ""', '"x": 0'),
+        "without text, finish_reason",
+    ),
 }
 
 
@@ -446,6 +459,47 @@ def test_the_parts_of_a_reply_are_joined_without_its_thoughts(one):
     texts = [{"type": "text", "text": "Rating:"}, {"type": "text", "text": " [[8]]"}]
     one.says((200, completion([thought, *texts]))).judge()
     assert [row["judgment"] for row in rows_of(one.out)] == ["Rating: [[8]]"] * 2
+
+
+THOUGHTS = [
+    "<think>It wants [[rating]], as in [[5]] or [[A>>B]].</think>\n\n",
+    "\n<think>Is it </think>? [[5]], [[A>>B]]</think>",
+    "Okay, for example [[5]] or [[A>>B]].\n</think>",  # begun by the template
+]
+
+
+@pytest.mark.parametrize("thoughts", THOUGHTS)
+def test_a_verdict_is_not_taken_from_thoughts_in_the_text(either, thoughts):
+    either.says(f"{thoughts}{BOTH}").judge()
+    for row in rows_of(either.out):
+        games = row.get("games", [row])
+        assert {game["score"] for game in games} == {7 if either.mt else "A>B"}
+        assert {game["judgment"].strip() for game in games} == {BOTH}
+
+
+def test_a_judge_may_speak_of_the_marks_of_thoughts(one):
+    said = f"It shows its <think> and </think> marks. {BOTH}"
+    one.says(said).judge()
+    assert [row["judgment"] for row in rows_of(one.out)] == [said] * 2
+
+
+@pytest.mark.parametrize("text, score", [("nums[1] is the smallest", -1), ("[1], so [[7]]. A", 7)])
+def test_in_a_reply_that_was_cut_only_double_brackets_are_a_verdict(one, text, score):
+    one.says((200, completion(text, "length"))).judge(code=1 if score == -1 else 0)
+    assert [row["score"] for row in rows_of(one.out)] == [score] * 2
+    one.out.unlink()
+    one.says(None).judge(code=1 if score == -1 else 0)  # the same from what was kept
+    assert [row["score"] for row in rows_of(one.out)] == [score] * 2
+
+
+def test_the_first_jobs_that_fail_alike_end_the_run(mt, monkeypatch):
+    monkeypatch.setattr(judge, "GIVE_UP", 3)
+    mt.says(lambda asked: (400, refusal(f"request {asked.count}0 is not allowed")))
+    said = mt.refused("--concurrency", 1, code=1)
+    assert "6 failed (3 x HTTP 400: request 10 is not allowed; 3 x not asked, since" in said
+    assert len(mt.asked) == 3
+    mt.says(lambda asked: BOTH if asked.count == 4 else (400, refusal("no"))).judge()
+    assert len(mt.asked) == 9  # one was judged: the others are asked
 
 
 NO_MAX_TOKENS = "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
@@ -474,6 +528,8 @@ def test_parameters_that_the_endpoint_refuses_are_replaced_once_and_for_all(mt):
 
 REFUSED = [(400, f"flagged\n by {KEY}", 1), (403, f"flagged\n by {KEY}", 1)]
 REFUSED += [(400, "flagged: 'what temperature'", 2)]  # asked again without a temperature, in vain
+# DeepSeek's; it ignores max_completion_tokens.
+REFUSED += [(400, "flagged: the valid range of max_tokens is [1, 8192]", 1)]
 
 
 @pytest.mark.parametrize(("status", "words", "requests"), REFUSED)
@@ -511,6 +567,9 @@ STOPS = [
     (403, refusal("broke", code="insufficient_user_quota"), "HTTP 403: broke"),
     (429, refusal("see billing", type="billing_not_active"), "HTTP 429: see billing"),
     (200, '{"error": {"code": 402, "message": "Insufficient credits"}}', "Insufficient credits"),
+    (400, refusal("Your credit balance is too low", type="invalid_request_error"), "too low"),
+    (403, refusal("Key limit exceeded (total limit).", code=403), "HTTP 403: Key limit exceeded"),
+    (400, f"[{refusal('API key not valid.', code=400)}]", "HTTP 400: API key not valid."),
 ]
 
 
