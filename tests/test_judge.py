@@ -528,7 +528,7 @@ def test_parameters_that_the_endpoint_refuses_are_replaced_once_and_for_all(mt):
 
 REFUSED = [(400, f"flagged\n by {KEY}", 1), (403, f"flagged\n by {KEY}", 1)]
 REFUSED += [(400, "flagged: 'what temperature'", 2)]  # asked again without a temperature, in vain
-# DeepSeek's; it ignores max_completion_tokens.
+# As DeepSeek words it: the parameter is right, its value is not.
 REFUSED += [(400, "flagged: the valid range of max_tokens is [1, 8192]", 1)]
 
 
