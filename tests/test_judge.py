@@ -498,7 +498,8 @@ def test_the_first_jobs_that_fail_alike_end_the_run(mt, monkeypatch):
     said = mt.refused("--concurrency", 1, code=1)
     assert "6 failed (3 x HTTP 400: request 10 is not allowed; 3 x not asked, since" in said
     assert len(mt.asked) == 3
-    mt.says(lambda asked: BOTH if asked.count == 4 else (400, refusal("no"))).judge()
+    mt.says(lambda asked: BOTH if asked.count == 4 else (400, refusal("no")))
+    mt.judge("--concurrency", 1)
     assert len(mt.asked) == 9  # one was judged: the others are asked
 
 
