@@ -4,9 +4,11 @@ export_run          OUT/model, at the end of a run
 save_model          the weights, sharded or not, and all that belongs beside them
 CHAT_TEMPLATE       the format that data.ChatFormat trains, as transformers and vLLM apply it
 source_template     the chat template that a model directory comes with
+exported_template   the one that its export gets
 write_companions    config.json, tokenizer, generation settings, chat template
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -53,6 +55,12 @@ CHAT_TEMPLATE = (
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
     "{% endif %}"
 )
+# sha256 of texts that give the same ids: Meta-Llama-3-8B-Instruct's. It is kept, since some
+# programs (TRL, Ollama) know templates by their text.
+SAME_TEMPLATES = {"ba03a121d097859c7b5b9cd03af99aafe95275210d2876f642ad9929a150f122"}
+# For programs that know neither generation_config.json nor a list of eos ids (CTranslate2,
+# llama.cpp's converter): a base model's eos token ends a text, not a turn.
+TURN_TOKENS = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
 
 
 def export_run(run) -> None:
@@ -161,6 +169,14 @@ def source_template(directory: str | Path) -> str | None:
     return template if template is None or isinstance(template, str) else json.dumps(template)
 
 
+def exported_template(directory: str | Path) -> str:
+    """The chat template of an export of this model directory, if it was trained on chats: its own
+    if it gives the ids that were trained, else CHAT_TEMPLATE."""
+    template = source_template(directory) or ""
+    same = hashlib.sha256(template.encode()).hexdigest() in SAME_TEMPLATES
+    return template if same else CHAT_TEMPLATE
+
+
 def _tokenizer_config(directory: Path) -> dict:
     path = directory / "tokenizer_config.json"
     if not path.exists():
@@ -179,9 +195,10 @@ def write_companions(
 
     stop_ids: given if the model was trained on chats. They are added to the eos_token_id of
     config.json and generation_config.json: a base model's ends a text, not a turn, so generation
-    would not stop at the end of an answer. And the chat template that was trained takes the place
-    of the source's, in tokenizer_config.json and no other file: served with another template, the
-    model would see a format that it was not trained on. So would it with another tokenizer's class.
+    would not stop at the end of an answer. So the tokenizer's eos token becomes <|eot_id|>. And the
+    chat template that was trained takes the place of the source's, in tokenizer_config.json and no
+    other file: served with another template, the model would see a format that it was not trained
+    on. So would it with another tokenizer's class.
     """
     passed_on = {}
     if source is not None:
@@ -205,8 +222,12 @@ def write_companions(
         if path.exists():
             _add_stop_ids(path, stop_ids)
     if source is not None:
-        chat = MODEL_INPUTS | _tokenizer_config(Path(source)) | TOKENIZER_CLASS
-        write_json(directory / "tokenizer_config.json", chat | {"chat_template": CHAT_TEMPLATE})
+        chat = MODEL_INPUTS | _tokenizer_config(Path(source)) | TOKENIZER_CLASS | TURN_TOKENS
+        chat["chat_template"] = exported_template(source)
+        write_json(directory / "tokenizer_config.json", chat)
+        special = directory / "special_tokens_map.json"  # may go before tokenizer_config.json
+        if special.exists():
+            write_json(special, read_json(special, "a special_tokens_map.json") | TURN_TOKENS)
 
 
 def _add_stop_ids(path: Path, stop_ids: Sequence[int]) -> None:

@@ -22,7 +22,7 @@ import tokenizers
 import torch
 import torch.distributed as dist
 
-from support.export import CHAT_TEMPLATE, source_template
+from support.export import exported_template, source_template
 from support.files import InputError, flush, naming, read_json, write_whole
 from support.flags import command_line
 from support.flops import pair_flops, peak_tflops, utilisation
@@ -102,7 +102,7 @@ def describe_chat(model: str, bos: int | None, chat) -> str:
         return "none: the pairs are token ids"
     template = source_template(model)
     text = "Llama 3's format; the export has its template"
-    if template is not None and template != CHAT_TEMPLATE:
+    if template is not None and template != exported_template(model):
         text += f" instead of {model}'s own, which "
         text += "is another text" if HEADER in template else OTHER_FORMAT
     rendered = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"

@@ -1,8 +1,10 @@
 """The directory of an exported model: its chat template, configuration keys, and which weights of a
 source are meant."""
 
+import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +79,8 @@ def test_the_template_that_was_trained_replaces_the_sources_in_one_file_only(tmp
     inputs = ["input_ids", "attention_mask"]
     assert kept == {"model_input_names": inputs, "model_max_length": 77} | {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|eot_id|>",
         "chat_template": CHAT_TEMPLATE,
     }
     holders = [path for path in out.iterdir() if b"im_start" in path.read_bytes()[:100_000]]
@@ -136,6 +140,50 @@ def test_an_export_loads_as_the_tokenizer_that_was_trained_whatever_class_the_so
     own = source(tmp_path / "own", model_input_names=["input_ids"])
     kept = json.loads((exported(tmp_path / "own", own) / "tokenizer_config.json").read_text())
     assert kept["model_input_names"] == ["input_ids"]
+
+
+def test_the_tokenizers_last_token_is_the_end_of_a_turn_as_was_trained(tmp_path):
+    """A base model's ends a text; without one, llama.cpp's converter takes a comma."""
+    end = {"content": "<|end_of_text|>", "lstrip": False}
+    home = source(tmp_path, eos_token="<|end_of_text|>", bos_token="x")
+    (home / "special_tokens_map.json").write_text(json.dumps({"eos_token": end, "pad_token": end}))
+    theirs = AutoTokenizer.from_pretrained(exported(tmp_path, home))
+    assert (theirs.bos_token, theirs.eos_token) == ("<|begin_of_text|>", "<|eot_id|>")
+    assert theirs.pad_token == "<|end_of_text|>"
+    save_model(load_model(home), tmp_path / "ids", source=home)  # trained on ids: as it was
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        assert (tmp_path / "ids" / name).read_text() == (home / name).read_text()
+
+
+def test_a_template_that_is_known_to_give_the_same_ids_is_kept(tmp_path, monkeypatch):
+    """Other programs know Llama 3's template by its text."""
+    own = "{# the same #}" + CHAT_TEMPLATE
+    digest = hashlib.sha256(own.encode()).hexdigest()
+    monkeypatch.setattr("support.export.SAME_TEMPLATES", {digest})
+    home = source(tmp_path, tokenizer_class="x")
+    (home / "chat_template.jinja").write_text(own)
+    out = exported(tmp_path, home)
+    assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == own
+    assert not (out / "chat_template.jinja").exists()
+    assert "instead of" not in describe_chat(str(home), None, ChatFormat(home))
+    monkeypatch.setattr("support.export.SAME_TEMPLATES", set())
+    assert "which is another text" in describe_chat(str(home), None, ChatFormat(home))
+
+
+def test_llama_3_instructs_template_is_such_a_one(tmp_path):
+    """As TRL has it in a file of its own."""
+    import trl
+
+    text = (Path(trl.__file__).parent / "chat_templates/llama3.jinja").read_text()
+    home = source(tmp_path, chat_template=text)
+    save_tokenizer(home, bare_tokenizer())
+    out = exported(tmp_path, home)
+    assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == text
+    theirs, ours = AutoTokenizer.from_pretrained(out), ChatFormat(out)
+    for turns in CONVERSATIONS:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ids == ours.prompt(turns)
 
 
 def test_the_version_of_transformers_that_wrote_the_source_is_passed_on(tmp_path):
