@@ -152,7 +152,8 @@ def asft_loss(
         eps: in nats. Inside the align term's log(1 - p), or its odds if tempered, log-probs above
             -eps are replaced by -eps, but keep gradient 1. So value and gradient stay finite: a
             rejected response that the model knows by heart is pushed with weight about beta / eps
-            (at temperature 1). The paper is silent here. `clamped` counts how often eps acts.
+            (at temperature 1), which is beyond the range of fp16 inputs' gradients. The paper is
+            silent here. `clamped` counts how often eps acts.
 
     Returns:
         loss_B, and per-pair metrics, detached: sft, align (both unweighted), align_w and align_l

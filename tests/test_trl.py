@@ -3,6 +3,7 @@
 import json
 import re
 from collections import defaultdict
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,12 @@ import torch
 from conftest import ROOT, random_pairs, save_tiny, tiny_model
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    TrainingArguments,
+)
 from trl import DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -127,10 +133,10 @@ def test_ipo_of_means_is_trls(beta):
     assert_same(ours, trl_dpo("ipo", w, l, *sums[2:], beta), w, l)
 
 
-def documented_trainer() -> type:
-    """The subclass of TRL's ORPOTrainer that the documentation shows."""
+def documented_trainer(name: str) -> type:
+    """The subclass of TRL's or transformers' trainer that the documentation shows."""
     texts = [path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))]
-    (code,) = re.findall(r"<!-- trl -->\n```python\n(.*?)```", "\n".join(texts), re.S)
+    (code,) = re.findall(rf"<!-- {name} -->\n```python\n(.*?)```", "\n".join(texts), re.S)
     scope: dict = {}
     exec(code, scope)
     return scope["ASFTTrainer"]
@@ -159,7 +165,7 @@ def test_trls_orpo_trainer_with_our_loss_gives_the_loss_and_gradients_of_our_pac
     options |= dict(use_cpu=True, bf16=False, train_sampling_strategy="sequential")
     options |= dict(activation_checkpointing=False, output_dir=str(tmp_path / "out"))
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    trainer = documented_trainer()(
+    trainer = documented_trainer("trl")(
         model=theirs,
         args=ORPOConfig(**options),
         train_dataset=Dataset.from_list(rows),
@@ -185,3 +191,51 @@ def test_trls_orpo_trainer_with_our_loss_gives_the_loss_and_gradients_of_our_pac
         options = dict(rtol=1e-4, atol=1e-5 * largest, msg=key)
         torch.testing.assert_close(gradients[key], parameter.grad, **options)
     assert json.dumps({name: float(value) for name, value in metrics.items()})
+
+
+def test_transformers_trainer_with_our_loss_gives_our_gradients_also_if_it_accumulates(tmp_path):
+    ours = tiny_model(std=0.3)
+    save_tiny(tmp_path / "model", std=0.3)
+    pairs = random_pairs([(5, 7, 4), (9, 3, 8), (2, 12, 6), (7, 5, 5)], vocab_size=90)
+    mean_R, _ = ours(pack(pairs))
+    losses, _ = asft.asft_loss(mean_R[0::2], mean_R[1::2], beta=0.1)
+    losses.mean().backward()
+    expected = dict(ours.named_parameters())
+
+    def collate(rows: list) -> dict[str, torch.Tensor]:
+        """Chosen answers, then rejected ones, padded on the right."""
+        rows = [(row["pair"], side) for side in ("chosen", "rejected") for row in rows]
+        tokens, labels = [], []
+        for pair, side in rows:
+            answer = torch.tensor(getattr(pair, side))
+            prompt = torch.tensor(pair.prompt)
+            tokens.append(torch.cat([prompt, answer]))
+            labels.append(torch.cat([torch.full_like(prompt, -100), answer]))
+        padded = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        labels_RT = padded(labels, padding_value=-100).long()
+        mask_RT = padded([torch.ones_like(x) for x in tokens])
+        return dict(input_ids=padded(tokens).long(), attention_mask=mask_RT, labels=labels_RT)
+
+    found = {}
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, *_, model, **__):
+            found.update({key: x.grad.clone() for key, x in model.named_parameters()})
+
+    for accumulated in (1, 2, 4):
+        found.clear()
+        options = dict(gradient_accumulation_steps=accumulated, max_steps=1, max_grad_norm=0.0)
+        options |= dict(per_device_train_batch_size=4 // accumulated, remove_unused_columns=False)
+        options |= dict(use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True)
+        documented_trainer("transformers")(
+            model=LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32),
+            args=TrainingArguments(output_dir=str(tmp_path / "out"), **options),
+            train_dataset=[{"pair": pair} for pair in pairs],
+            data_collator=collate,
+            callbacks=[Keep()],
+        ).train()
+        assert found.keys() == expected.keys()
+        for key, parameter in expected.items():
+            largest = float(parameter.grad.abs().max())
+            options = dict(rtol=1e-4, atol=1e-5 * largest, msg=f"{key}, {accumulated}")
+            torch.testing.assert_close(found[key], parameter.grad, **options)
