@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from threading import Lock
 
 from evaluation.benchmarks import MT_BENCH, Bench, judge_of, read_answers, read_questions
 from evaluation.endpoint import Judge, UnjudgedError, append, ask, end_in_whole_line, open_judge
@@ -82,7 +83,19 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: Jobs, settings: dict)
         return
     judge = open_judge(flags, settings)
 
-    def do(key: tuple) -> str | None:
+    outcomes, first_alike, counting = Counter(), {}, Lock()
+
+    def do(key: tuple) -> None:
+        """Writes a row and counts how it went. In the job's own thread: the thread's next job
+        begins before others hear of this one."""
+        found = outcome(key)
+        with counting:
+            first = first_alike.setdefault(found and re.sub(r"\d+", "0", found), found)
+            outcomes[first] += 1
+            if first and len(outcomes) == 1 and outcomes[first] == GIVE_UP:
+                judge.stop.set()
+
+    def outcome(key: tuple) -> str | None:
         """Writes a row. Returns the reason if the endpoint gave no judgment, and NO_VERDICT if it
         gave one without a score or a label."""
         about, work = {"question_id": key[0], "model": model}, jobs[key][1]
@@ -92,25 +105,21 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: Jobs, settings: dict)
         except UnjudgedError as error:
             return str(error)
         except InputError:
-            judge.stop.set()  # here: this thread's next job begins before others hear of it
+            judge.stop.set()
             raise
         verdicts = [game["score"] for game in row.get("games", [row])]
         return NO_VERDICT if set(verdicts) <= {-1, None} else None
 
-    outcomes, first_alike = Counter(), {}
+    finished = 0
     with ThreadPoolExecutor(flags.concurrency) as pool:
         try:
             # The first job teaches the parameters, and a wrong key costs one request.
             for batch in (waiting[:1], waiting[1:]):
                 for future in as_completed([pool.submit(do, key) for key in batch]):
-                    found = future.result()
-                    alike = found and re.sub(r"\d+", "0", found)
-                    first = first_alike.setdefault(alike, found)
-                    outcomes[first] += 1
-                    if first and len(outcomes) == 1 and outcomes[first] == GIVE_UP:
-                        judge.stop.set()
-                    if outcomes.total() % max(1, len(waiting) // 10) == 0:
-                        print(f"{outcomes.total()} of {len(waiting)}", flush=True)
+                    future.result()
+                    finished += 1
+                    if finished % max(1, len(waiting) // 10) == 0:
+                        print(f"{finished} of {len(waiting)}", flush=True)
         except KeyboardInterrupt:
             said = "stopping after the replies under way; the same command resumes"
             print(f"{said}. A second Ctrl-C stops at once", file=sys.stderr, flush=True)

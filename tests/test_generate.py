@@ -657,7 +657,7 @@ BAD_FLAGS = """
 --sed 1 -> unrecognized arguments: --sed
 --out FILE/o -> exists
 --model BARE -> tokenizer.json: No such file or directory; wanted
---model NONE -> config.json: No such file
+--model NONE -> no such directory; wanted a Hugging Face model directory
 --device cuda -> --device cuda"""
 
 
