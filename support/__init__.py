@@ -62,8 +62,10 @@ if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 if Path(getattr(sys.modules["__main__"], "__file__", "")).name in ("train.py", "eval.py"):
-    # Ctrl-C during the import ends the program without a traceback; exit_code takes over later.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Ctrl-C during the import ends the program without a traceback; exit_code takes over later. A
+    # shell's script starts jobs in the background with Ctrl-C ignored: so do they.
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     # From a network disk it may take minutes.
     timer = threading.Timer(2, notice, ["importing torch"])
     timer.daemon = True

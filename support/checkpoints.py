@@ -17,6 +17,7 @@ torch's HuggingFaceStorageWriter reshards as well, but it holds a rank's whole s
 (96 GB for 8B on one GPU) and has no checksums. That is why this file exists.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -30,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from support import notice
 from support.files import InputError, checksum, file_checksum, flush, naming, write_whole
 from support.processes import StoppedError, announced, on_first_process, together
 from support.tensors import finite, local_rows, open_safetensors, rows_of_rank, write_tensors
@@ -98,7 +100,8 @@ def write_checkpoint(out: Path, kind: str, facts: dict, tensors: Tensors, mesh: 
             remove(path)
         home.mkdir(exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=home))
-        aside.chmod(0o755)  # mkdtemp lets only the owner in
+        with contextlib.suppress(OSError):  # some network disks have no modes
+            aside.chmod(0o755)  # mkdtemp lets only the owner in
         return aside
 
     def write() -> dict[str, str]:
@@ -136,7 +139,7 @@ def retire(old: list[Path]) -> None:
         try:
             remove(path.rename(path.with_name(f".{path.name}.old")))
         except OSError as error:
-            print(f"\n{path}: not removed ({error.strerror}); the run goes on", flush=True)
+            notice(f"\n{path}: not removed ({error.strerror}); the run goes on")
 
 
 def remove(path: Path) -> None:
@@ -145,7 +148,7 @@ def remove(path: Path) -> None:
     try:
         shutil.rmtree(path)
     except OSError as error:
-        print(f"\n{path}: not removed ({error.strerror or error})", flush=True)
+        notice(f"\n{path}: not removed ({error.strerror or error})")
 
 
 def checkpoints(out: Path, kind: str = "step") -> list[Path]:

@@ -8,6 +8,7 @@ exported_template   the one that its export gets
 write_companions    config.json, tokenizer, generation settings, chat template
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -126,7 +127,8 @@ def save_model(
         if writer:
             with naming(aside / name):
                 save_file(tensors, aside / name, metadata={"format": "pt"})
-                (aside / name).chmod(0o644)  # safetensors lets only the owner read it
+                with contextlib.suppress(OSError):  # some network disks have no modes
+                    (aside / name).chmod(0o644)  # safetensors lets only the owner read it
     if writer:
         with naming(aside):
             write_companions(aside, model.config.to_dict(dtype), source, stop_ids)

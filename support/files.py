@@ -16,6 +16,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from support import notice
+
 # The most that a config.json, an index or a safetensors header may have. Llama 405B's have a
 # quarter of it.
 JSON_BYTES = 2**19
@@ -126,7 +128,7 @@ def hold(path: Path, what: str) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
             raise InputError(f"{what}: {error.strerror}") from None
-        print(f"{what}: its disk has no locks, so a second process there would go unnoticed")
+        notice(f"{what}: its disk has no locks, so a second process there would go unnoticed")
 
 
 # ----------------------------------------------------------------------------------- checksums

@@ -214,13 +214,15 @@ class Log:
             self.print(text)
 
     def print(self, text: str, end: str = "\n") -> None:
-        """Prints; if the reader of standard output has ended, the run continues without it."""
+        """Prints. If that fails (its reader has ended, its terminal has closed, its disk is full),
+        the run continues without: it must come to where it saves."""
         try:
             print(text, end=end, flush=True)
-        except BrokenPipeError:
+        except OSError as error:
             sys.stdout = open(os.devnull, "w")
-            with contextlib.suppress(OSError):  # it may be the same pipe
-                print(f"standard output is closed; the run continues: {self.out}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # it may be the same pipe or terminal
+                reason = f"standard output failed ({error.strerror})"
+                print(f"{reason}; the run continues: {self.out}", file=sys.stderr)
 
     def step(self, row: dict, steps: int) -> None:
         """Prints the line of a step."""

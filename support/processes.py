@@ -352,7 +352,8 @@ def exit_code(program: str, action: typing.Callable[[], None], memory_advice: ty
     and the others wait for this one elsewhere. `leave` ends the process with it.
     """
     done = False
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # see support/__init__.py
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # see support/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stdout is None:  # closed by the shell: >&-
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):

@@ -298,3 +298,19 @@ def test_an_eps_that_fp32_flushes_to_zero_is_refused(start, tmp_path, capsys, fl
 def test_a_share_of_the_steps_is_not_rounded_up_by_a_floats_last_digit(ratio, steps):
     rates = [train.learning_rate(step, steps, 1.0, ratio, 0.0) for step in range(steps)]
     assert rates.index(1.0) + 1 == round(ratio * steps)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_job_of_a_script_that_was_started_with_ctrl_c_ignored_ignores_it(ignored):
+    """A shell without job control starts jobs in the background so. Its Ctrl-C is not theirs."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        found = []
+        exit_code("x", lambda: found.append(signal.getsignal(signal.SIGINT)), list)
+        assert found == [signal.SIG_IGN if ignored else signal.default_int_handler]
+        code = "import signal, support; print(signal.getsignal(signal.SIGINT).name)"
+        command = f"import sys; sys.modules['__main__'].__file__ = 'train.py'; {code}"
+        done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True)
+        assert done.stdout.split()[-1].decode() == ("SIG_IGN" if ignored else "SIG_DFL")
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -6,11 +6,13 @@ import fcntl
 import json
 import os
 import pickle
+import pty
 import re
 import resource
 import shutil
 import signal
 import subprocess
+import termios
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -484,6 +486,40 @@ def test_a_signal_saves_and_ends_the_run(start, whole, fresh, within, capsys, nu
     assert assert_stopped(fresh, capsys.readouterr().out, number.name) == 3
     assert resume(fresh) == 0
     assert_same(fresh, whole)
+
+
+def own_terminal() -> None:
+    """Makes standard input the terminal of a new process, which its closing then hangs up."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as without nohup
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_a_terminal_that_closes_saves_though_no_line_can_be_printed(start, fresh):
+    ours, its = pty.openpty()
+    process = subprocess.Popen(
+        [*program(1), *words(*flags(start, fresh, "--epochs 5000 --save-every 0"))],
+        **dict(stdin=its, stdout=its, stderr=its, env=os.environ | ON_CPU),
+        **dict(start_new_session=True, preexec_fn=own_terminal),
+    )
+    os.close(its)
+    said = b""
+    while b"step 3/" not in said:
+        said += os.read(ours, 1000)
+    os.close(ours)
+    assert process.wait(timeout=180) == 129
+    assert names_in(fresh / "checkpoints") == [f"step-{rows(fresh)[-1]['step']:06d}"]
+
+
+def test_a_disk_that_refuses_modes_gets_checkpoints_and_the_model(start, fresh, monkeypatch):
+    """As network disks that give all files to one owner may."""
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    assert main(*seven(start, fresh, "--save-every 3")) == 0
+    assert (fresh / "model/model.safetensors").exists()
+    assert names_in(fresh / "checkpoints") == ["step-000003", "step-000006"]
 
 
 def test_a_run_admits_no_other_and_ends_with_its_signals_code(start, fresh, complaint):

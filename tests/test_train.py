@@ -269,9 +269,19 @@ def test_a_run_continues_when_the_reader_of_its_log_has_ended(start, tmp_path, j
     assert "ASFT" in process.stdout.read(300)
     process.stdout.close()
     if not joined:
-        said = f"standard output is closed; the run continues: {tmp_path / 'out'}\n"
-        assert process.stderr.read() == said
+        said = "standard output failed (Broken pipe); the run continues"
+        assert process.stderr.read() == f"{said}: {tmp_path / 'out'}\n"
     assert process.wait(timeout=120) == 0 and (tmp_path / "out/model").exists()
+
+
+def test_a_run_whose_log_has_no_room_continues(start, tmp_path):
+    command = [sys.executable, ROOT / "train.py", *words(*flags(start, tmp_path / "out"))]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, env=os.environ | ON_CPU, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 0 and (tmp_path / "out/model").exists()
+    assert "standard output failed (No space left on device); the run continues" in done.stderr
 
 
 def test_a_network_that_does_not_exist_and_a_compiler_that_does_not_work_are_one_line(
