@@ -86,7 +86,7 @@ class Config(RunSettings):
     and this is the choice made here. On the command line a loss's own defaults (asft.py) replace
     those in brackets: simpo's beta is 2."""
 
-    # Of RunSettings (support/settings.py): devices, evaluation, checkpoints, what is written.
+    # RunSettings (support/settings.py) has the others: devices, evaluation, checkpoints, output.
 
     # model and data
     model: str = flag("", "Hugging Face directory of a Llama: config, safetensors, tokenizer")

@@ -28,7 +28,7 @@ STOPPING_STATUSES = (401, 402, 404, *range(300, 400))
 NO_MONEY = r"insufficient_\w*(quota|balance|credit|fund)|exceeded_current_quota|billing|payment"
 # Some endpoints say it, or that the key is wrong, only in words, under a status such as 400.
 NO_MONEY_WORDS = r"credit balance is too low|key limit exceeded|api key not valid"
-NOT_SUPPORTED = r"(?i)not support|unsupported|instead|unknown|unrecognized|not (allowed|permitted)"
+NOT_SUPPORTED = r"(?i)not support|unsupported|unknown|unrecognized|not (allowed|permitted)"
 
 
 NOT_ASKED = "not asked, since the first ones failed alike"
@@ -225,7 +225,8 @@ def other_parameters(parameters: dict, refusal: str) -> dict:
     max_completion_tokens only, and no temperature. The same if it names neither, or says only that
     max_tokens is too large."""
     others, named = dict(parameters), re.search("max_(completion_)?tokens", refusal)
-    if "max_tokens" in others and named and re.search(NOT_SUPPORTED, refusal):
+    other_name = "max_completion_tokens" in refusal or re.search(NOT_SUPPORTED, refusal)
+    if "max_tokens" in others and named and other_name:
         others["max_completion_tokens"] = others.pop("max_tokens")
     elif "temperature" in refusal:
         others.pop("temperature", None)

@@ -71,7 +71,8 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: Jobs, settings: dict)
     """Does the jobs that --out lacks, several at once, and writes each row when it is complete.
 
     When interrupted, it waits for the replies under way, so that all that was paid for is kept. If
-    the first GIVE_UP jobs fail alike, or all give no verdict, it asks nothing more.
+    --out was empty and the first GIVE_UP jobs fail alike, or all give no verdict, it asks nothing
+    more.
     Raises StoppedError (exit code 1) if --out was empty and no row got a verdict."""
     out = Path(flags.out)
     hold_out(out)
@@ -92,7 +93,7 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: Jobs, settings: dict)
         with counting:
             first = first_alike.setdefault(found and re.sub(r"\d+", "0", found), found)
             outcomes[first] += 1
-            if first and len(outcomes) == 1 and outcomes[first] == GIVE_UP:
+            if first and not done and len(outcomes) == 1 and outcomes[first] == GIVE_UP:
                 judge.stop.set()
 
     def outcome(key: tuple) -> str | None:

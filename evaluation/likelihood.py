@@ -36,6 +36,7 @@ from model import Llama, LlamaConfig, load_model
 from support.files import InputError, naming, write_json, write_whole
 from support.flags import resolve_max_tokens
 from support.processes import StoppedError, agree, choose_device, every_two_seconds, is_first
+from support.reading import describe
 from support.run_directory import fingerprint
 
 # Each line of the table, in the order of the rows' columns.
@@ -63,7 +64,7 @@ def encode_pairs(flags, directory: str, max_tokens: int) -> tuple[list[Pair], Co
         preferences, chat, max_tokens, flags.overlong, counts, vocab_size, progress
     )
     if not pairs:
-        raise InputError(f"{flags.data}: no pair left to use ({dict(counts)})")
+        raise InputError(f"{flags.data}: no pair left to use ({describe(counts)})")
     return pairs, counts
 
 

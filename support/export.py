@@ -189,6 +189,17 @@ def _tokenizer_config(directory: Path) -> dict:
     return found
 
 
+def _special_tokens(directory: Path) -> dict:
+    """Those of special_tokens_map.json. A malformed one is left out with a word: the run is over,
+    and only its model must not be lost."""
+    path = directory / "special_tokens_map.json"
+    with contextlib.suppress(InputError):
+        if isinstance(found := read_json(path), dict):
+            return found
+    notice(f"left out: what {path} holds, since it is malformed")
+    return {}
+
+
 def write_companions(
     directory: Path, config: dict, source: str | Path | None, stop_ids: Sequence[int]
 ) -> None:
@@ -229,7 +240,7 @@ def write_companions(
         write_json(directory / "tokenizer_config.json", chat)
         special = directory / "special_tokens_map.json"  # may go before tokenizer_config.json
         if special.exists():
-            write_json(special, read_json(special, "a special_tokens_map.json") | TURN_TOKENS)
+            write_json(special, _special_tokens(Path(source)) | TURN_TOKENS)
 
 
 def _add_stop_ids(path: Path, stop_ids: Sequence[int]) -> None:

@@ -87,11 +87,16 @@ def parse_message(message: object, key: str) -> tuple[str, str]:
 def message_text(content: object, key: str) -> str:
     """A message's content: a text, or a list of one part that is a text, as for multimodal
     models."""
+    return text(lone_part(content), key)
+
+
+def lone_part(content: object) -> object:
+    """The text of a content's only part; any other content as it is."""
     if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
         part = present(content[0])
         if part.keys() == {"type", "text"} and part["type"] == "text":
-            content = part["text"]
-    return text(content, key)
+            return part["text"]
+    return content
 
 
 def transcript(value: str) -> Turns:
@@ -209,20 +214,21 @@ def parse_pair(record: object) -> tuple | None:
             record[key] = [{"role": "user", "content": record[key]}]  # text, whatever it looks like
         if isinstance(record.get(key), str):
             record[key] = stored_messages(record[key], key)
-    prompts, conversation = read_prompt_keys(record), None
+    prompts, repeated = read_prompt_keys(record), {}
     prompts.pop(keys[0], None)  # a conversation that ends with the one answer
     for key in CONVERSATION_KEYS:
         if key in prompts and prompts[key][-1][0] == "assistant":
             # UltraFeedback repeats the chosen conversation there: it is not a prompt.
-            repeating, conversation = key, prompts.pop(key)
+            repeated[key] = prompts.pop(key)
     first, *others = prompts or [None]
     for other in others:
         if prompts[other] != prompts[first]:
             raise ValueError(f"{first} and {other} give different prompts, wanted one")
     prompt = prompts[first] if prompts else lone_prompt(record, keys)
     asked, answers = zip(*(parse_side(prompt, record, key) for key in keys), strict=True)
-    if conversation and not same_conversation(conversation, [*asked[0], ("assistant", answers[0])]):
-        raise ValueError(f"{repeating} hold another conversation than {keys[0]}, wanted one")
+    for key, conversation in repeated.items():
+        if not same_conversation(conversation, [*asked[0], ("assistant", answers[0])]):
+            raise ValueError(f"{key} hold another conversation than {keys[0]}, wanted one")
     if asked[0] != asked[-1]:
         return None
     refuse_lost_parts(record, asked[0])
@@ -243,14 +249,14 @@ def said_by_user(prompt: object, answers: list) -> bool:
     transcript, and no messages as text."""
     if not isinstance(prompt, str) or not prompt.strip():
         return False
-    turns = [turn for answer in answers if isinstance(answer, list) for turn in answer]
-    said = [
-        (ROLES.get(turn[role]), turn[content].strip())
-        for turn in turns
-        for role, content in SPELLINGS
-        if looks_like_message(turn) and role in turn and content in turn
-    ]
-    return ("user", prompt.strip()) in said
+    for turn in (turn for answer in answers if isinstance(answer, list) for turn in answer):
+        found = present(turn) if isinstance(turn, dict) else {}
+        for role, content in SPELLINGS:
+            said = found.get(role), found.get(content)
+            if all(isinstance(part, str) for part in said) and ROLES.get(said[0]) == "user":
+                if said[1].strip() == prompt.strip():
+                    return True
+    return False
 
 
 def lone_prompt(record: dict, keys: Sequence[str]) -> Turns:
@@ -397,15 +403,21 @@ def likely_mistakes(record: dict, prompt, *answers) -> list[str]:
     return found
 
 
-# Every key that a form has.
-READ = {*PROMPT_FORMS, "history", "system", *LONE_PROMPTS, *PAIR_KEYS, *ID_KEYS, "response_ids"}
-READ |= {*LABELS, *ANSWER_KEYS, *LEFT_OUT, *(key for pair in SCORES for key in pair)}
+# Keys that a form has, of records of ids and of texts.
+READ_IDS = {*ID_KEYS, "response_ids", *LABELS, *(key for pair in SCORES for key in pair)}
+READ = {*READ_IDS, *PROMPT_FORMS, "history", "system", "input", *PAIR_KEYS, *LEFT_OUT}
 
 
 def unread_keys(record: dict) -> list[str]:
-    """The keys that hold something and that no form has, as a header shows them."""
+    """The keys that hold something and that this record's form has not, as a header shows them."""
     found = {key: value for key, value in present(record).items() if value not in ("", [], {})}
-    return [shown(key)[1:-1] for key in found if key not in READ]
+    read = READ_IDS if "prompt_ids" in found else READ
+    if "chosen" not in found:
+        read = read | {*ANSWER_KEYS}
+    answer = found.get("chosen", found.get("completion"))
+    if isinstance(answer, str) and not (found.keys() & PROMPT_FORMS.keys() or transcript(answer)):
+        read = read | {*LONE_PROMPTS}
+    return [shown(key)[1:-1] for key in found if key not in read]
 
 
 def scored_the_other_way(record: dict) -> bool:
@@ -465,18 +477,19 @@ def stored_messages(value: str, key: str) -> object:
 
 
 def begins_with_json(value: str) -> bool:
-    """True if a text begins with a whole JSON value."""
+    """True if a text begins with a whole JSON value and goes on as text."""
     try:
-        json.JSONDecoder().raw_decode(value.lstrip())
+        end = json.JSONDecoder().raw_decode(value.strip())[1]
     except (ValueError, RecursionError):
         return False
-    return True
+    return end < len(value.strip())
 
 
 def looks_like_message(value: object) -> bool:
     found = present(value) if isinstance(value, dict) else {}
     return any(
-        isinstance(found.get(a), str) and isinstance(found.get(b), str) for a, b in SPELLINGS
+        isinstance(found.get(a), str) and isinstance(lone_part(found.get(b)), str)
+        for a, b in SPELLINGS
     )
 
 

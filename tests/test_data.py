@@ -1356,7 +1356,7 @@ def test_instructions_become_one_user_turn_with_their_input_on_the_next_line(lla
     records, kept, _, counts = real_pairs("instructions_short.jsonl", llama3, 256)
     same = sum(len(set(sides_of(r))) == 1 for r in records)
     found = {key: n for key, n in counts.items() if n}
-    assert found == {"read": 800, "identical": same, "kept": 800 - same}
+    assert found == {"read": 800, "identical": same, "kept": 800 - same, "unread key output": 800}
     for record, pair in kept:
         asked = record["instruction"] + ("\n" + record["input"] if record["input"] else "")
         assert llama3.decode(pair.prompt.tolist()) == said(("user", asked.strip()))

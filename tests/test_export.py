@@ -142,7 +142,7 @@ def test_an_export_loads_as_the_tokenizer_that_was_trained_whatever_class_the_so
     assert kept["model_input_names"] == ["input_ids"]
 
 
-def test_the_tokenizers_last_token_is_the_end_of_a_turn_as_was_trained(tmp_path):
+def test_the_tokenizers_last_token_is_the_end_of_a_turn_as_was_trained(tmp_path, capsys):
     """A base model's ends a text; without one, llama.cpp's converter takes a comma."""
     end = {"content": "<|end_of_text|>", "lstrip": False}
     home = source(tmp_path, eos_token="<|end_of_text|>", bos_token="x")
@@ -150,6 +150,11 @@ def test_the_tokenizers_last_token_is_the_end_of_a_turn_as_was_trained(tmp_path)
     theirs = AutoTokenizer.from_pretrained(exported(tmp_path, home))
     assert (theirs.bos_token, theirs.eos_token) == ("<|begin_of_text|>", "<|eot_id|>")
     assert theirs.pad_token == "<|end_of_text|>"
+    (home / "special_tokens_map.json").write_text("[]")
+    save_model(load_model(home), tmp_path / "odd", source=home, stop_ids=[510])
+    kept = json.loads((tmp_path / "odd/special_tokens_map.json").read_text())
+    assert kept == {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    assert "special_tokens_map.json holds, since it is malformed" in capsys.readouterr().out
     save_model(load_model(home), tmp_path / "ids", source=home)  # trained on ids: as it was
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         assert (tmp_path / "ids" / name).read_text() == (home / name).read_text()

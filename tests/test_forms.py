@@ -110,6 +110,19 @@ READ = {
         ASK,
     ),
     "question beside whole conversations": ({"question": "Which?"} | WHOLE, ASK),
+    # a text that a conversation holds, whose messages have columns of another form
+    "a prompt beside messages with null columns": (
+        {"prompt": FRUIT}
+        | {
+            key: [turn | {"from": None, "value": NAN} for turn in turns]
+            for key, turns in answers(*TOLD).items()
+        },
+        ASK,
+    ),
+    "one part as JSON": (
+        stored({"prompt": [{"role": "user", "content": [TEXT_PART]}]}) | TEXTS,
+        ASK,
+    ),
     # one part that is a text, as multimodal models have it
     "a content of one part": ({"prompt": [{"role": "user", "content": [TEXT_PART]}]} | TEXTS, ASK),
     # a prompt in two places
@@ -252,7 +265,8 @@ def test_a_record_is_read_as_its_one_question_and_answers(name, tmp_path):
     record, turns = READ[name]
     pair, counts = read_one(record, tmp_path)
     assert pair == (turns, "An apple.", "No.")
-    assert counts == {"read": 1, "bad lines": 0}
+    unread = {"unread key question": 1} if record.get("question") == "Which?" else {}
+    assert counts == {"read": 1, "bad lines": 0} | unread
 
 
 BAD = {
@@ -270,6 +284,18 @@ BAD = {
     "a conversation of another answer beside a prompt": (
         {"prompt": FRUIT, "conversations": messages(*TOLD, "assistant: A pear.")} | WHOLE,
         "conversations hold another conversation than chosen",
+    ),
+    "two conversations beside answers, one of them another": (
+        {"messages": messages("user: x", "assistant: y"), "conversations": WHOLE["chosen"]} | WHOLE,
+        "messages hold another conversation than chosen",
+    ),
+    "messages as JSON with a key twice": (
+        {"prompt": '[{"role": "system", "role": "user", "content": "Hi."}]'} | TEXTS,
+        "messages as text that is not JSON",
+    ),
+    "a message of numbers beside a prompt": (
+        {"prompt": "5"} | answers(chosen=[{"from": ["x"], "value": 5}]),
+        "chosen is 5, wanted a string",
     ),
     "text and an image as one message": (
         {"prompt": [{"role": "user", "content": [TEXT_PART, {"type": "image"}]}]} | TEXTS,
@@ -583,6 +609,14 @@ def test_keys_that_no_form_has_are_named_in_the_header_the_most_frequent_first(t
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert len(read_preferences(path, counts)) == 2
     assert describe(counts).endswith(". Keys not trained on: initial_reason_steps, id\\n")
+    ids = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "system": "Be kind."}
+    pair = {"prompt": FRUIT, "question": "Which?", "output": "x", "input": ""} | TEXTS
+    kto = {"question": FRUIT, "completion": "An apple.", "label": True}
+    for record, unread in ((ids, ["system"]), (pair, ["question", "output"]), (kto, [])):
+        counts = read_one(record, tmp_path)[1]
+        assert [key for key in counts if key.startswith("unread")] == [
+            f"unread key {x}" for x in unread
+        ]
     many = Counter({f"unread key {i}": 20 - i for i in range(10)})
     assert describe(many).endswith(". Keys not trained on: 0, 1, 2, 3, 4, 5, 6, 7 and 2 more")
     assert "not trained on" not in describe(read_one({"prompt": FRUIT} | TEXTS, tmp_path)[1])

@@ -501,6 +501,8 @@ def test_the_first_jobs_that_fail_alike_end_the_run(mt, monkeypatch):
     mt.says(lambda asked: BOTH if asked.count == 4 else (400, refusal("no")))
     mt.judge("--concurrency", 1)
     assert len(mt.asked) == 9  # one was judged: the others are asked
+    mt.judge("--concurrency", 1)
+    assert len(mt.asked) == 14  # also by the next run, which it would never reach otherwise
 
 
 NO_MAX_TOKENS = "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
@@ -531,6 +533,19 @@ REFUSED = [(400, f"flagged\n by {KEY}", 1), (403, f"flagged\n by {KEY}", 1)]
 REFUSED += [(400, "flagged: 'what temperature'", 2)]  # asked again without a temperature, in vain
 # As DeepSeek words it: the parameter is right, its value is not.
 REFUSED += [(400, "flagged: the valid range of max_tokens is [1, 8192]", 1)]
+
+
+@pytest.mark.parametrize(
+    "words, other",
+    [
+        ("Unsupported parameter: 'max_tokens'", True),
+        ("'max_tokens' is deprecated; use 'max_completion_tokens'", True),
+        ("the valid range of max_tokens is [1, 8192]; lower it instead", False),
+    ],
+)
+def test_max_tokens_is_renamed_only_if_the_name_is_refused(words, other):
+    found = endpoint.other_parameters({"max_tokens": 5}, words)
+    assert found == ({"max_completion_tokens": 5} if other else {"max_tokens": 5})
 
 
 @pytest.mark.parametrize(("status", "words", "requests"), REFUSED)

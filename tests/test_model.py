@@ -878,6 +878,7 @@ def test_tokenizer_and_generation_files_are_copied_byte_for_byte_and_nothing_els
     source.mkdir()
     companions = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
     companions += ["special_tokens_map.json", "generation_config.json"]
+    companions += ["vocab.json", "merges.txt", "added_tokens.json"]
     companions += ["chat_template.jinja", "chat_template.json"]
     others = ["README.md", "pytorch_model.bin", "model-00001-of-00002.safetensors", "modeling.py"]
     for name in companions + others:
