@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -30,6 +31,8 @@ needs_real = pytest.mark.skipif(not REAL.exists(), reason="no real data beside t
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}  # added to the environment of subprocesses
+# A script's job in the background has Ctrl-C ignored, and so would what the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 NOTHING_SAID = ("", "importing torch\n")  # which takes more than 2 s on a busy machine
 
 
