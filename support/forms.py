@@ -177,7 +177,8 @@ PROMPT_FORMS: dict[str, Callable[[dict], Turns]] = {
     "prompt": prompt_key,
     "messages": messages_key,
 }
-# Where it is if none of those is there and the answers are texts, as in orca_dpo_pairs.
+# A record without those keys, whose answers are plain texts, may have its prompt here
+# (orca_dpo_pairs).
 LONE_PROMPTS = ("question", "input")
 PAIR_KEYS = ("chosen", "rejected")
 ID_KEYS = ("prompt_ids", "chosen_ids", "rejected_ids")  # token ids, used as they are
