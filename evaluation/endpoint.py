@@ -29,8 +29,6 @@ NO_MONEY = r"insufficient_\w*(quota|balance|credit|fund)|exceeded_current_quota|
 # Some endpoints say it, or that the key is wrong, only in words, under a status such as 400.
 NO_MONEY_WORDS = r"credit balance is too low|key limit exceeded|api key not valid"
 NOT_SUPPORTED = r"(?i)not support|unsupported|unknown|unrecognized|not (allowed|permitted)"
-
-
 NOT_ASKED = "not asked, since the first ones failed alike"
 
 
@@ -224,9 +222,9 @@ def other_parameters(parameters: dict, refusal: str) -> dict:
     """What to send instead if a refusal names a parameter that was sent: newer models accept
     max_completion_tokens only, and no temperature. The same if it names neither, or says only that
     max_tokens is too large."""
-    others, named = dict(parameters), re.search("max_(completion_)?tokens", refusal)
-    other_name = "max_completion_tokens" in refusal or re.search(NOT_SUPPORTED, refusal)
-    if "max_tokens" in others and named and other_name:
+    others = dict(parameters)
+    unknown = "max_tokens" in refusal and re.search(NOT_SUPPORTED, refusal)
+    if "max_tokens" in others and (unknown or "max_completion_tokens" in refusal):
         others["max_completion_tokens"] = others.pop("max_tokens")
     elif "temperature" in refusal:
         others.pop("temperature", None)

@@ -211,7 +211,7 @@ def parse_pair(record: object) -> tuple | None:
             raise ValueError(f"key {key} is missing: found {names(record)}, wanted {wanted}")
     refuse_left_out(record)
     for key in (*keys, "prompt", "conversations", "messages"):
-        if key == "prompt" and said_by_user(record.get(key), [record[k] for k in keys]):
+        if key == "prompt" and said_by_user(record.get(key), record, keys):
             record[key] = [{"role": "user", "content": record[key]}]  # text, whatever it looks like
         if isinstance(record.get(key), str):
             record[key] = stored_messages(record[key], key)
@@ -245,19 +245,13 @@ def names(record: dict) -> str:
     return shown(", ".join(sorted(record)), 200)
 
 
-def said_by_user(prompt: object, answers: list) -> bool:
-    """True if a text is a user's turn of an answer that is a whole conversation. It then is no
-    transcript, and no messages as text."""
+def said_by_user(prompt: object, record: dict, keys: Sequence[str]) -> bool:
+    """True if a text is a user's turn of an answer that is a list of messages. It then is no
+    transcript, and no messages as text. keys: of the answers."""
     if not isinstance(prompt, str) or not prompt.strip():
         return False
-    for turn in (turn for answer in answers if isinstance(answer, list) for turn in answer):
-        found = present(turn) if isinstance(turn, dict) else {}
-        for role, content in SPELLINGS:
-            said = found.get(role), found.get(content)
-            if all(isinstance(part, str) for part in said) and ROLES.get(said[0]) == "user":
-                if said[1].strip() == prompt.strip():
-                    return True
-    return False
+    said = [messages(record[key], key) for key in keys if isinstance(record[key], list)]
+    return any(("user", prompt.strip()) in turns for turns in said)
 
 
 def lone_prompt(record: dict, keys: Sequence[str]) -> Turns:
