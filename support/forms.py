@@ -54,7 +54,7 @@ LEFT_OUT += ("image", "images", "video", "videos", "audio", "audios")
 
 def refuse_left_out(found: dict) -> None:
     for key in LEFT_OUT:
-        if not blank(found.get(key)):
+        if key in found and not blank(found[key]):
             raise ValueError(f"{key} is {shown(found[key])}: tools and media are not implemented")
 
 
@@ -246,9 +246,9 @@ def names(record: dict) -> str:
 
 
 def said_by_user(prompt: object, record: dict, keys: Sequence[str]) -> bool:
-    """True if a text is a user's turn of an answer that is a list of messages. It then is no
-    transcript, and no messages as text. keys: of the answers."""
-    if not isinstance(prompt, str) or not prompt.strip():
+    """True if a text that looks like a transcript, or like messages, is a user's turn of an answer
+    that is a list of messages: then it is that text. keys: of the answers."""
+    if not isinstance(prompt, str) or not (transcript(prompt) or BRACKET.match(prompt)):
         return False
     said = [messages(record[key], key) for key in keys if isinstance(record[key], list)]
     return any(("user", prompt.strip()) in turns for turns in said)
