@@ -9,21 +9,20 @@ The equations are reconstructed from the paper's Appendix B and its prose; their
 paper's.
 
 In reading order
-    log1mexp, log_odds      the two numerically delicate functions; `_bounded` keeps them finite
+    log1mexp, log_odds      log(1 - p) and log(p / (1-p)); `_bounded` keeps them finite at p = 1
     comparison              margin and accuracy of a pair
     sft_loss, asft_loss     the SFT term alone; equation 14, which adds the align term
     orpo_loss, simpo_loss   baselines without a reference model
     dpo_loss, ipo_loss      baselines with one
     LOSSES                  the table through which train.py knows the losses
-    response_logps          padded logits -> log-probs of each response: the portable form
+    response_logps          padded logits -> log-probs of each response, for other trainers
 
 Notation, here and in the other files. x is a prompt, y_w the chosen and y_l the rejected response
 (w: winner, l: loser), |y| a response's number of tokens, its closing <|eot_id|> included unless it
 was cut. Answer is another word for response. Log is natural, log-probs are in nats.
-    l(y) = 1/|y| sum_t log pi(y_t | x, y_<t)    mean log-prob      logp_w_B, logp_l_B
-    s(y) = |y| l(y)                             summed log-prob    metrics sum_logp_w, sum_logp_l;
-                                                                   logp_w_B, logp_l_B of "dpo"
-    p(y) = exp(l(y))                            geometric-mean token probability, in (0, 1]
+    logp_w, logp_l    mean log-prob of y_w, y_l: 1/|y| sum_t log pi(y_t | x, y_<t). Only dpo_loss
+                      and ipo_loss may be given the sum instead
+    p_w, p_l          exp(logp_w), exp(logp_l): geometric-mean token probability, in (0, 1]
 
 Shape letters. A name ends in the letters of its tensor's axes, unless it lives for few lines.
     B pairs   R responses (2B)   T tokens, packed (padded in response_logps)
@@ -88,7 +87,7 @@ def _checked(*logps: Tensor) -> list[Tensor]:
 
 
 def comparison(logp_w_B: Tensor, logp_l_B: Tensor) -> Metrics:
-    """margin = l_w - l_l in nats, and accuracy: 1 if the chosen response is likelier per token; a
+    """margin = logp_w - logp_l, and accuracy: 1 if the chosen response is likelier per token; a
     tie counts 0. Takes mean log-probs, so losses that may take sums do not return it."""
     logp_w_B, logp_l_B = _checked(logp_w_B, logp_l_B)
     margin_B = (logp_w_B - logp_l_B).detach()
@@ -96,7 +95,7 @@ def comparison(logp_w_B: Tensor, logp_l_B: Tensor) -> Metrics:
 
 
 def sft_loss(logp_w_B: Tensor, logp_l_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
-    """L_SFT = -l_w, the first term of equation 14. Takes mean log-probs.
+    """L_SFT = -logp_w, the first term of equation 14. Takes mean log-probs.
 
     The mean is over each response's own tokens, so every pair weighs the same; pooling the tokens
     of a batch, as language modelling does, would weigh long answers more. `logp_l_B` does not enter
@@ -121,13 +120,12 @@ def asft_loss(
 ) -> tuple[Tensor, Metrics]:
     """L_ASFT = L_SFT + beta * L_align (equation 14). Takes mean log-probs; no reference model.
 
-    Equations 13 and 14 written out, as the paper's Appendix B means to print them:
+    Equations 13 and 14, with the parentheses that Appendix B lacks (docs/paper.md):
 
         log_odds_w = logp_w - log(1 - exp(logp_w))     (log_odds_l alike)
         align  = -logsigmoid(log_odds_w) - logsigmoid(-log_odds_l)
         loss   = -logp_w + beta * align
 
-    (It prints `align` on two lines without parentheses, so that the rejected half would be lost.)
     Since sigmoid(log(p/(1-p))) = p, this is, rewritten and equal (tests/test_asft.py):
 
         loss   = -(1 + beta) * logp_w - beta * log(1 - exp(logp_l))
@@ -136,9 +134,8 @@ def asft_loss(
     which is what runs at temperature 1: no odds, no cancellation, and no trouble at logp_w = 0.
     (With sft_weight, 1 + beta is sft_weight + beta.)
 
-    Each answer has its own terms, so none needs a partner. For an absent one pass logp_w = 0, as a
-    constant, or logp_l = -inf, as train.py does: its terms are then exactly 0, at every temperature
-    and eps. (Tempered, logp_w = 0 of an answer that is there has no align term either.)
+    Each answer has its own terms, so either may be absent. Pass logp_w = 0, as a constant, for an
+    absent chosen one, logp_l = -inf for an absent rejected one: its terms are then exactly 0.
 
     Args:
         logp_w_B, logp_l_B: mean log-probs in nats, at most 0, of equal shape. Half types are
@@ -152,8 +149,7 @@ def asft_loss(
         eps: in nats. Inside the align term's log(1 - p), or its odds if tempered, log-probs above
             -eps are replaced by -eps, but keep gradient 1. So value and gradient stay finite: a
             rejected response that the model knows by heart is pushed with weight about beta / eps
-            (at temperature 1), which is beyond the range of fp16 inputs' gradients. The paper is
-            silent here. `clamped` counts how often eps acts.
+            (at temperature 1), too much for a gradient in fp16. The paper is silent here.
 
     Returns:
         loss_B, and per-pair metrics, detached: sft, align (both unweighted), align_w and align_l
@@ -184,7 +180,8 @@ def asft_loss(
         clamped_B = logp_l_B > -eps
         if temperature != 1:  # logp_w is bounded too, except the 0 of an absent answer
             clamped_B |= (logp_w_B > -eps) & (logp_w_B < 0)
-        # d align_l / d logp_l. At temperature 1 the sigmoid is p_l, so this is p_l / (1 - p_l).
+        # d align_l / d logp_l = temperature * sigmoid(temperature * log_odds_l) / (1 - p_l), since
+        # d log_odds_l / d logp_l = 1 / (1 - p_l). At temperature 1 it is p_l / (1 - p_l).
         sigmoid_B = torch.sigmoid(temperature * log_odds(bounded_l_B))
         push_B = temperature * sigmoid_B / -torch.expm1(bounded_l_B)
     metrics = {
@@ -201,7 +198,7 @@ def asft_loss(
 def orpo_loss(
     logp_w_B: Tensor, logp_l_B: Tensor, *, beta: float = 0.1, eps: float = 1e-6
 ) -> tuple[Tensor, Metrics]:
-    """ORPO (arXiv 2403.07691): -l_w - beta * logsigmoid(log_odds_w - log_odds_l). Takes mean
+    """ORPO (arXiv 2403.07691): -logp_w - beta * logsigmoid(log_odds_w - log_odds_l). Takes mean
     log-probs; no reference model.
 
     Its align term is exactly ASFT's plus log(p_w(1-p_l) + p_l(1-p_w)), which is at most 0.
@@ -231,11 +228,11 @@ def _rewards(reward_w_B: Tensor, reward_l_B: Tensor) -> Metrics:
 def simpo_loss(
     logp_w_B: Tensor, logp_l_B: Tensor, *, beta: float = 2.0, gamma: float = 1.0
 ) -> tuple[Tensor, Metrics]:
-    """SimPO (arXiv 2405.14734): -logsigmoid(beta * (l_w - l_l) - gamma). Takes mean log-probs; no
-    reference model.
+    """SimPO (arXiv 2405.14734): -logsigmoid(beta * (logp_w - logp_l) - gamma). Takes mean
+    log-probs; no reference model.
 
-    `gamma` is the target margin in units of the reward beta * l, as TRL's `simpo_gamma`. TRL's CPO
-    trainer adds an SFT term unless cpo_alpha is 0. There is no SFT term here.
+    `gamma` is the target margin in units of the reward beta * logp, as TRL's `simpo_gamma`. TRL's
+    CPO trainer adds an SFT term unless cpo_alpha is 0. There is no SFT term here.
     """
     logp_w_B, logp_l_B = _checked(logp_w_B, logp_l_B)
     loss_B = -F.logsigmoid(beta * (logp_w_B - logp_l_B) - gamma)
@@ -247,7 +244,7 @@ def dpo_loss(
     logp_w_B: Tensor, logp_l_B: Tensor, ref_w_B: Tensor, ref_l_B: Tensor, *, beta: float = 0.1
 ) -> tuple[Tensor, Metrics]:
     """DPO (arXiv 2305.18290; equations 1 to 3 of the ASFT paper):
-    -logsigmoid(beta * ((s_w - s_w_ref) - (s_l - s_l_ref))).
+    -logsigmoid(beta * ((logp_w - ref_w) - (logp_l - ref_l))).
 
     Takes *summed* log-probs of the model and of the reference ("dpo", TRL's loss_type "sigmoid"),
     or means of both: then it is length-normalised DPO ("dpo-norm", TRL's "sigmoid_norm"). `beta` is
@@ -264,7 +261,7 @@ def ipo_loss(
     logp_w_B: Tensor, logp_l_B: Tensor, ref_w_B: Tensor, ref_l_B: Tensor, *, beta: float = 0.1
 ) -> tuple[Tensor, Metrics]:
     """IPO (arXiv 2310.12036): (h - 1/(2 beta))^2 in nats squared, with
-    h = (l_w - l_w_ref) - (l_l - l_l_ref).
+    h = (logp_w - ref_w) - (logp_l - ref_l).
 
     Takes mean log-probs (TRL, LLaMA-Factory; train.py's default) or sums (OpenRLHF, the DPO
     reference code), the same kind for model and reference. They are different losses: with sums, h
@@ -283,9 +280,7 @@ class Loss(NamedTuple):
     function: Callable[..., tuple[Tensor, Metrics]]
     logps: str  # "mean" or "sum": which log-probs the function takes
     reference: bool  # True if it also takes the log-probs of a reference model
-    # True if it is a sum of one term per answer, and so takes rows with one: an absent chosen
-    # answer is logp_w = 0, an absent rejected one logp_l = -inf.
-    one_answer: bool = False
+    one_answer: bool = False  # True if either answer may be absent, as `asft_loss` says
 
     @property
     def options(self) -> dict[str, float]:
@@ -308,7 +303,7 @@ LOSSES = {
 def response_logps(
     logits_RTV: Tensor, tokens_RT: Tensor, scored_RT: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean and summed log-prob of each response, from padded logits: l(y) and s(y).
+    """Mean and summed log-prob of each response, from padded logits.
 
     Args:
         logits_RTV: a model's output on tokens_RT, any floating dtype; computed in at least fp32,

@@ -36,22 +36,20 @@ from support.bins import fewest_bins
 from support.files import InputError
 from support.forms import Turns, likely_mistakes, parse_pair, unread_keys
 from support.llama_config import generation_eos
-from support.records import read_records
-from support.tokenizer import check_keeps_text, control_ids, load_tokenizer
+from support.records import bad_lines_error, read_records
+from support.tokenizer import check_keeps_text, check_vocabulary, control_ids, load_tokenizer
 
 # ------------------------------------------------------------------------------------------ reading
 
-BAD_LINES_SHOWN = 20
-UNREAD = "unread key "  # how such a count begins
-# Preferences encoded at once, since an Encoding takes many times the memory of its ids; and records
-# read between two reports.
+UNREAD = "unread key "  # counts["unread key NAME"]: rows with a key that nothing here uses
+# Preferences encoded at once: the tokenizer's Encoding takes many times the memory of its ids.
 CHUNK = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """A prompt with a chosen and a rejected response, or one of them and None: turns and texts,
-    or token ids (int32)."""
+    """A prompt with a chosen and a rejected response, as texts or as token ids (int32). One of the
+    responses may be absent: None."""
 
     prompt: Turns | np.ndarray
     chosen: str | np.ndarray | None
@@ -79,8 +77,8 @@ def read_preferences(
 
     `counts` gains "read", "bad lines", "unequal prompts" (dropped: the two sides have different
     prompts), and what `likely_mistakes` and `unread_keys` find in the rows returned. Unless
-    skip_bad_lines, raises InputError with the place and fault of the first 20 records that are
-    neither a pair nor a labelled answer. `read_records` says what is never skipped.
+    skip_bad_lines, raises InputError with the place and fault of the first 20 bad records.
+    `read_records` says what is never skipped.
     """
     counts = Counter() if counts is None else counts
     preferences, bad = [], []
@@ -97,20 +95,14 @@ def read_preferences(
             continue
         if parts is None:
             counts["unequal prompts"] += 1
-        else:
-            counts.update(likely_mistakes(record, *parts))
-            counts.update(UNREAD + key for key in unread_keys(record))
-            preferences.append(Preference(*parts, place))
+            continue
+        counts.update(likely_mistakes(record, *parts))
+        counts.update(UNREAD + key for key in unread_keys(record))
+        prompt, chosen, rejected = parts
+        preferences.append(Preference(prompt, chosen, rejected, place))
     counts["bad lines"] += len(bad)
     if bad and not skip_bad_lines:
-        lines = bad[:BAD_LINES_SHOWN]
-        if len(bad) > BAD_LINES_SHOWN:
-            lines.append(f"... and {len(bad) - BAD_LINES_SHOWN} more")
-        total = f"{len(bad)} bad of {counts['read']} records"
-        advice = "fix them, or pass --skip-bad-lines"
-        if len(bad) == counts["read"]:
-            advice = "docs/data-formats.md shows the forms that are read"
-        raise InputError("\n".join([*lines, f"{total}; {advice}"]))
+        raise bad_lines_error(bad, counts["read"])
     return preferences
 
 
@@ -227,12 +219,7 @@ def encode_preferences(
         chunk = preferences[start : start + CHUNK]
         encoded = encode_chunk(chunk, chat)
         for preference, (prompt, chosen, rejected) in zip(chunk, encoded, strict=True):
-            place = preference.place
-            top = max(int(ids.max(initial=0)) for ids in (prompt, chosen, rejected))
-            if vocab_size is not None and top >= vocab_size:
-                raise InputError(
-                    f"{place}: token id {top} is not below the model's vocab_size {vocab_size}"
-                )
+            check_vocabulary((prompt, chosen, rejected), vocab_size, preference.place)
             room = max_tokens - len(prompt)  # 0 or less: no room at all
             too_long = max(len(chosen), len(rejected)) > room
             present = sum(len(ids) > 0 for ids in (chosen, rejected))
@@ -248,32 +235,29 @@ def encode_preferences(
                 if present == 1:
                     counts["good answers" if len(chosen) else "bad answers"] += 1
                 # Copies: a slice would keep the whole response in memory.
-                pairs.append(Pair(prompt, chosen[:room].copy(), rejected[:room].copy(), place))
+                cut = chosen[:room].copy(), rejected[:room].copy()
+                pairs.append(Pair(prompt, *cut, preference.place))
         progress(f"encoded {start + len(chunk):,} of {len(preferences):,} pairs")
     counts["kept"] += len(pairs)
     return pairs
 
 
 def encode_chunk(chunk: list[Preference], chat: ChatFormat | None) -> Iterator[list[np.ndarray]]:
-    """Ids of prompt, chosen and rejected (int32; none of an absent answer). A prompt whose last
-    turn is empty, or that has no user text, gets no ids: its pair is dropped as "empty"."""
-
-    def arrays(*parts) -> list[np.ndarray]:
-        return [np.asarray([] if ids is None else ids, dtype=np.int32) for ids in parts]
-
+    """Ids (int32) of prompt, chosen and rejected; an absent answer has none. A prompt whose last
+    turn is empty, or that has no user text, gets none either: its pair is dropped as "empty"."""
     in_text = [p for p in chunk if p.is_text]
     contents = [content for p in in_text for _, content in p.prompt]
     answers = [answer for p in in_text for answer in p.answers]
     encoded = chat.encode_stripped([*contents, *answers]) if in_text else {}
     for p in chunk:
-        sides = (p.chosen, p.rejected)
-        if not p.is_text:
-            yield arrays(p.prompt, *sides)
-            continue
-        user_text = any(role == "user" and content for role, content in p.prompt)
-        usable = user_text and p.prompt[-1][1]
-        prompt_ids = chat.prompt(p.prompt, encoded) if usable else []
-        yield arrays(prompt_ids, *(chat.response(side, encoded) if side else [] for side in sides))
+        prompt, *sides = p.prompt, p.chosen, p.rejected
+        if p.is_text:
+            user_text = any(role == "user" and content for role, content in prompt)
+            usable = user_text and prompt[-1][1]
+            prompt = chat.prompt(prompt, encoded) if usable else []
+            sides = [chat.response(side, encoded) if side else None for side in sides]
+        parts = (prompt, *sides)
+        yield [np.asarray([] if ids is None else ids, dtype=np.int32) for ids in parts]
 
 
 # ------------------------------------------------------------------------------------------ packing
@@ -291,9 +275,9 @@ def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = Non
     tokens, positions, keys, scored, targets = [], [], [], [], []
     end = 0  # tokens packed so far
     for pair in pairs:
-        n_p, prompt_at = len(pair.prompt), None
-        for response in pair.answers:
-            with_prompt = prompt_at is None or not share_prompt
+        n_p = len(pair.prompt)
+        for i, response in enumerate(pair.answers):
+            with_prompt = i == 0 or not share_prompt
             if with_prompt:
                 tokens.append(pair.prompt)
                 prompt_at = np.arange(end, end + n_p)
@@ -301,12 +285,12 @@ def pack(pairs: list[Pair], share_prompt: bool = True, longest: int | None = Non
             tokens.append(response)
             response_at = np.arange(end, end + len(response))
             end += len(response)
-            # Indexes in the batch of prompt + response: the keys of this segment.
-            sequence = np.concatenate([prompt_at, response_at])
-            keys.append(sequence)
+            # Where prompt + response lie in the batch: the keys of this segment.
+            sequence_at = np.concatenate([prompt_at, response_at])
+            keys.append(sequence_at)
             # Positions of the tokens just added: both responses' begin at n_p.
-            positions.append(np.arange(0 if with_prompt else n_p, len(sequence)))
-            scored.append(sequence[n_p - 1 : -1])  # each token is predicted at the one before it
+            positions.append(np.arange(0 if with_prompt else n_p, len(sequence_at)))
+            scored.append(sequence_at[n_p - 1 : -1])  # each token is predicted at the one before it
         targets += [pair.chosen, pair.rejected]
 
     def int64(parts: list) -> Tensor:

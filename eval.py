@@ -26,7 +26,7 @@ from evaluation.benchmarks import ARENA_HARD, MT_BENCH
 from support.flags import FlagParser, spell
 from support.processes import exit_code, leave
 
-# Each module has `add_flags`, which gives a parser its flags, and `run`, which takes them.
+# Each module has `add_flags(parser)`, in STEPS `add_flags(parser, bench)`, and `run(flags)`.
 COMMANDS = {
     "generate": (answers, "a model's answers to prompts"),
     "likelihood": (likelihood, "log-probs of preference pairs"),
@@ -45,7 +45,7 @@ def parse(
     arguments: list[str] | None = None, flags: argparse.Namespace | None = None
 ) -> argparse.Namespace:
     """Parses a command's flags into `flags` (default: a new Namespace). `flags.run` is the function
-    to run. main passes a Namespace of its own, to read it after a failure."""
+    to run."""
     parser = FlagParser(
         prog="python eval.py",
         description=__doc__,
@@ -69,7 +69,7 @@ def parse(
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code (support.processes.exit_code)."""
-    flags = argparse.Namespace()
+    flags = argparse.Namespace()  # made here, since memory_advice reads it after a failure
 
     def run() -> None:
         parse(arguments, flags)

@@ -83,7 +83,8 @@ class LlamaConfig:
     @classmethod
     def load(cls, directory: str | Path) -> "LlamaConfig":
         """Reads directory/config.json. Raises InputError naming the file and the key."""
-        return cls.from_dict(*read_config(directory))
+        raw, path = read_config(directory)
+        return cls.from_dict(raw, path)
 
     @classmethod
     def from_dict(cls, raw: dict, where: str | Path = "config") -> "LlamaConfig":
@@ -115,6 +116,9 @@ class Segments:
         position       0 1 2 3 2 3
         queries        0 1 2 3   | 4 5
         keys           0 1 2 3   | 0 1 4 5
+
+    In the Batch of this pair, below:
+
         scored_index   1 2       | 1 4        the token whose output predicts ...
         target         c d       | e f        ... this one
     """
@@ -122,8 +126,8 @@ class Segments:
     query_starts: Tensor  # int32, (segments + 1,)
     key_starts: Tensor  # int32, (segments + 1,)
     key_index_N: Tensor | None  # int64; None if the keys are the queries' own tokens
-    # An upper bound of every segment's number of keys. A compiled block specialises on it, so all
-    # batches of a run have one value (data.pack).
+    # At least every segment's number of keys. Blocks are compiled anew for each value, so a run
+    # has one for all batches: --max-tokens.
     longest: int
 
     def to(self, device: torch.device | str) -> "Segments":
@@ -170,11 +174,9 @@ def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments) -
         k_NGK = k_TGK.index_select(0, segments.key_index_N)
         v_NGK = v_TGK.index_select(0, segments.key_index_N)
     if on_cuda(q_THK) and flash_reads(q_THK):
+        bounds = (segments.query_starts, segments.key_starts, segments.longest, segments.longest)
         # A window of (-1, 0): all keys before, none after, counted from the bottom right.
-        starts, longest = (segments.query_starts, segments.key_starts), segments.longest
-        return varlen_attn(
-            q_THK, k_NGK, v_NGK, *starts, longest, longest, window_size=(-1, 0), **GROUPED
-        )
+        return varlen_attn(q_THK, k_NGK, v_NGK, *bounds, window_size=(-1, 0), **GROUPED)
     query_lengths = segments.query_starts.diff().tolist()
     key_lengths = segments.key_starts.diff().tolist()
     outputs = []
@@ -242,8 +244,8 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share G key/value heads.
 
-    `attend` is `attention`. Only generation passes another function, which caches keys and values
-    and takes no segments.
+    `attend` is `attention`. Only generation (evaluation/generate.py) passes another function, which
+    also keeps keys and values; its later steps have no segments.
     """
 
     def __init__(self, config: LlamaConfig):
@@ -287,7 +289,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A layer: pre-norm attention and pre-norm MLP, each added to the residual.
 
-    A block with `recompute` keeps only its input for backward, which computes the rest again.
+    A block with `recompute` keeps only its input for backward, which computes the rest again
+    (activation checkpointing).
     """
 
     def __init__(self, config: LlamaConfig):
@@ -307,9 +310,9 @@ class Block(nn.Module):
     ) -> Tensor:
         inputs = (x_TD, rope, segments, attend)
         if torch.is_grad_enabled() and self.recompute:
-            # Called inside the compiled block: the compiler sees that backward does not need
-            # down_proj's output, and does not recompute it. preserve_rng_state=False: nothing here
-            # is random, and to save the GPU's random state the CPU would wait for it.
+            # Inside what support/compiler.py compiles, so that the compiler sees that backward does
+            # not need down_proj's output, and does not recompute it. preserve_rng_state=False:
+            # nothing here is random, and to save a GPU's random state the CPU would wait for it.
             return checkpoint(self.compute, *inputs, use_reentrant=False, preserve_rng_state=False)
         return self.compute(*inputs)
 
@@ -320,38 +323,6 @@ class Block(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------- head
-
-# Half-type logits are copied to fp32 in chunks of so many numbers: on a CPU as many as fit in its
-# cache, on a GPU enough to keep it busy (1 GiB). The compiled form makes no such copies.
-CHUNK_ELEMENTS, CHUNK_ELEMENTS_CUDA = 2**20, 2**28
-# Without gradients a matrix product takes at least so many scored tokens: with fewer, the weights
-# would be read too often.
-MATMUL_ROWS = 256
-
-
-def _chunk_tokens(like: Tensor, vocab_size: int) -> int:
-    elements = CHUNK_ELEMENTS_CUDA if on_cuda(like) else CHUNK_ELEMENTS
-    return max(1, elements // vocab_size)
-
-
-def exp_in_place(logits_SV: Tensor) -> tuple[Tensor, Tensor]:
-    """Overwrites logits with exp(logits - m), m being the largest of each token. Returns m_S and
-    Z_S, the sum of each token's exponentials, at least fp32."""
-    chunk = _chunk_tokens(logits_SV, logits_SV.shape[-1])
-    if torch.compiler.is_compiling():  # into one kernel, which needs no copy in fp32
-        chunk = len(logits_SV)
-    largest, sums = [], []
-    for logits_CV in logits_SV.split(chunk):
-        wide_CV = at_least_fp32(logits_CV)  # a copy of half types; else the logits themselves
-        # With keepdim torch.compile recognises a softmax, and reads the logits twice, not thrice.
-        m_C1 = wide_CV.amax(-1, keepdim=True)
-        Z_C1 = wide_CV.sub_(m_C1).exp_().sum(-1, keepdim=True)
-        if wide_CV.dtype != logits_CV.dtype:
-            logits_CV.copy_(wide_CV)
-        del wide_CV  # before the next one is made
-        largest.append(m_C1[:, 0])
-        sums.append(Z_C1[:, 0])
-    return torch.cat(largest), torch.cat(sums)
 
 
 class _TargetLogps(torch.autograd.Function):
@@ -389,6 +360,44 @@ class _TargetLogps(torch.autograd.Function):
         return grad_hidden_SD, grad_weight_VD, None, None
 
 
+# Half-type logits are copied to fp32 in chunks of so many numbers: on a CPU as many as fit in its
+# cache, on a GPU enough to keep it busy (1 GiB).
+CHUNK_ELEMENTS, CHUNK_ELEMENTS_CUDA = 2**20, 2**28
+
+
+def _chunk_tokens(like: Tensor, vocab_size: int) -> int:
+    elements = CHUNK_ELEMENTS_CUDA if on_cuda(like) else CHUNK_ELEMENTS
+    return max(1, elements // vocab_size)
+
+
+def exp_in_place(logits_SV: Tensor) -> tuple[Tensor, Tensor]:
+    """Overwrites logits with exp(logits - m), m being the largest of each token. Returns m_S and
+    Z_S, the sum of each token's exponentials, at least fp32.
+
+    Passed on as `exponentiate`, because support/compiler.py may put a compiled form in its place.
+    """
+    chunk = _chunk_tokens(logits_SV, logits_SV.shape[-1])
+    if torch.compiler.is_compiling():  # into one kernel, which needs no copy in fp32
+        chunk = len(logits_SV)
+    largest, sums = [], []
+    for logits_CV in logits_SV.split(chunk):
+        wide_CV = at_least_fp32(logits_CV)  # a copy of half types; else the logits themselves
+        # With keepdim torch.compile recognises a softmax, and reads the logits twice, not thrice.
+        m_C1 = wide_CV.amax(-1, keepdim=True)
+        Z_C1 = wide_CV.sub_(m_C1).exp_().sum(-1, keepdim=True)
+        if wide_CV.dtype != logits_CV.dtype:
+            logits_CV.copy_(wide_CV)
+        del wide_CV  # before the next one is made
+        largest.append(m_C1[:, 0])
+        sums.append(Z_C1[:, 0])
+    return torch.cat(largest), torch.cat(sums)
+
+
+# Without gradients a matrix product takes at least so many scored tokens: with fewer, the weights
+# would be read too often.
+MATMUL_ROWS = 256
+
+
 def target_logps(
     hidden_SD: Tensor,
     weight_VD: Tensor,
@@ -401,7 +410,7 @@ def target_logps(
     Three matrix products, nothing recomputed. Keeps the S x V logits once, in the dtype of the
     weights; half types add at most one chunk in fp32. Without gradients, only the logits of one
     matrix product exist at a time (MATMUL_ROWS). Not for training in fp16, whose range ends at
-    65,504: Z may be as large as V. exponentiate: `exp_in_place` or its compiled form.
+    65,504: Z may be as large as V.
     """
     if torch.is_grad_enabled() and (hidden_SD.requires_grad or weight_VD.requires_grad):
         return _TargetLogps.apply(hidden_SD, weight_VD, target_S, exponentiate)
@@ -416,7 +425,7 @@ def target_logps(
 
 class Head(nn.Linear):
     """An untied head. FSDP gathers its weight when its forward is called, so the log-probs are
-    computed there. exponentiate: `exp_in_place`, or its compiled form."""
+    computed there."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config.hidden_size, config.vocab_size, bias=False)
@@ -452,13 +461,7 @@ class Llama(nn.Module):
         )
         # A tied model uses the embedding. Registered twice, to_empty() would make two parameters.
         self.lm_head = None if config.tie_word_embeddings else Head(config)
-        self.exponentiate = exp_in_place  # support/compiler.py puts its compiled form here
-
-    def recompute_first(self, blocks: int) -> None:
-        """Lets the first `blocks` blocks recompute in backward. Backward reaches them last, when it
-        has freed what the others kept."""
-        for i, block in enumerate(self.model["layers"]):
-            block.recompute = i < blocks
+        self.exponentiate = exp_in_place  # or its compiled form
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns mean_R and sum_R, the mean and summed log-prob of each response in nats, at least
@@ -468,16 +471,6 @@ class Llama(nn.Module):
         logp_S = self.output(hidden_TD.index_select(0, batch.scored_index_S), batch.target_S)
         sum_R = logp_S.new_zeros(len(batch.length_R)).index_add(0, batch.response_S, logp_S)
         return sum_R / batch.length_R.clamp(min=1), sum_R
-
-    def logits(self, tokens_T: Tensor) -> Tensor:
-        """Logits (T, V) of one plain sequence, in the dtype of the weights: row t predicts token
-        t+1."""
-        ends = torch.tensor([0, len(tokens_T)], dtype=torch.int32, device=tokens_T.device)
-        positions_T = torch.arange(len(tokens_T), device=tokens_T.device)
-        # One value for nearly all lengths: a compiled block specialises on it.
-        longest = max(len(tokens_T), self.config.max_position_embeddings)
-        segments = Segments(ends, ends, None, longest)
-        return self.output(self.hidden(tokens_T, positions_T, segments))
 
     def hidden(
         self,
@@ -509,6 +502,22 @@ class Llama(nn.Module):
             return F.linear(hidden_SD, weight_VD)
         return target_logps(hidden_SD, weight_VD, target_S, self.exponentiate)
 
+    def logits(self, tokens_T: Tensor) -> Tensor:
+        """Logits (T, V) of one plain sequence, in the dtype of the weights: row t predicts token
+        t+1."""
+        ends = torch.tensor([0, len(tokens_T)], dtype=torch.int32, device=tokens_T.device)
+        positions_T = torch.arange(len(tokens_T), device=tokens_T.device)
+        # One value for nearly all lengths: a compiled block specialises on it.
+        longest = max(len(tokens_T), self.config.max_position_embeddings)
+        segments = Segments(ends, ends, None, longest)
+        return self.output(self.hidden(tokens_T, positions_T, segments))
+
+    def recompute_first(self, blocks: int) -> None:
+        """Lets the first `blocks` blocks recompute in backward. Backward reaches them last, when it
+        has freed what the others kept."""
+        for i, block in enumerate(self.model["layers"]):
+            block.recompute = i < blocks
+
 
 # ------------------------------------------------------------------------------------ loading
 
@@ -518,8 +527,7 @@ def load_model(
 ) -> Llama:
     """A whole model from a Hugging Face directory. Raises InputError like `load_weights`."""
     config = LlamaConfig.load(directory)
-    # Before allocating the sizes that config.json asks for; load_weights checks again.
-    check_weights(directory, config)
+    check_weights(directory, config)  # before memory is allocated for what config.json says
     with torch.device("meta"):
         model = Llama(config)
     model.to(dtype).to_empty(device=device)
@@ -574,20 +582,20 @@ def load_weights(model: Llama, directory: str | Path) -> None:
     well, but takes keys left over and values that are not finite in silence.)
     """
     places = check_weights(directory, model.config)
+    spare = places.pop("lm_head.weight", None) if model.lm_head is None else None
     for path in dict.fromkeys(places.values()):
+        keys = [key for key, place in places.items() if place == path]
         with open_safetensors(path) as file:
-            for key in (key for key, place in places.items() if place == path):
-                if key == "lm_head.weight" and model.lm_head is None:
-                    continue  # a spare, compared below
+            for key in keys:
                 local, rows = local_rows(model.get_parameter(key))
                 local.copy_(file.get_slice(key)[rows])
                 if not finite(local):
                     raise InputError(f"{path}: key {key} holds a NaN or an infinity")
-    if model.lm_head is None and (path := places.get("lm_head.weight")):
+    if spare:
         local, rows = local_rows(model.get_parameter("model.embed_tokens.weight"))
-        with open_safetensors(path) as file:
+        with open_safetensors(spare) as file:
             if not torch.equal(file.get_slice("lm_head.weight")[rows].to(local), local):
                 raise InputError(
-                    f"{path}: lm_head.weight differs from model.embed_tokens.weight, but "
+                    f"{spare}: lm_head.weight differs from model.embed_tokens.weight, but "
                     "config.json says tie_word_embeddings"
                 )

@@ -191,9 +191,9 @@ class Dataset:
 
     def micro_batches(self, step: int, world: int) -> list[list[list[int]]]:
         """[process][micro-batch] -> indexes of the pairs of update `step` (from 0)."""
-        c = self.config
-        seed, most = c.seed if c.shuffle else None, self.max_tokens_per_gpu
-        return plan_step(self.sizes, c.pairs_per_step, seed, step, world, most)
+        seed = self.config.seed if self.config.shuffle else None
+        pairs_per_step = self.config.pairs_per_step
+        return plan_step(self.sizes, pairs_per_step, seed, step, world, self.max_tokens_per_gpu)
 
     def own_micro_batches(self) -> list[list[int]]:
         """All pairs once: this process's micro-batches of them."""
@@ -232,8 +232,11 @@ def step_loss(
     batch = dataset.batch(indexes)
     mean_R, sum_R = model(batch)  # responses 2i and 2i+1: chosen and rejected of pair i
     logp_R = mean_R if loss.logps == "mean" else sum_R
-    # An absent answer's term is 0: the model gives l_w = 0; l_l = -inf makes p_l = 0.
-    inputs = [logp_R[0::2], logp_R[1::2].masked_fill(batch.length_R[1::2] == 0, -math.inf)]
+    logp_w_B, logp_l_B = logp_R[0::2], logp_R[1::2]
+    # The model gives an absent answer log-prob 0. That makes a chosen one's term 0; a rejected
+    # one's needs p_l = 0.
+    logp_l_B = logp_l_B.masked_fill(batch.length_R[1::2] == 0, -math.inf)
+    inputs = [logp_w_B, logp_l_B]
     if loss.reference:
         mean_ref_R, sum_ref_R = dataset.reference_logps(indexes, batch)
         reference_R = mean_ref_R if loss.logps == "mean" else sum_ref_R
@@ -276,7 +279,8 @@ def train(run: Run, done: int) -> None:
         micro_batches = dataset.micro_batches(index, world)  # [process][micro-batch] -> pairs
         drawn = [i for by_rank in micro_batches for indexes in by_rank for i in indexes]
 
-        sums, losses = Sums(), []  # losses: to name the pairs whose loss is not finite
+        sums = Sums()
+        losses = []  # to name the pairs whose loss is not finite
         own = micro_batches[rank]
         for i, indexes in enumerate(own):
             sharding.prepare_backward(model, last=i + 1 == len(own))
@@ -342,9 +346,10 @@ def learning_rate(
 
 @torch.no_grad()
 def evaluate(run: Run, step: int) -> dict[str, float]:
-    """Held-out metrics, eval_loss and so on, each the mean over the pairs that have it (a margin
-    needs both answers). Each pair counts once on any number of processes. Logged, also for each
-    value of --eval-by, with answers to the first --samples prompts. To be called on every process.
+    """Logs and returns held-out metrics, eval_loss and so on. Each is the mean over the pairs that
+    have it: a margin needs both answers. Each pair counts once on any number of processes. Also
+    logs them for each value of --eval-by, and answers to the first --samples prompts. To be called
+    on every process.
     """
     dataset = run.held_out
     prompts = [pair.prompt for pair in dataset.pairs[: run.config.samples]]
@@ -354,7 +359,7 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
         _, metrics = step_loss(run.model, dataset, indexes)
         sums.add(metrics)
         sums_by_group.add(metrics, indexes or dataset.stand_in)
-    sharding.reshard(run.model)
+    sharding.reshard(run.model)  # without it, parameters() would still be the gathered weights
     row = sums.mean_over_processes("eval_")
     run.log.evaluation(step, row, sums_by_group.means_over_processes(), answers)
     return row
@@ -409,8 +414,8 @@ def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
         # The head's backward comes right after its forward: it stays gathered in between.
         split([model.model["norm"], model.lm_head], reshard_after_forward=False)
     split(model)
-    register_fsdp_forward_method(model, "logits")
-    if mesh.shape[-1] == 1:
+    register_fsdp_forward_method(model, "logits")  # it gathers weights too, as forward does
+    if mesh.shape[-1] == 1:  # each process holds all weights: gradients are reduced once per step
         sharding.hold_whole(model)
 
 
@@ -478,7 +483,7 @@ def fine_tune(config: Config) -> None:
     training = datasets[0]
     held_out = datasets[1] if config.eval_data else None
 
-    # Make OUT, or open that of the run to resume. fingerprint: hashes of weights and pairs.
+    # Make OUT, or open that of the run to resume. fingerprint: of weights, pairs and precision.
     out, fingerprint = run_directory.open_run(config, weight_files, datasets)
     log = Log(out)
     if processes.on_first_process((out / "model").exists):
@@ -501,7 +506,8 @@ def fine_tune(config: Config) -> None:
     with processes.announced("trying the run's costliest micro-batches"):
         facts["memory"] = memory.rehearse(model, training, step_loss, log.say)
 
-    # Find the newest checkpoint, and cut the logs back to its step.
+    # Find the newest checkpoint, and cut the logs back to its step. identity: the fingerprint and
+    # the flags that a resumed run may not change, as one hash.
     identity = run_directory.identity(config, fingerprint)
     checkpoint, written = checkpoints.newest_checkpoint(out, identity, log.say)
     done = written["step"]  # 0 without a checkpoint

@@ -43,6 +43,20 @@ def read_records(path: str | Path) -> Iterator[tuple[str, object]]:
         yield f"{path}:{number}", record
 
 
+BAD_LINES_SHOWN = 20
+
+
+def bad_lines_error(bad: list[str], read: int) -> InputError:
+    """Places and faults of the first 20 bad records, of so many that were read."""
+    lines = bad[:BAD_LINES_SHOWN]
+    if len(bad) > BAD_LINES_SHOWN:
+        lines.append(f"... and {len(bad) - BAD_LINES_SHOWN} more")
+    advice = "fix them, or pass --skip-bad-lines"
+    if len(bad) == read:
+        advice = "docs/data-formats.md shows the forms that are read"
+    return InputError("\n".join([*lines, f"{len(bad)} bad of {read} records; {advice}"]))
+
+
 def parse_json(raw: bytes) -> object:
     """The value of a JSON text. ValueError if it is not one, or has a key twice in an object."""
     try:

@@ -2,8 +2,10 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from support.files import InputError, read_start, shown, unique
@@ -70,6 +72,15 @@ def check_keeps_text(tokenizer: Tokenizer, path: Path) -> None:
                 f"{path}: makes {shown(back[at:])} of {shown(text[at:])}, so it loses or changes "
                 "text"
             )
+
+
+def check_vocabulary(parts: Iterable[np.ndarray], vocab_size: int | None, place: str) -> None:
+    """Raises InputError, naming the place, if a token id is not below vocab_size (None: any is)."""
+    top = max(int(ids.max(initial=0)) for ids in parts)
+    if vocab_size is not None and top >= vocab_size:
+        raise InputError(
+            f"{place}: token id {top} is not below the model's vocab_size {vocab_size}"
+        )
 
 
 def ids_of_rendered(tokenizer: Tokenizer, text: str) -> list[int]:

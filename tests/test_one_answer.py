@@ -276,7 +276,7 @@ def test_nothing_is_packed_for_an_absent_answer(share_prompt):
         assert pair_flops(model.config, [one], share_prompt)[0, :2].sum() == products + attention
 
 
-TERMS = [  # l_w, l_l (None: absent), beta, loss, its slopes: with 40 digits
+TERMS = [  # logp_w, logp_l (None: absent), beta, loss, its slopes: with 40 digits
     (-0.7, None, 0.1, 0.77, -1.1, 0.0),
     (None, -1.0, 0.1, 0.0458675145387, 0.0, 0.0581976706869),
     (None, -0.001, 0.5, 3.4541276186577, 0.0, 499.750041667),
