@@ -30,6 +30,7 @@ from support.memory import Gpu
 from support.processes import (
     StoppedError,
     choose_device,
+    describe_tasks,
     erase_line,
     is_first,
     on_first_process,
@@ -113,20 +114,6 @@ def describe_chat(model: str, bos: int | None, chat) -> str:
     if bos not in (None, chat.begin):
         text += f". <|begin_of_text|> is token {chat.begin}, but config.json has bos_token_id {bos}"
     return text
-
-
-# Who started a process, and where it says how many it started.
-LAUNCHERS = (("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE"))
-LAUNCHERS += (("mpirun", "PMI_SIZE"),)
-
-
-def describe_tasks() -> str:
-    """Says if srun or mpirun started several processes, which do not know of each other."""
-    for launcher, name in LAUNCHERS:
-        tasks = os.environ.get(name, "1")
-        if dist.get_world_size() == 1 and tasks != "1":
-            return f". {launcher} started {tasks} processes: only torchrun would join them"
-    return ""
 
 
 def run_facts(config, model, counts: list[Counter], steps: int, fingerprint: dict) -> dict:

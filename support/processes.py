@@ -110,29 +110,52 @@ def in_a_group() -> bool:
     return bool(os.environ.get("RANK")) or environment("WORLD_SIZE", 1) > 1
 
 
+# Who started a process, and where it says how many it started.
+LAUNCHERS = (("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE"))
+LAUNCHERS += (("mpirun", "PMI_SIZE"),)
+
+
+def describe_tasks() -> str:
+    """Says if srun or mpirun started several processes, which do not know of each other."""
+    for launcher, name in LAUNCHERS:
+        tasks = os.environ.get(name, "1")
+        if dist.get_world_size() == 1 and tasks != "1":
+            return f". {launcher} started {tasks} processes: only torchrun would join them"
+    return ""
+
+
 def join_group(backend: str, **options) -> None:
     """Joins the process group that torchrun made, or makes a group of one. Options as of
     torch.distributed.init_process_group. Raises InputError if the environment names only a part of
     a group, or an address that is taken."""
-    store, rank, world = dist.HashStore(), 0, 1
+    rank, world = 0, 1
     if in_a_group():
-        rank, world, port = (environment(x) for x in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-        address = os.environ.get("MASTER_ADDR") or "missing"
+        rank, world = environment("RANK"), environment("WORLD_SIZE")
+        if rank >= world:
+            raise InputError(f"RANK is {rank} in the environment, but WORLD_SIZE is {world}")
+    # On each machine: its user may see no other's lines.
+    speaks = world > 1 and environment("LOCAL_RANK", 0) == 0
+    with announced(f"waiting for all {world} processes", speaks):
+        store = common_store() if in_a_group() else dist.HashStore()
         try:
-            with announced(f"waiting for all {world} processes"):
-                store, rank, world = next(rendezvous("env://"))
-        except (ValueError, dist.DistNetworkError, dist.DistStoreError) as error:
-            first = shown(str(error).splitlines()[0], 250)
-            raise InputError(f"MASTER_ADDR {address}, MASTER_PORT {port}: {first}") from None
-        # torchrun keeps its store when it restarts processes, with the dead ones' addresses in it.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, **options)
+        except RuntimeError as error:
+            if another_ended(error):
+                raise
+            # Such as a network interface that does not exist.
+            raise InputError(f"no process group: {shown(str(error).strip(), 250)}") from None
+
+
+def common_store() -> dist.Store:
+    """The store through which the processes of a group find each other."""
+    address, port = os.environ.get("MASTER_ADDR") or "missing", environment("MASTER_PORT")
     try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, **options)
-    except RuntimeError as error:
-        if another_ended(error):
-            raise
-        # Such as a network interface that does not exist.
-        raise InputError(f"no process group: {shown(str(error).strip(), 250)}") from None
+        store, _, _ = next(rendezvous("env://"))
+    except (ValueError, dist.DistNetworkError, dist.DistStoreError) as error:
+        first = shown(str(error).splitlines()[0], 250)
+        raise InputError(f"MASTER_ADDR {address}, MASTER_PORT {port}: {first}") from None
+    # torchrun keeps its store when it restarts processes, with the dead ones' addresses in it.
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
 
 
 def start(config) -> DeviceMesh:
@@ -217,12 +240,12 @@ def erase_line() -> str:
 
 
 @contextlib.contextmanager
-def announced(text: str) -> Iterator[None]:
-    """Prints `text` on process 0 if what is done inside this `with` takes longer than 2 s. Also a
-    decorator."""
+def announced(text: str, here: bool | None = None) -> Iterator[None]:
+    """Prints `text` on process 0 (or where `here` is true) if what is done inside this `with` takes
+    longer than 2 s. Also a decorator."""
     timer = threading.Timer(2, notice, [erase_line() + text])
     timer.daemon = True
-    if is_first():
+    if is_first() if here is None else here:
         timer.start()
     try:
         yield
@@ -387,7 +410,11 @@ def exit_code(program: str, action: typing.Callable[[], None], memory_advice: ty
                 "ended, that is the cause; else NCCL_DEBUG=INFO in the environment tells more",
             )
         elif another_ended(error):
-            complain(program, "another process of the run ended; its message says why")
+            complain(
+                program,
+                "another process of the run ended; its message says why (if it has none it was "
+                "killed, perhaps by the kernel for want of memory)",
+            )
         else:
             raise
         return 1

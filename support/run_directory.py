@@ -3,11 +3,13 @@
 fingerprint              hashes of all that a run's numbers depend on, besides its flags
 identity                 a hash of that and of the flags that a resumed run must share
 open_run, claim_out      create OUT, or check that it holds the run to resume; lock it
-check_shared, record     whether every process sees OUT; OUT/config.json
+check_shared, record     whether every process reaches OUT; OUT/config.json
 """
 
 import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -29,6 +31,7 @@ from support.processes import (
     agree,
     announced,
     choose_device,
+    describe_tasks,
     environment,
     on_first_process,
     together,
@@ -92,7 +95,7 @@ def claim_out(out: str | None, resume: bool, wanted: dict[str, str]) -> Path:
     elif path.exists() and (not path.is_dir() or any(p.name[0] != "." for p in path.iterdir())):
         raise InputError(
             f"--out {path} is not empty: a new run needs a fresh directory; --resume continues "
-            "the run that is in it"
+            f"the run that is in it{describe_tasks()}"
         )
     with naming(f"--out {path}"):
         path.mkdir(parents=True, exist_ok=True)
@@ -101,8 +104,20 @@ def claim_out(out: str | None, resume: bool, wanted: dict[str, str]) -> Path:
 
 
 def check_shared(out: Path) -> None:
-    """Raises InputError on all processes if one of them does not see OUT."""
-    seen = together((out / ".lock").exists)
+    """Raises InputError on all processes if one of them does not see OUT or cannot write there."""
+    # A new name: .lock may be there from an earlier run, also on a machine's own disk.
+    mark = Path(on_first_process(lambda: tempfile.mkdtemp(prefix=".shared-", dir=out)))
+
+    def reach() -> bool:
+        if seen := mark.exists():
+            (mark / str(dist.get_rank())).touch()
+        return seen
+
+    try:
+        seen = together(reach)
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(mark, ignore_errors=True)
     if not all(seen):
         raise InputError(
             f"--out {out}: process {seen.index(False)} does not see it; all processes need one "

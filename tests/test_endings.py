@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import io
-import json
 import os
 import shutil
 import signal
@@ -16,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ON_CPU, ROOT, flags, main, words
+from conftest import ROOT, flags, main, words
 from joined import run_all
 from test_resume import seven, weights, whole  # noqa: F401
 
@@ -31,29 +30,6 @@ from support.processes import (
 )
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGHUP, 129), (signal.SIGUSR1, 138)])
-def test_a_closed_terminal_and_a_schedulers_warning_save_like_sigterm(
-    start, whole, tmp_path, monkeypatch, request, number, code
-):
-    rate = train.learning_rate
-    handler = signal.signal(number, signal.SIG_DFL)  # as without nohup, which ignores SIGHUP
-    request.addfinalizer(lambda: signal.signal(number, handler))
-
-    def learning_rate(step, *more):
-        if step == 2:
-            signal.raise_signal(number)
-        return rate(step, *more)
-
-    monkeypatch.setattr(train, "learning_rate", learning_rate)
-    out = tmp_path / "out"
-    run = seven(start, out, "--save-every 0")
-    assert main(*run) == code
-    assert json.loads((out / "checkpoints/step-000003/checkpoint.json").read_text())["step"] == 3
-    monkeypatch.setattr(train, "learning_rate", rate)
-    assert main("--resume", out) == 0
-    assert weights(out) == weights(whole)
-
-
 def test_under_nohup_a_closed_terminal_does_not_stop_the_run():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -65,31 +41,6 @@ def test_under_nohup_a_closed_terminal_does_not_stop_the_run():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_to_one_of_two_processes_under_torchrun_saves_the_run(start, tmp_path, number):
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += words(ROOT / "train.py", *flags(start, out, "--epochs 3000 --save-every 0"))
-    process = subprocess.Popen(
-        command,
-        env=os.environ | ON_CPU,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            break
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True
-    ).stdout.split()
-    os.kill(int(children[-1]), number)
-    printed, said = process.communicate(timeout=120)
-    assert f"stopped by {signal.Signals(number).name} after step" in printed
-    assert list((out / "checkpoints").glob("step-*")) and process.returncode == 1
-    assert 'train.py", line' not in said  # torchrun has a traceback of its own
 
 
 @pytest.mark.parametrize("busy", ["rename", "rmtree"])
@@ -120,23 +71,6 @@ def test_a_checkpoint_that_cannot_be_removed_is_said_and_left_and_the_run_goes_o
     assert weights(out) == weights(whole)
 
 
-def test_a_checkpoint_can_be_read_by_others_than_its_owner(start, tmp_path):
-    out = tmp_path / "out"
-    assert main(*seven(start, out, "--save-every 3")) == 0
-    modes = {path.stat().st_mode & 0o777 for path in (out / "checkpoints").glob("step-*")}
-    assert modes == {0o755}
-
-
-def test_answers_that_begin_with_their_prompt_are_counted_in_the_header(start, tmp_path, capsys):
-    pairs = tmp_path / "p.jsonl"
-    row = {"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi no"}
-    pairs.write_text(json.dumps(row) + "\n")
-    model = ROOT / "examples/model"
-    assert main("--model", model, "--data", pairs, "--out", tmp_path / "o", "--max-steps 1") == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "In 1 both answers begin with the prompt: left in by mistake?" in said
-
-
 def test_when_one_process_dies_the_others_say_so_in_one_line(capsys, monkeypatch):
     gloo = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:1234")
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
@@ -147,7 +81,8 @@ def test_when_one_process_dies_the_others_say_so_in_one_line(capsys, monkeypatch
 
     assert exit_code("train.py", action, lambda: None) == 1
     said = capsys.readouterr().err
-    assert said == "train.py: another process of the run ended; its message says why\n"
+    assert said.startswith("train.py: another process of the run ended; its message says why")
+    assert said.count("\n") == 1
     assert another_ended(dist.DistNetworkError("x")) and not another_ended(RuntimeError("a bug"))
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     assert not another_ended(gloo)  # the network of a single process is its own fault
@@ -284,14 +219,6 @@ def test_on_windows_one_line_says_where_the_programs_run(program):
     assert done.returncode == 2
     assert done.stderr == "ASFT runs on Linux and macOS; on Windows, use WSL\n"
     assert "on Windows: WSL" in (ROOT / "README.md").read_text()
-
-
-@pytest.mark.parametrize("flag", ["--eps", "--adam-eps"])
-def test_an_eps_that_fp32_flushes_to_zero_is_refused(start, tmp_path, capsys, flag):
-    out = tmp_path / "out"
-    assert main(*flags(start, out, flag, "1e-38")) == 2
-    assert f"{flag} is 1e-38, wanted 1.2e-38 or more" in capsys.readouterr().err
-    train.Config(model="m", data="d", eps=torch.finfo(torch.float32).smallest_normal)
 
 
 @pytest.mark.parametrize("ratio, steps", [(0.07, 100), (0.29, 100), (0.1, 30), (0.55, 100)])

@@ -212,6 +212,7 @@ def test_a_checkpoint_holds_every_weight_and_moment_and_only_the_newest_are_kept
     home = fresh / "checkpoints"
     assert names_in(home) == ["step-000004", "step-000006"]
     assert names_in(home / "step-000006") == [SHARD, FACTS]
+    assert (home / "step-000006").stat().st_mode & 0o777 == 0o755  # others may read it
     # Each file by a reader that executes nothing.
     assert read_json(home / "step-000006" / FACTS)["step"] == 6
     stored = load_file(home / "step-000006" / SHARD)
@@ -478,9 +479,12 @@ def assert_stopped(out, said, name) -> int:
     return step
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_ends_the_run(start, whole, fresh, within, capsys, number, code):
+@pytest.mark.parametrize("name, code", [("TERM", 143), ("INT", 130), ("HUP", 129), ("USR1", 138)])
+def test_a_signal_saves_and_ends_the_run(start, whole, fresh, within, capsys, request, name, code):
     """After the step that it meets; each signal has an exit code of its own."""
+    number = signal.Signals[f"SIG{name}"]
+    before = signal.signal(number, signal.SIG_DFL)  # as without nohup, which ignores SIGHUP
+    request.addfinalizer(lambda: signal.signal(number, before))
     flags = seven(start, fresh, "--save-every 0")
     assert within(3, lambda: signal.raise_signal(number), *flags) == code
     assert assert_stopped(fresh, capsys.readouterr().out, number.name) == 3
@@ -618,6 +622,8 @@ def test_processes_that_do_not_see_one_out_are_told_so_before_the_first_step(sta
     homes = [tmp_path / "0", tmp_path / "1"]
     for home in homes:
         home.mkdir()
+    (homes[1] / "out").mkdir()
+    (homes[1] / "out/.lock").touch()  # of an earlier try, in which that machine had process 0
     said = complaint_of_two(flags(start, "out", "--max-steps 1"), homes=homes)
     assert "--out out: process 1 does not see it" in said
     assert not (homes[0] / "out/metrics.jsonl").exists()

@@ -94,6 +94,7 @@ def test_the_defaults_are_the_papers_settings():
     paper |= dict(warmup_ratio=0.1, pairs_per_step=32, weight_decay=0, adam_beta1=0.9)
     paper |= dict(adam_beta2=0.999, max_grad_norm=1)
     assert {name: getattr(config, name) for name in paper} == paper
+    parsed("--model m --data d --eps", torch.finfo(torch.float32).smallest_normal)
 
 
 def test_flags_help_header_and_config_json_show_every_field(start, tmp_path, capsys):
@@ -159,6 +160,14 @@ MISTAKES = """
 --replicas 2 | --replicas 2 does not divide 1 processes
 --data absent.jsonl | absent.jsonl: No such file
 --model absent | absent: no such directory; wanted a Hugging Face model directory (from the Hub: hf
+--checkpoint-blocks 3 | --checkpoint-blocks is 3, but the model has 2 blocks
+--checkpoint-blocks -1 | wanted auto, on, off or a number of blocks
+--checkpoint-blocks some | wanted auto, on, off or a number of blocks
+--gpu-memory 80 | --gpu-memory goes with --plan
+--plan 1 --gpu-memory 0 | --gpu-memory is 0.0, wanted a number above 0
+--peak-tflops nan | --peak-tflops is nan, wanted a number above 0
+--eps 1e-38 | --eps is 1e-38, wanted 1.2e-38 or more
+--adam-eps 1e-38 | --adam-eps is 1e-38, wanted 1.2e-38 or more
 --device cuda | --device cuda
 """
 
@@ -179,6 +188,7 @@ ENVIRONMENTS = [
     ("RANK=0", "WORLD_SIZE is missing in the environment, wanted a whole number: torchrun sets"),
     ("RANK=0 WORLD_SIZE=1", "MASTER_PORT is missing in the environment"),
     ("RANK=0 WORLD_SIZE=1 MASTER_PORT=29700", "MASTER_ADDR missing, MASTER_PORT 29700: "),
+    ("RANK=1 WORLD_SIZE=1 MASTER_PORT=29700", "RANK is 1 in the environment, but WORLD_SIZE is 1"),
     ("RANK=x WORLD_SIZE=1", "RANK is 'x' in the environment"),
     ("WORLD_SIZE=2", "RANK is missing in the environment"),
     ("LOCAL_WORLD_SIZE=many", "LOCAL_WORLD_SIZE is 'many' in the environment"),
@@ -709,7 +719,7 @@ def test_the_first_step_of_every_loss_is_its_definition(start, tmp_path, loss):
     for name, values in (found | dict(accuracy=w > l)).items():
         assert row[name] == pytest.approx(values.mean(), rel=1e-5, abs=1e-6), name
     always = "step epoch lr grad_norm tokens_per_s pairs_per_s peak_memory_gib align"
-    assert set(words(always)) <= row.keys()
+    assert set(words(always)) <= row.keys() and not any(name[:5] == "rows_" for name in row)
     rewards = {"reward_w", "reward_l"} & row.keys()
     assert bool(rewards) == (loss in ("simpo", "dpo", "dpo-norm", "ipo"))
 
