@@ -667,7 +667,7 @@ def run_part(a: argparse.Namespace, name: str, seconds: float) -> str | None:
         [sys.executable, __file__, f"run:{name}", *a.options],
         stderr=subprocess.PIPE,
         text=True,
-        process_group=0,  # so that all that it starts can be killed with it
+        start_new_session=True,  # so that all that it starts can be killed with it
     )
     try:
         error = process.communicate(timeout=seconds if seconds < math.inf else None)[1]
