@@ -5,7 +5,6 @@
     python bench/benchmark.py prepare DIR                   random models, tokenizers and pairs
     python bench/benchmark.py run DIR --out results.jsonl   every run; continues if interrupted
     python bench/benchmark.py table results.jsonl           the table, in Markdown
-    python bench/benchmark.py generate DIR                  answers: eval.py beside transformers
     python bench/benchmark.py startup MODEL_DIR [FILE]      train.py up to its first step
 
 It needs both requirements.txt files installed. Trainers that are not installed are left out.
@@ -15,7 +14,7 @@ In reading order
     install, make_pairs, prepare    the other trainers; models and pairs
     trl, llamafactory, liger, one   another trainer ("peer"), in its own Python environment
     watch, run, table               one process per run, timed from outside, ours and theirs alike
-    generate, startup               greedy answers; the time before the first step
+    startup                         the time before the first step
 
 Every trainer gets the same weights (fp32), the same tokens (compared row by row before a peer
 trains), and the same pairs in each step: 4, in the file's order. All use AdamW at a constant 3e-4
@@ -53,7 +52,7 @@ from importlib.machinery import ModuleSpec
 from itertools import product
 from pathlib import Path
 
-from common import ROOT, append_row, cpu_seconds_of_machine, machine, read_rows, train_command
+from common import append_row, cpu_seconds_of_machine, machine, read_rows, train_command
 
 # Other packages are imported inside the functions that use them. A process's peak memory begins
 # with that of the process that started it, so this one stays small.
@@ -552,140 +551,7 @@ def table(a: argparse.Namespace) -> None:
     )
 
 
-# --------------------------------------------------------------------------------------- generation
-
-GENERATE_SIZES = {"tiny": shape(512, 128, 4, 352), "mid": shape(32000, 512, 7, 1408)}  # 0.9 M, 53 M
-
-
-def generate(a: argparse.Namespace) -> None:
-    """Tokens per second of greedy answers, by this project and by transformers, with the same
-    weights (fp32) and prompts. The programs take turns, and each run is a process: a short run to
-    warm up, then the timed one, from token ids to token ids.
-
-    Prompts have the lengths of PROFILES["uf"]. equal: each answer has 128 tokens and no stop token.
-    unequal: an answer has 16 to 240 tokens, 128 on average, as if a stop token had come. In this
-    project each request has its limit; transformers gets a stopping criterion that knows the limit
-    of each row. The tokens of both are compared.
-    """
-    import torch
-
-    for size in a.sizes:
-        home = a.dir / f"generate-{size}"
-        if not home.exists():
-            torch.manual_seed(0)
-            settings = {"max_position_embeddings": 2048, "initializer_range": 0.05}
-            random_llama(**GENERATE_SIZES[size], **settings).save_pretrained(home)
-    runs: dict[tuple, dict[str, list]] = {}
-    settings = [x for x in product(a.sizes, a.batches, a.answers) if x[1:] != ("1", "unequal")]
-    for _, setting, program in product(range(a.rounds), settings, ("ours", "transformers")):
-        words = [sys.executable, __file__, "generate_one", program]
-        words += [str(a.dir / f"generate-{setting[0]}"), *setting[1:]]
-        found = json.loads(subprocess.check_output(words, stderr=subprocess.DEVNULL))
-        runs.setdefault(setting, {}).setdefault(program, []).append(found)
-        print(*setting, program, found, flush=True)
-    print(
-        "\n| model | batch | answers | ours, tokens/s | transformers | ratio | "
-        "ratio of CPU seconds | same tokens | most other load |\n" + "|---" * 9 + "|"
-    )
-    for setting, of in runs.items():
-
-        def median(program: str, key: str, of=of) -> float:
-            return statistics.median(run[key] for run in of[program])
-
-        ours, theirs = (median(program, "tokens_per_s") for program in ("ours", "transformers"))
-        cpu = median("transformers", "cpu_s") / median("ours", "cpu_s")
-        every = [run for found in of.values() for run in found]
-        same, load = len({run["hash"] for run in every}) == 1, max(r["other_load"] for r in every)
-        print(
-            f"| {' | '.join(setting)} | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.2f} | "
-            f"{cpu:.2f} | {same} | {load:.2f} |"
-        )
-    threads = torch.get_num_threads()
-    print(f"\nMedians of {a.rounds}. {machine()}, {threads} threads, torch {torch.__version__}.")
-
-
-def generate_one(a: argparse.Namespace) -> None:
-    """One run of `generate`, in this process. Prints its figures as JSON."""
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    vocab_size = json.loads((a.model / "config.json").read_text())["vocab_size"]
-    (median, *_), (sigma, _) = PROFILES["uf"]
-    lengths = np.exp(math.log(median) + sigma * rng.standard_normal(a.batch))
-    prompts = [
-        rng.integers(0, vocab_size, n).tolist() for n in lengths.astype(int).clip(8, MAX_TOKENS)
-    ]
-    limits = [128] * a.batch if a.answers == "equal" else rng.integers(16, 241, a.batch).tolist()
-    make = {"ours": our_answers, "transformers": their_answers}[a.program]
-    answer = make(a.model, prompts)
-
-    def seconds() -> tuple[float, float, float]:
-        return time.perf_counter(), time.process_time(), cpu_seconds_of_machine()
-
-    answer([4] * a.batch)
-    before = seconds()
-    found = answer(limits)
-    wall, own, busy = (x - y for x, y in zip(seconds(), before, strict=True))
-    figures = {
-        "tokens_per_s": round(sum(limits) / wall, 1),
-        "other_load": round(max(0.0, busy - own) / wall, 2),
-        "hash": hashlib.sha256(json.dumps(found).encode()).hexdigest()[:8],
-        "cpu_s": round(own, 2),
-    }
-    print(json.dumps(figures))
-
-
-def our_answers(directory: Path, prompts: list[list[int]]):
-    """A function from each prompt's number of new tokens to the answers, by evaluation.generate."""
-    sys.path.insert(0, str(ROOT))
-    import support  # noqa: F401  before torch, which reads what it sets
-
-    # isort: split
-    from evaluation.generate import Request, generate
-    from model import load_model
-
-    model = load_model(directory).requires_grad_(False)
-
-    def answer(limits: list[int]) -> list[list[int]]:
-        both = enumerate(zip(prompts, limits, strict=True))
-        requests = [Request(i, prompt, 0.0, n) for i, (prompt, n) in both]
-        found = {i: new for i, new, _ in generate(model, requests, frozenset())}
-        return [found[i] for i in range(len(prompts))]
-
-    return answer
-
-
-def their_answers(directory: Path, prompts: list[list[int]]):
-    """The same by transformers."""
-    import torch
-    from transformers import AutoModelForCausalLM, StoppingCriteria
-
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-
-    class Limits(StoppingCriteria):
-        def __init__(self, limits: list[int]):
-            self.limits = torch.tensor(limits)
-
-        def __call__(self, ids, scores, **_):
-            return ids.shape[1] - longest >= self.limits
-
-    def answer(limits: list[int]) -> list[list[int]]:
-        rows = model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=max(limits),
-            do_sample=False,
-            pad_token_id=0,
-            eos_token_id=None,
-            stopping_criteria=[Limits(limits)],
-        )
-        new = rows[:, longest:].tolist()
-        return [row[:n] for row, n in zip(new, limits, strict=True)]
-
-    return answer
+# ------------------------------------------------------------------------------------------ startup
 
 
 def startup(a: argparse.Namespace) -> None:
@@ -743,7 +609,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands, of = parser.add_subparsers(required=True), {}
-    for function in (install, prepare, one, run, table, generate, generate_one, startup):
+    for function in (install, prepare, one, run, table, startup):
         of[function] = commands.add_parser(function.__name__)
         of[function].set_defaults(function=function)
 
@@ -757,10 +623,9 @@ def main() -> int:
             how = {"default": list(values), "type": lambda text: text.split(",")}
             of[function].add_argument(f"--{name}", help=",".join(values), **how)
 
-    for function in (install, prepare, run, generate):
+    for function in (install, prepare, run):
         positional(function, dir=Path)
     positional(one, job=str, model=Path, data=Path, dtype=str, steps=int, out=Path)
-    positional(generate_one, program=str, model=Path, batch=int, answers=str)
     positional(startup, model=Path)
     of[startup].add_argument("file", type=Path, nargs="?", help="pairs of texts [short ids]")
     positional(table, results=Path)
@@ -777,8 +642,6 @@ def main() -> int:
     )
     for function in (run, table):
         choices(function, sizes=SIZES, profiles=PROFILES, dtypes=DTYPES, only=JOBS)
-    of[generate].add_argument("--rounds", type=int, default=3)
-    choices(generate, sizes=GENERATE_SIZES, batches=["32", "1"], answers=["equal", "unequal"])
     of[startup].add_argument("--pairs", type=int, required=True)
     a = parser.parse_args()
     return a.function(a) or 0

@@ -83,33 +83,13 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: Jobs, settings: dict)
         print(f"{out}: judgments {before}, none left to make")
         return
     judge = open_judge(flags, settings)
-
-    outcomes, first_alike, counting = Counter(), {}, Lock()
+    outcomes = Outcomes()
 
     def do(key: tuple) -> None:
-        """Writes a row and counts how it went. In the job's own thread: the thread's next job
-        begins before others hear of this one."""
-        found = outcome(key)
-        with counting:
-            first = first_alike.setdefault(found and re.sub(r"\d+", "0", found), found)
-            outcomes[first] += 1
-            if first and not done and len(outcomes) == 1 and outcomes[first] == GIVE_UP:
-                judge.stop.set()
-
-    def outcome(key: tuple) -> str | None:
-        """Writes a row. Returns the reason if the endpoint gave no judgment, and NO_VERDICT if it
-        gave one without a score or a label."""
-        about, work = {"question_id": key[0], "model": model}, jobs[key][1]
-        try:
-            row = work(judge, about)
-            append(judge, out, about | row)
-        except UnjudgedError as error:
-            return str(error)
-        except InputError:
+        """In the job's own thread: the thread's next job begins before others hear of this one."""
+        failure = write_judgment(judge, out, {"question_id": key[0], "model": model}, jobs[key][1])
+        if outcomes.add(failure) and not done:
             judge.stop.set()
-            raise
-        verdicts = [game["score"] for game in row.get("games", [row])]
-        return NO_VERDICT if set(verdicts) <= {-1, None} else None
 
     finished = 0
     with ThreadPoolExecutor(flags.concurrency) as pool:
@@ -127,10 +107,11 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: Jobs, settings: dict)
             raise
         finally:
             judge.stop.set()  # leaving the pool waits for the replies under way
-    good, unclear = outcomes.pop(None, 0), outcomes.pop(NO_VERDICT, 0)
-    said = f"{out}: {good + unclear} judgments {before}, {outcomes.total()} failed"
-    if outcomes:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in outcomes.most_common(5))
+    good, unclear = outcomes.counts.pop(None, 0), outcomes.counts.pop(NO_VERDICT, 0)
+    said = f"{out}: {good + unclear} judgments {before}, {outcomes.counts.total()} failed"
+    if outcomes.counts:
+        most = outcomes.counts.most_common(5)
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in most)
         said += f" ({reasons}); the same command tries them again"
     if unclear:
         said += (
@@ -141,6 +122,36 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: Jobs, settings: dict)
     if not good and not done:
         raise StoppedError(said)
     print(said)
+
+
+def write_judgment(judge: Judge, out: Path, about: dict, work: Callable) -> str | None:
+    """Writes a row. Returns the reason if the endpoint gave no judgment, and NO_VERDICT if it gave
+    one without a score or a label."""
+    try:
+        row = work(judge, about)
+        append(judge, out, about | row)
+    except UnjudgedError as error:
+        return str(error)
+    except InputError:
+        judge.stop.set()
+        raise
+    verdicts = [game["score"] for game in row.get("games", [row])]
+    return NO_VERDICT if set(verdicts) <= {-1, None} else None
+
+
+class Outcomes:
+    """How many jobs ended how, counted by several threads. Failures that differ only in numbers are
+    one; None: a verdict."""
+
+    def __init__(self):
+        self.counts, self.first_alike, self.lock = Counter(), {}, Lock()
+
+    def add(self, failure: str | None) -> bool:
+        """Counts a job. True if it is the GIVE_UP-th, and all of them failed alike."""
+        with self.lock:
+            first = self.first_alike.setdefault(failure and re.sub(r"\d+", "0", failure), failure)
+            self.counts[first] += 1
+            return bool(first) and self.counts == {first: GIVE_UP}
 
 
 def fill(template: object, fields: dict[str, str], place: str, *needed: str) -> str:

@@ -16,12 +16,6 @@ ULTRAFEEDBACK = "Table 3. BLEU and ROUGE after training on UltraFeedback"
 LIKELIHOODS = "Likelihoods (not in the paper)"
 FILES = ("arena_hard*.json", "mt_bench*.json", "score.json", "likelihood.json")
 
-WRITERS = {  # a key that a file has -> the command that writes it
-    "bleu4_lf": "score",
-    "measures": "likelihood",
-    "models": "report (of one model, or {name} among several)",
-}
-
 
 def run(flags: argparse.Namespace) -> None:
     """Reads the FILES in a directory for each model; a benchmark has a column for each judge. A
@@ -44,19 +38,19 @@ def run(flags: argparse.Namespace) -> None:
         if name in tables[title]:
             raise InputError(f"{text}: a second directory of that name; wanted another NAME=DIR")
         tables[title][name] = dict.fromkeys(OVERLAP, "-")
-        tables[title][name] |= cells_of(directory / "score.json", "bleu4_lf", name)
+        tables[title][name] |= cells_of(directory / "score.json", "score", name)
         if title == ULTRAFEEDBACK:  # the paper judged only these models
             tables[BENCHMARKS][name], reports = {}, {}
             for path in paths:
                 if path.name.startswith(("arena_hard", "mt_bench")):
-                    cells = cells_of(path, "models", name)
+                    cells = cells_of(path, "report", name)
                     for column in cells:
                         if (other := reports.setdefault(column, path)) != path:
                             raise InputError(
                                 f"{path}: a report of {column}, as is {other}; wanted one"
                             )
                     tables[BENCHMARKS][name] |= cells
-        if likely := cells_of(directory / "likelihood.json", "measures", name):
+        if likely := cells_of(directory / "likelihood.json", "likelihood", name):
             tables[LIKELIHOODS][name + suffix] = likely
     for title, models in tables.items():
         if models:
@@ -66,26 +60,38 @@ def run(flags: argparse.Namespace) -> None:
             print(f"{title}\n\n{table(['model', *columns], rows)}\n")
 
 
-def cells_of(path: Path, key: str, name: str) -> dict[str, str]:
-    """Column -> text, of a file that the command WRITERS[key] wrote; empty if it is missing."""
+def cells_of(path: Path, command: str, name: str) -> dict[str, str]:
+    """Column -> text, of a file that this command of eval.py wrote; empty if it is missing."""
     if not path.is_file():
         return {}
     found = read_json(path, "what eval.py wrote with --json")
     try:
-        if key == "measures":
-            form = "{value:.4f} [{low:.4f}, {high:.4f}]"
-            return {measure: form.format(**of) for measure, of in found[key].items()}
-        if key == "models":
-            models = found[key]
-            other = next(iter(models)) if len(models) == 1 else None
-            model = name if name in models else other
-            column = f"{found['benchmark']}, {found['judge'] or 'battles'}"
-            text = cell(next(iter(models[model]["scores"].values())))
-            return {column: text if model == name else f"{text} ({model})"}
-        cells = {column: f"{found[column]:.2f}" for column in OVERLAP if column in found}
-        return {key: f"{found[key]:.2f}"} | cells
+        return READERS[command](found, name)
     except (LookupError, TypeError, AttributeError, ValueError, StopIteration, OverflowError):
-        raise InputError(f"{path}: wanted what {WRITERS[key].format(name=name)} wrote") from None
+        of_one = f" (of one model, or {name} among several)" * (command == "report")
+        raise InputError(f"{path}: wanted what {command}{of_one} wrote") from None
+
+
+def scores(found: dict, _name: str) -> dict[str, str]:
+    columns = dict.fromkeys(["bleu4_lf", *(column for column in OVERLAP if column in found)])
+    return {column: f"{found[column]:.2f}" for column in columns}
+
+
+def likelihoods(found: dict, _name: str) -> dict[str, str]:
+    form = "{value:.4f} [{low:.4f}, {high:.4f}]"
+    return {measure: form.format(**of) for measure, of in found["measures"].items()}
+
+
+def verdicts(found: dict, name: str) -> dict[str, str]:
+    """The column of a benchmark and judge. A single model may have another name: it is shown."""
+    models = found["models"]
+    model = next(iter(models)) if name not in models and len(models) == 1 else name
+    text = cell(next(iter(models[model]["scores"].values())))
+    column = f"{found['benchmark']}, {found['judge'] or 'battles'}"
+    return {column: text if model == name else f"{text} ({model})"}
+
+
+READERS = {"score": scores, "likelihood": likelihoods, "report": verdicts}
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:

@@ -73,7 +73,7 @@ def parse_message(message: object, key: str) -> tuple[str, str]:
     said = set()
     for role_key, content_key in SPELLINGS:
         if role_key in found and content_key in found:
-            role, content = found[role_key], message_text(found[content_key], key).strip()
+            role, content = found[role_key], text(lone_part(found[content_key]), key).strip()
             if not isinstance(role, str) or role not in ROLES:
                 wanted = f"wanted one of {', '.join(ROLES)}"
                 raise ValueError(f"{key} holds the role {shown(role)}, {wanted}")
@@ -84,14 +84,8 @@ def parse_message(message: object, key: str) -> tuple[str, str]:
     return said.pop()
 
 
-def message_text(content: object, key: str) -> str:
-    """A message's content: a text, or a list of one part that is a text, as for multimodal
-    models."""
-    return text(lone_part(content), key)
-
-
 def lone_part(content: object) -> object:
-    """The text of a content's only part; any other content as it is."""
+    """The text of a content's only part, as for multimodal models; any other content as it is."""
     if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
         part = present(content[0])
         if part.keys() == {"type", "text"} and part["type"] == "text":
@@ -205,39 +199,53 @@ def parse_pair(record: object) -> tuple | None:
         prompt, *answers = (np.array(token_ids(record, key), dtype=np.int32) for key in keys)
         return prompt, *as_pair(answers, good)
     keys = PAIR_KEYS if good is None else (answer_key(record) or "completion",)
-    for key in keys:
-        if key not in record:
-            wanted = "chosen and rejected, or an answer and a label (docs/data-formats.md)"
-            raise ValueError(f"key {key} is missing: found {names(record)}, wanted {wanted}")
+    if missing := [key for key in keys if key not in record]:
+        wanted = "chosen and rejected, or an answer and a label (docs/data-formats.md)"
+        raise ValueError(f"key {missing[0]} is missing: found {names(record)}, wanted {wanted}")
     refuse_left_out(record)
+    parse_stored(record, keys)
+    prompts = read_prompt_keys(record)
+    prompts.pop(keys[0], None)  # a conversation that ends with the one answer
+    # UltraFeedback repeats the chosen conversation under `messages`: that is not a prompt.
+    repeated = [key for key in CONVERSATION_KEYS if key in prompts and is_answered(prompts[key])]
+    conversations = {key: prompts.pop(key) for key in repeated}
+    given = one_prompt(prompts, record, keys)
+    sides = [parse_side(given, record, key) for key in keys]
+    (prompt, answer), (other_prompt, _) = sides[0], sides[-1]
+    for key, conversation in conversations.items():
+        if not same_conversation(conversation, [*prompt, ("assistant", answer)]):
+            raise ValueError(f"{key} hold another conversation than {keys[0]}, wanted one")
+    if prompt != other_prompt:
+        return None
+    refuse_lost_parts(record, prompt)
+    last_role = prompt[-1][0]
+    as_messages = any(isinstance(record.get(key), list) for key in (*list(prompts)[:1], *keys))
+    if last_role != "user" and as_messages:  # TRL would continue that turn
+        raise ValueError(f"the turn before the answer is the {last_role}'s, wanted the user's")
+    return prompt, *as_pair([answer for _, answer in sides], good)
+
+
+def parse_stored(record: dict, keys: Sequence[str]) -> None:
+    """Puts the messages in the place of a text that holds them. keys: of the answers."""
     for key in (*keys, "prompt", "conversations", "messages"):
         if key == "prompt" and said_by_user(record.get(key), record, keys):
             record[key] = [{"role": "user", "content": record[key]}]  # text, whatever it looks like
         if isinstance(record.get(key), str):
             record[key] = stored_messages(record[key], key)
-    prompts, repeated = read_prompt_keys(record), {}
-    prompts.pop(keys[0], None)  # a conversation that ends with the one answer
-    for key in CONVERSATION_KEYS:
-        if key in prompts and prompts[key][-1][0] == "assistant":
-            # UltraFeedback repeats the chosen conversation there: it is not a prompt.
-            repeated[key] = prompts.pop(key)
+
+
+def is_answered(turns: Turns) -> bool:
+    """True if a conversation ends with the assistant's turn."""
+    return turns[-1][0] == "assistant"
+
+
+def one_prompt(prompts: dict[str, Turns], record: dict, keys: Sequence[str]) -> Turns:
+    """The prompt that all keys of `prompts` give; without any, that of `lone_prompt`."""
     first, *others = prompts or [None]
     for other in others:
         if prompts[other] != prompts[first]:
             raise ValueError(f"{first} and {other} give different prompts, wanted one")
-    prompt = prompts[first] if prompts else lone_prompt(record, keys)
-    asked, answers = zip(*(parse_side(prompt, record, key) for key in keys), strict=True)
-    for key, conversation in repeated.items():
-        if not same_conversation(conversation, [*asked[0], ("assistant", answers[0])]):
-            raise ValueError(f"{key} hold another conversation than {keys[0]}, wanted one")
-    if asked[0] != asked[-1]:
-        return None
-    refuse_lost_parts(record, asked[0])
-    role = asked[0][-1][0]
-    as_messages = any(isinstance(record.get(key), list) for key in (first, *keys))
-    if role != "user" and as_messages:  # TRL would continue that turn
-        raise ValueError(f"the turn before the answer is the {role}'s, wanted the user's")
-    return asked[0], *as_pair(answers, good)
+    return prompts[first] if prompts else lone_prompt(record, keys)
 
 
 def names(record: dict) -> str:
@@ -321,28 +329,9 @@ def read_prompt_keys(record: dict) -> dict[str, Turns]:
 
 
 def parse_side(prompt: Turns, record: dict, key: str) -> tuple[Turns, str]:
-    """The prompt and the reply of one side. Its value is the reply (a text, or messages that start
-    with the assistant's) or a whole conversation that holds the prompt."""
-    value = record[key]
-    if isinstance(value, str):
-        turns = transcript(text(value, key))
-    elif isinstance(value, (list, dict)):
-        turns = messages(value if isinstance(value, list) else [value], key)
-    else:
-        raise ValueError(f"{key} is {shown(value)}, wanted a string or messages")
-    # A system turn or earlier turns may stand before the prompt's own, so these may start anywhere.
-    whole = any(turns[i : i + len(prompt)] == prompt for i in range(len(turns)))
-    if isinstance(value, str) and prompt and not whole:
-        if transcript(str(record.get("prompt", ""))) and turns and turns[0][0] == "user":
-            raise ValueError(f"{key} is a transcript that does not contain the prompt's turns")
-        turns = [*prompt, ("assistant", value.strip())]
-    elif turns and not whole:
-        if turns[0][0] != "assistant":
-            raise ValueError(
-                f"prompt is not among the turns of {key}, nor do they start with the assistant's"
-            )
-        turns = [*prompt, *turns]
-    if not turns or turns[-1][0] != "assistant":
+    """The prompt and the reply of one side."""
+    turns = side_turns(prompt, record, key)
+    if not turns or not is_answered(turns):
         turns = [*turns, ("assistant", "")]  # encode_preferences drops the pair as empty
     if not any(role == "user" for role, _ in turns[:-1]):
         wanted = f"{', '.join(PROMPT_FORMS)}, or whole conversations as answers"
@@ -351,6 +340,34 @@ def parse_side(prompt: Turns, record: dict, key: str) -> tuple[Turns, str]:
         )
     turns = with_system(turns, record)
     return turns[:-1], turns[-1][1]
+
+
+def side_turns(prompt: Turns, record: dict, key: str) -> Turns:
+    """The conversation of one side: its value, if that holds the prompt, or the prompt and the
+    value as the reply (a text, or messages that start with the assistant's)."""
+
+    def whole(turns: Turns) -> bool:
+        # A system turn or earlier turns may stand before the prompt's own: it may start anywhere.
+        return any(turns[i : i + len(prompt)] == prompt for i in range(len(turns)))
+
+    value = record[key]
+    if isinstance(value, str):
+        turns = transcript(text(value, key))
+        if not prompt or whole(turns):
+            return turns
+        if transcript(str(record.get("prompt", ""))) and turns and turns[0][0] == "user":
+            raise ValueError(f"{key} is a transcript that does not contain the prompt's turns")
+        return [*prompt, ("assistant", value.strip())]
+    if not isinstance(value, (list, dict)):
+        raise ValueError(f"{key} is {shown(value)}, wanted a string or messages")
+    turns = messages(value if isinstance(value, list) else [value], key)
+    if whole(turns):
+        return turns
+    if turns[0][0] != "assistant":
+        raise ValueError(
+            f"prompt is not among the turns of {key}, nor do they start with the assistant's"
+        )
+    return [*prompt, *turns]
 
 
 def with_system(turns: Turns, record: dict) -> Turns:
@@ -382,20 +399,30 @@ NOTHING = ("nan", "NaN", "None", "null", "<NA>")  # missing values, written as t
 
 def likely_mistakes(record: dict, prompt, *answers) -> list[str]:
     """What may be wrong with a pair that is not refused, by the names of its counts."""
-    found = ["repeat their prompt"] * repeats_prompt(prompt, *answers)
+    answers = [answer for answer in answers if answer is not None]
+    found = {
+        "repeat their prompt": repeats_prompt(prompt, answers),
+        "scored the other way": scored_the_other_way(record),
+    }
     if isinstance(prompt, list):
-        texts = [*(content for _, content in prompt), *filter(None, answers)]
-        marked = any(mark in text for text in texts for mark in MARKERS)
-        marked = marked or any(BRACKET.match(text) and NAMED_ROLE.search(text) for text in texts)
-        closed = (answer for answer in filter(None, answers) if answer.endswith("</s>"))
-        marked = marked or any("<s>" not in answer[1:] for answer in closed)  # else it is HTML
-        found += ["hold chat markers"] * marked
-        found += ["hold a word for nothing"] * any(text.strip() in NOTHING for text in texts)
+        texts = [*(content for _, content in prompt), *answers]
+        found["hold chat markers"] = any(map(marked, texts)) or any(map(ends_as_llama_2, answers))
+        found["hold a word for nothing"] = any(text.strip() in NOTHING for text in texts)
     else:
-        ends = [ids[-3:] for ids in answers if ids is not None and len(ids) > 3]
-        found += ["end in one id"] * any(len(set(end.tolist())) == 1 for end in ends)
-    found += ["scored the other way"] * scored_the_other_way(record)
-    return found
+        ends = [ids[-3:].tolist() for ids in answers if len(ids) > 3]
+        found["end in one id"] = any(len(set(end)) == 1 for end in ends)
+    return [name for name, is_so in found.items() if is_so]
+
+
+def marked(text: str) -> bool:
+    """True if a text holds markers of a chat format, or messages that were turned into text."""
+    if any(mark in text for mark in MARKERS):
+        return True
+    return bool(BRACKET.match(text) and NAMED_ROLE.search(text))
+
+
+def ends_as_llama_2(answer: str) -> bool:
+    return answer.endswith("</s>") and "<s>" not in answer[1:]  # else it is HTML
 
 
 # Keys that a form has, of records of ids and of texts.
@@ -425,10 +452,9 @@ def scored_the_other_way(record: dict) -> bool:
     return False
 
 
-def repeats_prompt(prompt, *answers) -> bool:
-    """True if all answers (None: absent) begin with the prompt (texts: with its last turn). They
-    would be scored on repeating it."""
-    answers = [answer for answer in answers if answer is not None]
+def repeats_prompt(prompt, answers: list) -> bool:
+    """True if all answers begin with the prompt (texts: with its last turn). They would be scored
+    on repeating it."""
     if not isinstance(answers[0], str):
         n = len(prompt)
         return n > 0 and all(np.array_equal(ids[:n], prompt) for ids in answers)
@@ -502,11 +528,8 @@ def text(value: object, key: str) -> str:
 def token_ids(record: dict, key: str) -> list[int]:
     """The value of a key, if it is a list of token ids."""
     value = record.get(key)
-    if not isinstance(value, list) or not all(map(is_token_id, value)):
+    # JSON's true is an int to isinstance.
+    if not isinstance(value, list) or not all(type(i) is int and 0 <= i < 2**31 for i in value):
         found = "missing" if value is None else shown(value)
         raise ValueError(f"{key} is {found}, wanted a list of token ids")
     return value
-
-
-def is_token_id(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**31  # JSON's true is an int to isinstance

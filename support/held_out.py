@@ -60,19 +60,20 @@ def read_groups(path: str | Path, key: str, pairs: Sequence) -> dict[str, set[in
     apart, not kinds of rows.
     """
     index = {pair.place: i for i, pair in enumerate(pairs)}
-    absent, found = f"no {key}", {}
+    absent, found = f"no {key}", {}  # found: a value as JSON -> the indexes
     for place, record in read_records(path):
         if place in index:
             value = present(record).get(key)
             found.setdefault(json.dumps(value, sort_keys=True), set()).add(index[place])
-    groups: dict[str, set[int]] = {}
-    for name, indexes in found.items():
-        value = json.loads(name)
+
+    def name_of(as_json: str) -> str:
+        value = json.loads(as_json)
         if value is None:
-            name = absent
-        elif isinstance(value, str) and value not in (*found, absent):
-            name = value
-        groups[name] = indexes
+            return absent
+        plain = isinstance(value, str) and value not in (*found, absent)
+        return value if plain else as_json
+
+    groups = {name_of(as_json): indexes for as_json, indexes in found.items()}
     values = groups.keys() - {absent}
     if not values:
         raise InputError(f"--eval-by {key}: no row of {path} that is used has this key")

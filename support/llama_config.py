@@ -67,15 +67,18 @@ def checked_config(raw: dict, where: str | Path) -> dict:
     tie = raw.get("tie_word_embeddings", False)
     if not isinstance(tie, bool):
         raise InputError(f"{where}: tie_word_embeddings is {shown(tie)}, wanted true or false")
-    ropes = [raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key)] or [{}]
-    scalings = [_rope_scaling(rope, where) for rope in ropes]
 
     def number(key: str, kind: type = int, default=None, source: dict = raw):
         return _positive(source, key, kind, where, default)
 
-    sources = [raw if rope.get("rope_theta") is None else rope for rope in ropes]
-    thetas = [number("rope_theta", float, 10_000.0, source) for source in sources]
-    if (scalings[0], thetas[0]) != (scalings[-1], thetas[-1]):
+    def rope_of(rope: dict) -> tuple[float, dict | None]:
+        scaling = _rope_scaling(rope, where)
+        source = raw if rope.get("rope_theta") is None else rope
+        return number("rope_theta", float, 10_000.0, source), scaling
+
+    ropes = [raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key)] or [{}]
+    (theta, scaling), *others = map(rope_of, ropes)
+    if others and others != [(theta, scaling)]:
         raise InputError(f"{where}: rope_parameters and rope_scaling differ, wanted one of them")
     heads, width = number("num_attention_heads"), number("hidden_size")
     if raw.get("head_dim") is None and width % heads:
@@ -93,8 +96,8 @@ def checked_config(raw: dict, where: str | Path) -> dict:
         "head_dim": number("head_dim", default=width // heads),
         "max_position_embeddings": number("max_position_embeddings"),
         "rms_norm_eps": number("rms_norm_eps", float, 1e-6),
-        "rope_theta": thetas[0],
-        "rope_scaling": scalings[0],
+        "rope_theta": theta,
+        "rope_scaling": scaling,
         "tie_word_embeddings": tie,
         "bos_token_id": next(iter(token_ids(raw, "bos_token_id", where)), None),
         "eos_token_id": token_ids(raw, "eos_token_id", where),

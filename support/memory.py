@@ -18,6 +18,7 @@ a step.
 import contextlib
 import functools
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -93,20 +94,25 @@ def costliest(
 
     plans: of every step, [process][micro-batch] -> indexes of pairs; sizes: tokens of each pair.
     """
-    best: list[list[tuple[float, list[int]]]] = [[(-1, []), (-1, [])] for _ in costs]
-    steps = count = tokens = most = 0
+    best: dict[tuple[int, bool], tuple[float, list[int]]] = {}  # (cost, not the first) -> the best
+    tokens, micro_batches_a_step = [], []
     for plan in plans:
-        steps += 1
-        for micro_batches in plan:
-            for i, indexes in enumerate(micro_batches):
-                size, later = int(sizes[indexes].sum()), int(i > 0)
-                count, tokens, most = count + 1, tokens + size, max(most, size)
-                for cost, best_of in zip(costs, best, strict=True):
-                    if (found := float(cost[indexes].sum())) > best_of[later][0]:
-                        best_of[later] = (found, indexes)
-    found = [[indexes for cost, indexes in best_of if cost >= 0] for best_of in best]
-    distinct = [step for i, step in enumerate(found) if step not in found[:i]]
-    return Costliest(distinct, max(best[-1])[0], count / steps / len(plan), tokens / count, most)
+        micro_batches_a_step.append(len(plan[0]))
+        for i, indexes in ((i, m) for process in plan for i, m in enumerate(process)):
+            tokens.append(int(sizes[indexes].sum()))
+            for number, cost in enumerate(costs):
+                of_cost, place = float(cost[indexes].sum()), (number, i > 0)
+                if place not in best or of_cost > best[place][0]:
+                    best[place] = of_cost, indexes
+    steps = []
+    for number in range(len(costs)):
+        places = ((number, False), (number, True))
+        step = [best[place][1] for place in places if place in best]
+        if step not in steps:
+            steps.append(step)
+    most = max(of_cost for (number, _), (of_cost, _) in best.items() if number == len(costs) - 1)
+    mean = statistics.fmean(micro_batches_a_step)
+    return Costliest(steps, most, mean, statistics.fmean(tokens), max(tokens))
 
 
 def costliest_of(llama, dataset, processes: int, recomputed: list[int]) -> Costliest:
@@ -220,6 +226,56 @@ def measure(
     return Measured(held, peak, gpu.emptied() - emptied if gpu else 0)
 
 
+class Trial:
+    """The run's costliest micro-batches, tried with a number of blocks recomputed."""
+
+    def __init__(self, model: nn.Module, dataset, step_loss: StepLoss, gpu: Gpu | None):
+        self.model, self.dataset, self.step_loss, self.gpu = model, dataset, step_loss, gpu
+        self.layers, self.llama = len(model.model["layers"]), model.config
+        self.recomputed, self.measured = self.layers, None  # of the last `run`
+
+    def find(self, numbers: list[int]) -> Costliest:
+        return costliest_of(self.llama, self.dataset, dist.get_world_size(), numbers)
+
+    def run(self, found: Costliest, recomputed: int) -> None:
+        self.recomputed, steps = recomputed, found.steps
+        self.measured = measure(
+            self.model, self.dataset, steps, recomputed, self.step_loss, self.gpu
+        )
+
+    def everywhere(self, number: float) -> int:
+        return smallest(number, self.dataset.device)
+
+    def in_pieces(self, found: Costliest) -> bool:
+        """True if the allocator empties its cache, also when it is tried again: earlier tries may
+        have left the pieces."""
+        if self.everywhere(not self.measured.emptied):
+            return False
+        self.run(found, self.recomputed)
+        return not self.everywhere(not self.measured.emptied)
+
+
+def keep_blocks(trial: Trial, found: Costliest, limit: float) -> None:
+    """Recomputes as few blocks as fit. A kept block adds at any moment at most what it keeps, so
+    two measurements say which numbers fit: with every block recomputed, and with one kept (if
+    `pair_bytes` says that it fits). What a choice leaves free is measured again."""
+    layers, all_recomputed = trial.layers, trial.measured
+
+    def fitting(one: float) -> int:
+        return trial.everywhere((limit - trial.measured.peak) // one)
+
+    few, fewer = (pair_bytes(trial.llama, trial.dataset, n) for n in (layers, layers - 1))
+    if not fitting(max((fewer - few)[indexes].sum() for step in found.steps for indexes in step)):
+        return
+    trial.run(found, layers - 1)
+    held = zip(all_recomputed.held, trial.measured.held, strict=True)
+    one = max(1, *(after - before for before, after in held))
+    trial.recomputed, trial.measured = layers, all_recomputed
+    while more := min(trial.recomputed, fitting(one)):
+        trial.run(found, trial.recomputed - more)
+    trial.model.recompute_first(trial.recomputed)  # the last try may have been that of `one`
+
+
 def rehearse(
     model: nn.Module,
     dataset,
@@ -231,12 +287,9 @@ def rehearse(
     blocks auto chooses how many blocks are recomputed, the same on all processes.
 
     Too little memory then shows in the first minute, not hours later, when such a batch is drawn.
-    A kept block adds at any moment at most what it keeps. So two measurements are enough to know
-    which numbers fit: with every block recomputed, and with one kept (if `pair_bytes` says that it
-    fits). What a choice leaves free is measured again. No process may run out of memory while it
-    tries, because the others would wait for it. Free memory may still be in pieces, or in another
-    stream's pool. The allocator would then empty its cache in each step, so more blocks are
-    recomputed, or micro-batches stay as they are.
+    No process may run out of memory while it tries, because the others would wait for it. If free
+    memory is in pieces, or in another stream's pool, the allocator would empty its cache in each
+    step: then more blocks are recomputed, or micro-batches stay as they are.
 
     model: model.Llama; dataset: train.Dataset, whose max_tokens_per_gpu may be raised.
     step_loss: train.step_loss. gpu: whose memory is measured (default: this process's, if it
@@ -244,76 +297,66 @@ def rehearse(
     """
     if gpu is None and dataset.device == "cuda":
         gpu = Gpu()
-    layers, llama = len(model.model["layers"]), model.config
-    fixed = recomputed_blocks(dataset.config.checkpoint_blocks, layers, gpu is not None)
-
-    def find(numbers: list[int]) -> Costliest:
-        return costliest_of(llama, dataset, dist.get_world_size(), numbers)
-
-    def try_with(recomputed: int) -> Measured:
-        return measure(model, dataset, found.steps, recomputed, step_loss, gpu)
-
-    def blocks_that_fit() -> int:
-        return smallest((limit - tried.peak) // one, dataset.device)
-
-    def in_pieces() -> bool:
-        nonlocal tried
-        if smallest(not tried.emptied, dataset.device):
-            return False
-        tried = try_with(recomputed)  # again: earlier tries may have left the pieces
-        return not smallest(not tried.emptied, dataset.device)
-
+    trial = Trial(model, dataset, step_loss, gpu)
+    layers, config = trial.layers, dataset.config
+    fixed = recomputed_blocks(config.checkpoint_blocks, layers, gpu is not None)
     if gpu:
-        smallest(0, dataset.device)  # so that NCCL has made what it keeps for this: see available
-    found = find([layers, layers // 2, 0] if fixed is None else [fixed])
-    resting, gathered = gpu.allocated() if gpu else 0, False
-    recomputed = layers if fixed is None else fixed
-    tried = try_with(recomputed)
+        trial.everywhere(0)  # so that NCCL has made what it keeps for this: see available
+    found = trial.find([layers, layers // 2, 0] if fixed is None else [fixed])
+    resting = gpu.allocated() if gpu else 0
+    trial.run(found, layers if fixed is None else fixed)
     if gpu and not fixed:
-        tried = try_with(recomputed)  # again: the first time, compiling took memory too
+        trial.run(found, trial.recomputed)  # again: the first time, compiling took memory too
+    in_pieces = 0  # blocks that are recomputed only because free memory is in pieces
     if fixed is None:
         limit = gpu.available() * (1 - MARGIN)
-        kept = pair_bytes(llama, dataset, layers - 1) - pair_bytes(llama, dataset, layers)
-        one = max(kept[indexes].sum() for step in found.steps for indexes in step)
-        if blocks_that_fit():
-            held = try_with(layers - 1).held
-            one = max(1, *(b - a for a, b in zip(tried.held, held, strict=True)))
-            while more := min(recomputed, blocks_that_fit()):
-                recomputed -= more
-                tried = try_with(recomputed)
-            # The last try may have been the one with one block kept.
-            model.recompute_first(recomputed)
-        fit = recomputed
-        while recomputed < layers and in_pieces():
-            recomputed = min(layers, recomputed + max(1, layers // 8))
-            tried = try_with(recomputed)
-        if recomputed == 0 and dataset.config.max_tokens_per_gpu is None:
-            smaller, found = found, enlarge(dataset, found, find, tried.peak, resting, limit)
-            if found is not smaller:
-                tried = try_with(0)
-                if in_pieces():
-                    dataset.max_tokens_per_gpu //= LARGER
-                    found = smaller
-                    tried = try_with(0)
-    if gpu and recomputed == 0:
-        weights = compute_dtype(dataset).itemsize * sum(p.numel() for p in model.parameters())
-        fits = leaves_room_to_gather(weights, tried.peak, gpu.available())
-        if smallest(fits, dataset.device) and sharding.keep_gathered(model):
-            gathered, tried = True, try_with(0)
-    text = f"recomputes {recomputed} of {layers} blocks"
-    if fixed is None and recomputed > fit:
-        text += f", {recomputed - fit} of them because free memory is in pieces"
+        keep_blocks(trial, found, limit)
+        fit = trial.recomputed
+        while trial.recomputed < layers and trial.in_pieces(found):
+            trial.run(found, min(layers, trial.recomputed + max(1, layers // 8)))
+        in_pieces = trial.recomputed - fit
+        if trial.recomputed == 0 and config.max_tokens_per_gpu is None:
+            found = try_larger(trial, found, resting, limit)
+    gathered = bool(gpu) and trial.recomputed == 0 and try_gathered(trial, found)
+    text = f"recomputes {trial.recomputed} of {layers} blocks"
+    if in_pieces:
+        text += f", {in_pieces} of them because free memory is in pieces"
     if gathered:
         text += ", keeps weights gathered"
     if gpu:
-        text += f"; {tried.peak / 2**30:.1f} of {gpu.available() / 2**30:.1f} GiB at the peak"
+        peak, most = trial.measured.peak / 2**30, gpu.available() / 2**30
+        text += f"; {peak:.1f} of {most:.1f} GiB at the peak"
         gpu.reset_peak()  # from here on it is that of the steps
     say(f"  memory     {text}\n  batches    {describe(found, dataset)}")
     return {
-        "recomputed_blocks": recomputed,
+        "recomputed_blocks": trial.recomputed,
         "max_tokens_per_gpu": dataset.max_tokens_per_gpu,
         "weights_kept_gathered": gathered,
     }
+
+
+def try_larger(trial: Trial, found: Costliest, resting: float, limit: float) -> Costliest:
+    """Larger micro-batches, if they fit and free memory is not in pieces. Returns the costliest."""
+    larger = enlarge(trial.dataset, found, trial.find, trial.measured.peak, resting, limit)
+    if larger is found:
+        return found
+    trial.run(larger, 0)
+    if not trial.in_pieces(larger):
+        return larger
+    trial.dataset.max_tokens_per_gpu //= LARGER
+    trial.run(found, 0)
+    return found
+
+
+def try_gathered(trial: Trial, found: Costliest) -> bool:
+    """Keeps weights gathered if that leaves room on every process."""
+    weights = sum(p.numel() for p in trial.model.parameters())
+    weights *= compute_dtype(trial.dataset).itemsize
+    fits = leaves_room_to_gather(weights, trial.measured.peak, trial.gpu.available())
+    if not trial.everywhere(fits) or not sharding.keep_gathered(trial.model):
+        return False
+    trial.run(found, 0)
+    return True
 
 
 def smallest(number: float, device: str) -> int:
@@ -428,44 +471,46 @@ def print_plan(dataset, llama, parameters: int, build: Build) -> None:
 
     dataset: train.Dataset; llama: model.LlamaConfig; parameters: their number; build: see Build.
     """
-    config, sizes, layers = dataset.config, dataset.sizes, llama.num_hidden_layers
-    gpus = config.plan
+    config, layers, gpus = dataset.config, llama.num_hidden_layers, dataset.config.plan
     limit = (config.gpu_memory or math.inf) * (1 - MARGIN)
     fixed = recomputed_blocks(config.checkpoint_blocks, layers, on_gpu=True)
 
     def find(numbers: list[int]) -> Costliest:
         return costliest_of(llama, dataset, gpus, numbers)
 
-    @functools.cache
-    def peak_of(recomputed: int) -> dict[str, float]:
+    def simulated(found: Costliest, gathered: bool = False) -> Callable[[int], dict[str, float]]:
+        """A number of recomputed blocks -> the peak by kind."""
         batches = [[dataset.batch(indexes) for indexes in step] for step in found.steps]
-        with announced(f"simulating a step that recomputes {recomputed} of {layers} blocks"):
-            return simulated_peak(build, batches, gpus, recomputed, gathered)
 
-    gathered = False
+        @functools.cache
+        def peak_of(recomputed: int) -> dict[str, float]:
+            with announced(f"simulating a step that recomputes {recomputed} of {layers} blocks"):
+                return simulated_peak(build, batches, gpus, recomputed, gathered)
+
+        return peak_of
+
     found = find([layers, layers // 2, 0] if fixed is None else [fixed])
-    if fixed is not None:
-        numbers = [fixed]
-    elif config.gpu_memory is None:
+    peak_of, gathered, numbers = simulated(found), False, [fixed]
+    if fixed is None:
         numbers = [layers, 0]
-    else:
-        numbers = [fewest_recomputed(lambda number: peak_of(number)["total"], layers, limit)]
-        if numbers == [0] and config.max_tokens_per_gpu is None:
+    if fixed is None and config.gpu_memory:
+        fewest = fewest_recomputed(lambda number: peak_of(number)["total"], layers, limit)
+        numbers = [fewest]
+        if fewest == 0 and config.max_tokens_per_gpu is None:
             resting = 12 * parameters / gpus / 2**30  # weights and moments
             found = enlarge(dataset, found, find, peak_of(0)["total"], resting, limit)
-            peak_of.cache_clear()
+            peak_of = simulated(found)
     if numbers == [0] and config.gpu_memory:
         weights = 2 * parameters / 2**30  # in bf16
         gathered = leaves_room_to_gather(weights, peak_of(0)["total"], config.gpu_memory)
-        if gathered:
-            peak_of.cache_clear()
+        peak_of = simulated(found, gathered) if gathered else peak_of
     share = config.pairs_per_step / len(dataset.pairs)  # of an epoch, in one step
     flops = 3 * share * pair_flops(llama, dataset.pairs, config.share_prompt)[:, :2].sum()
     print(
         f"{config.model} on {gpus} GPU{'s' * (gpus > 1)}, {config.data}\n"
         f"  parameters  {parameters:,}\n"
         f"  steps       {dataset.steps:,} of {config.pairs_per_step} pairs, "
-        f"{sizes.sum() * share:,.0f} tokens a step\n"
+        f"{dataset.sizes.sum() * share:,.0f} tokens a step\n"
         f"  batches     {describe(found, dataset)}\n"
         f"  FLOPs       {flops:.3g} a step (forward and backward; recomputation not counted)"
     )

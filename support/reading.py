@@ -47,6 +47,16 @@ def read_pairs(
     return pairs, counts, chat
 
 
+# What is kept but may be wrong, and how the header says so.
+DOUBTS = {
+    "repeat their prompt": "{answers} begin with the prompt: left in by mistake?",
+    "hold chat markers": "a text holds markers of a chat format: left in by mistake?",
+    "scored the other way": "the chosen answer has a lower score than the rejected one",
+    "hold a word for nothing": "a text is nan, None or null: missing values?",
+    "end in one id": "an answer ends in a run of one token id: padding?",
+}
+
+
 def describe(counts: Counter) -> str:
     """Counts of a data file in one line."""
     reasons = ("bad lines", "unequal prompts", "empty", "overlong", "identical")
@@ -55,21 +65,12 @@ def describe(counts: Counter) -> str:
     kept = f"{counts['kept']:,} kept"
     if good or bad:
         kept += f" ({counts['kept'] - good - bad:,} pairs, {good:,} good and {bad:,} bad answers)"
-    kept += f", {counts['truncated']:,} of them truncated"
-    text = f"{counts['read']:,} read, {kept}; dropped: {dropped}"
-    if repeats := counts["repeat their prompt"]:
-        answers = "the answers begin" if good or bad else "both answers begin"
-        text += f". In {repeats:,} {answers} with the prompt: left in by mistake?"
-    if marked := counts["hold chat markers"]:
-        text += f". In {marked:,} a text holds markers of a chat format: left in by mistake?"
-    if reversed_scores := counts["scored the other way"]:
-        text += (
-            f". In {reversed_scores:,} the chosen answer has a lower score than the rejected one"
-        )
-    if nothing := counts["hold a word for nothing"]:
-        text += f". In {nothing:,} a text is nan, None or null: missing values?"
-    if padded := counts["end in one id"]:
-        text += f". In {padded:,} an answer ends in a run of one token id: padding?"
+    text = f"{counts['read']:,} read, {kept}, {counts['truncated']:,} of them truncated"
+    text += f"; dropped: {dropped}"
+    answers = "the answers" if good or bad else "both answers"
+    for reason, said in DOUBTS.items():
+        if counts[reason]:
+            text += f". In {counts[reason]:,} {said.format(answers=answers)}"
     unread = [name for name, _ in counts.most_common() if name.startswith(UNREAD)]
     if unread:
         keys = ", ".join(name.removeprefix(UNREAD) for name in unread[:UNREAD_SHOWN])

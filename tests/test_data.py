@@ -520,17 +520,11 @@ def test_any_text_encodes_without_control_tokens_and_decodes_back_exactly(chat, 
     assert not set(ids) & {raw.token_to_id(name) for name in CONTROL}
 
 
-def test_a_tokenizer_that_loses_white_space_is_refused(tmp_path):
-    path = save_tokenizer(tmp_path, bare_tokenizer()) / "tokenizer.json"
-    raw = json.loads(path.read_text())
-    path.write_text(json.dumps(raw | {"pre_tokenizer": None}))  # with it go the ids of white space
-    assert "makes 'ab' of 'a\\n\\nb', so it loses or changes text" in tokenizer_complaint(tmp_path)
-
-
 @pytest.mark.parametrize(
     "change, said",
     [
         ({"normalizer": {"type": "Lowercase"}}, "makes 'a b' of 'A b'"),
+        ({"pre_tokenizer": None}, "makes 'ab' of 'a\\n\\nb', so it loses or changes text"),
         (
             {"normalizer": {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "}},
             "makes 'a b' of 'a\\n\\nb'",
@@ -818,6 +812,7 @@ B, C = '[{"role": "assistant", "content": "b"}]', '[{"role": "assistant", "conte
 BAD_LINES = dict(row.split(" => ") for row in ROWS) | {
     GOOD[:-1]: "not JSON",
     GOOD + GOOD: "not JSON",
+    GOOD[:-1] + ', "chosen": "x"}': "not JSON: key 'chosen' stands twice in one object",
     '{"prompt": "raw \x00 NUL", "chosen": "x", "rejected": "y"}': "not JSON",
     "\x00\x00": "not JSON",
     b'{"prompt": "\xff", "chosen": "x", "rejected": "y"}': "not UTF-8 (byte 12 is 0xff)",

@@ -680,6 +680,8 @@ def test_pairs_whose_answers_both_begin_with_their_prompt_are_kept_and_counted(
 ):
     pair, counts = read_one(record, tmp_path)
     assert isinstance(pair, tuple) and counts["repeat their prompt"] == repeats
+    said = "In 1 both answers begin with the prompt: left in by mistake?"
+    assert (said in describe(counts)) == bool(repeats)
 
 
 @pytest.mark.parametrize(

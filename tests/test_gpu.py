@@ -2,7 +2,6 @@
 
 import argparse
 import gzip
-import importlib
 import json
 import math
 import os
@@ -345,13 +344,3 @@ def test_variants_of_train_py_make_the_same_updates(start, tmp_path, monkeypatch
     expected, *others = found.values()
     for variant in others:
         assert variant == [pytest.approx(pair, rel=1e-4) for pair in expected]
-
-
-@pytest.mark.skipif(torch.version.cuda is not None, reason="this build of torch is for CUDA")
-def test_the_kernels_for_a_gpu_need_a_build_of_torch_for_cuda(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["kernels.py"])
-    with pytest.raises(SystemExit) as stopped:
-        importlib.import_module("kernels").main()
-    said = "kernels.py: needs torch's build for CUDA; this one is for CPUs"
-    assert stopped.value.code == said  # printed on stderr, with exit code 1
-    assert capsys.readouterr().out == ""

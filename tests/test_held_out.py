@@ -23,6 +23,7 @@ from conftest import (
     write_pairs,
 )
 from safetensors.torch import load_file
+from test_train import oracle_logps
 
 from data import ChatFormat
 from model import load_model
@@ -49,18 +50,6 @@ def sourced(tmp_path_factory):
     return path
 
 
-@torch.no_grad()
-def mean_logps(model, pair) -> list[float]:
-    """Mean log-probs of chosen and rejected, by two plain sequences."""
-    result = []
-    for response in (pair.chosen, pair.rejected):
-        tokens_T = torch.tensor(np.concatenate([pair.prompt, response]))
-        logp_TV = torch.log_softmax(model.logits(tokens_T)[:-1], -1)
-        logp_T = logp_TV.gather(1, tokens_T[1:, None])[len(pair.prompt) - 1 :, 0]
-        result.append(float(logp_T.mean()))
-    return result
-
-
 def test_held_out_figures_by_a_key_are_means_over_the_pairs_of_each_value(
     start, sourced, tmp_path, capsys
 ):
@@ -73,7 +62,8 @@ def test_held_out_figures_by_a_key_are_means_over_the_pairs_of_each_value(
     first = rows(out, "eval.jsonl")[0]
     assert list(first["by"]) == ["wiki", "chat", "no source", "3", '["a", {"b": 1}]', ""]
     model = load_model(start / "model")
-    logps = np.array([mean_logps(model, pair) for pair in HELD_OUT])
+    with torch.no_grad():
+        logps = np.array([oracle_logps(model, pair)[0] for pair in HELD_OUT])
     for name, found in [(None, first), *first["by"].items()]:
         within = [name in (None, other) for other in NAMES]
         w, l = logps[within].T

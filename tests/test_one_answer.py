@@ -429,11 +429,6 @@ def test_a_mean_over_no_row_is_left_out_of_the_log(start, tmp_path, capsys, some
     assert " ".join(printed.split()).count(kept) == 2
 
 
-def test_with_pairs_only_the_log_has_no_numbers_of_rows(start, tmp_path):
-    (row,) = trained(start, tmp_path / "out", "--max-steps 1")
-    assert not [name for name in row if name.startswith("rows_")]
-
-
 def test_each_row_weighs_the_same_and_fills_a_place_of_pairs_per_step(start, tmp_path):
     """7 rows in steps of 4: the second has 3, each still weighing a quarter."""
     data = write(tmp_path / "mixed.jsonl", id_rows(MIXED))
