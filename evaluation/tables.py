@@ -85,7 +85,7 @@ def likelihoods(found: dict, _name: str) -> dict[str, str]:
 def verdicts(found: dict, name: str) -> dict[str, str]:
     """The column of a benchmark and judge. A single model may have another name: it is shown."""
     models = found["models"]
-    model = next(iter(models)) if name not in models and len(models) == 1 else name
+    model = next(iter(models)) if len(models) == 1 else name
     text = cell(next(iter(models[model]["scores"].values())))
     column = f"{found['benchmark']}, {found['judge'] or 'battles'}"
     return {column: text if model == name else f"{text} ({model})"}

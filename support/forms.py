@@ -353,7 +353,7 @@ def side_turns(prompt: Turns, record: dict, key: str) -> Turns:
     value = record[key]
     if isinstance(value, str):
         turns = transcript(text(value, key))
-        if not prompt or whole(turns):
+        if whole(turns):
             return turns
         if transcript(str(record.get("prompt", ""))) and turns and turns[0][0] == "user":
             raise ValueError(f"{key} is a transcript that does not contain the prompt's turns")

@@ -559,23 +559,32 @@ def test_micro_batches_stay_small_if_larger_ones_would_empty_the_cache_in_each_s
         assert f"(--max-tokens-per-gpu {expected})" in found.said[0]
 
 
+@pytest.mark.parametrize(
+    "others, recomputed",
+    [
+        # Before the limit is taken; whether one block fits, then how many more; then the other
+        # one's allocator empties its cache with 5 recomputed, twice, and not with 6.
+        ([0, 1, 2, 1, 0, 0, 0, 1], 6),
+        ([0, 1, 0], 8),  # one is tried, and takes more than was expected
+    ],
+)
 def test_all_processes_recompute_as_many_blocks_as_the_one_with_the_least_memory(
-    rehearsed, monkeypatch
+    rehearsed, monkeypatch, others, recomputed
 ):
     def least(number, op):
         assert op == dist.ReduceOp.MIN
         number.clamp_(max=others.pop(0))
 
-    # Before the limit is taken; whether one block fits, then how many more; then the other one's
-    # allocator empties its cache with 5 recomputed, twice, and not with 6.
-    others = [0, 1, 2, 1, 0, 0, 0, 1]
+    others = list(others)
     with_group = memory.dist
     monkeypatch.setattr(memory, "dist", SimpleNamespace(**vars(with_group) | {"all_reduce": least}))
-    assert rehearsed(1e12).chosen == {
-        "recomputed_blocks": 6,
+    found = rehearsed(1e12)
+    assert found.chosen == {
+        "recomputed_blocks": recomputed,
         "max_tokens_per_gpu": 8192,
         "weights_kept_gathered": False,
     }
+    assert [block.recompute for block in found.model.model["layers"]].count(True) == recomputed
     assert not others
 
 
@@ -789,6 +798,13 @@ def test_a_plan_chooses_as_a_run_would(wide, capsys):
             assert large < peak <= large + 2 * parameters / 2**30 + 0.1
         assert blocks == [recomputed] and f"--max-tokens-per-gpu {micro_batch})" in printed
         assert ("That is more than" in printed) == (memory_gib < least)
+
+
+def test_a_plan_with_larger_micro_batches_shows_their_peak(wide, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "leaves_room_to_gather", lambda *_: False)
+    expected, _, _ = plan(capsys, *wide, "--checkpoint-blocks 0 --max-tokens-per-gpu 16384")
+    peaks, _, printed = plan(capsys, *wide, "--gpu-memory 40")
+    assert peaks == expected and "--max-tokens-per-gpu 16384)" in printed
 
 
 def test_a_plan_sees_logits_of_pairs_that_are_not_the_longest(tmp_path, capsys):
