@@ -172,7 +172,7 @@ def asft_loss(
         align_l_B = -log1mexp(bounded_l_B)
     else:
         align_w_B = -F.logsigmoid(temperature * log_odds(_bounded(logp_w_B, eps)))
-        align_w_B = align_w_B.masked_fill(logp_w_B == 0, 0.0)  # no chosen answer: exactly 0
+        align_w_B = align_w_B.masked_fill(logp_w_B == 0, 0.0)  # none, or one of p_w = 1
         align_l_B = -F.logsigmoid(-temperature * log_odds(bounded_l_B))
     align_B = align_w_B + align_l_B
     loss_B = sft_weight * sft_B + beta * align_B

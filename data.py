@@ -42,7 +42,8 @@ from support.tokenizer import check_keeps_text, check_vocabulary, control_ids, l
 # ------------------------------------------------------------------------------------------ reading
 
 UNREAD = "unread key "  # counts["unread key NAME"]: rows with a key that nothing here uses
-# Preferences encoded at once: the tokenizer's Encoding takes many times the memory of its ids.
+# Preferences encoded at once: the tokenizer's Encoding takes many times the memory of its ids. Also
+# records between two reports.
 CHUNK = 1000
 
 

@@ -86,7 +86,8 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: Jobs, settings: dict)
     outcomes = Outcomes()
 
     def do(key: tuple) -> None:
-        """In the job's own thread: the thread's next job begins before others hear of this one."""
+        """Counts in the job's own thread, which begins its next job before as_completed yields
+        this one."""
         failure = write_judgment(judge, out, {"question_id": key[0], "model": model}, jobs[key][1])
         if outcomes.add(failure) and not done:
             judge.stop.set()

@@ -3,7 +3,7 @@
 In reading order
     pair_bytes ... enlarge      the micro-batches that take most memory over the whole run
     leaves_room_to_gather       whether weights may be kept gathered over a step
-    measure, rehearse           runs them before the first step, so that too little memory shows
+    measure, Trial, rehearse    runs them before the first step, so that too little memory shows
                                 there; chooses how many blocks are recomputed
     fewest_recomputed           the same choice by simulation
     simulated_peak, print_plan  the peak on N GPUs, without a GPU (--plan N)
@@ -18,7 +18,6 @@ a step.
 import contextlib
 import functools
 import math
-import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -95,24 +94,26 @@ def costliest(
     plans: of every step, [process][micro-batch] -> indexes of pairs; sizes: tokens of each pair.
     """
     best: dict[tuple[int, bool], tuple[float, list[int]]] = {}  # (cost, not the first) -> the best
-    tokens, micro_batches_a_step = [], []
+    planned = count = tokens = largest = 0
     for plan in plans:
-        micro_batches_a_step.append(len(plan[0]))
-        for i, indexes in ((i, m) for process in plan for i, m in enumerate(process)):
-            tokens.append(int(sizes[indexes].sum()))
-            for number, cost in enumerate(costs):
-                of_cost, place = float(cost[indexes].sum()), (number, i > 0)
-                if place not in best or of_cost > best[place][0]:
-                    best[place] = of_cost, indexes
+        planned += 1
+        for micro_batches in plan:
+            for i, indexes in enumerate(micro_batches):
+                size = int(sizes[indexes].sum())
+                count, tokens, largest = count + 1, tokens + size, max(largest, size)
+                for number, cost in enumerate(costs):
+                    of_cost, place = float(cost[indexes].sum()), (number, i > 0)
+                    if place not in best or of_cost > best[place][0]:
+                        best[place] = of_cost, indexes
     steps = []
     for number in range(len(costs)):
         places = ((number, False), (number, True))
         step = [best[place][1] for place in places if place in best]
         if step not in steps:
             steps.append(step)
-    most = max(of_cost for (number, _), (of_cost, _) in best.items() if number == len(costs) - 1)
-    mean = statistics.fmean(micro_batches_a_step)
-    return Costliest(steps, most, mean, statistics.fmean(tokens), max(tokens))
+    last = len(costs) - 1
+    highest = max(best[place][0] for place in ((last, False), (last, True)) if place in best)
+    return Costliest(steps, highest, count / planned / len(plan), tokens / count, largest)
 
 
 def costliest_of(llama, dataset, processes: int, recomputed: list[int]) -> Costliest:
@@ -232,7 +233,7 @@ class Trial:
     def __init__(self, model: nn.Module, dataset, step_loss: StepLoss, gpu: Gpu | None):
         self.model, self.dataset, self.step_loss, self.gpu = model, dataset, step_loss, gpu
         self.layers, self.llama = len(model.model["layers"]), model.config
-        self.recomputed, self.measured = self.layers, None  # of the last `run`
+        self.recomputed, self.measured = self.layers, None  # the choice so far and its measurement
 
     def find(self, numbers: list[int]) -> Costliest:
         return costliest_of(self.llama, self.dataset, dist.get_world_size(), numbers)
@@ -307,20 +308,20 @@ def rehearse(
     trial.run(found, layers if fixed is None else fixed)
     if gpu and not fixed:
         trial.run(found, trial.recomputed)  # again: the first time, compiling took memory too
-    in_pieces = 0  # blocks that are recomputed only because free memory is in pieces
+    for_pieces = 0  # blocks that are recomputed only because free memory is in pieces
     if fixed is None:
         limit = gpu.available() * (1 - MARGIN)
         keep_blocks(trial, found, limit)
         fit = trial.recomputed
         while trial.recomputed < layers and trial.in_pieces(found):
             trial.run(found, min(layers, trial.recomputed + max(1, layers // 8)))
-        in_pieces = trial.recomputed - fit
+        for_pieces = trial.recomputed - fit
         if trial.recomputed == 0 and config.max_tokens_per_gpu is None:
             found = try_larger(trial, found, resting, limit)
     gathered = bool(gpu) and trial.recomputed == 0 and try_gathered(trial, found)
     text = f"recomputes {trial.recomputed} of {layers} blocks"
-    if in_pieces:
-        text += f", {in_pieces} of them because free memory is in pieces"
+    if for_pieces:
+        text += f", {for_pieces} of them because free memory is in pieces"
     if gathered:
         text += ", keeps weights gathered"
     if gpu:

@@ -1,7 +1,7 @@
 """Devices, agreement between processes, signals and exit codes.
 
 choose_device, out_of_memory, peak_memory_gib    the device and its memory
-environment, start, refuse_restart               torchrun's process group, or one of one
+environment, join_group, start, refuse_restart   torchrun's process group, or one of one
 together, on_first_process, agree                actions whose failure all processes learn of
 announced, every_two_seconds                     lines for what takes longer than 2 s
 StopRequest, StoppedError, stop_non_finite       a run that ends before its last step
@@ -133,8 +133,8 @@ def join_group(backend: str, **options) -> None:
         rank, world = environment("RANK"), environment("WORLD_SIZE")
         if rank >= world:
             raise InputError(f"RANK is {rank} in the environment, but WORLD_SIZE is {world}")
-    # On each machine: its user may see no other's lines.
-    speaks = world > 1 and environment("LOCAL_RANK", 0) == 0
+    # One process of each machine, whose user may not see the others' output.
+    speaks = world > 1 and environment("LOCAL_RANK", rank) == 0
     with announced(f"waiting for all {world} processes", speaks):
         store = common_store() if in_a_group() else dist.HashStore()
         try:
@@ -412,8 +412,8 @@ def exit_code(program: str, action: typing.Callable[[], None], memory_advice: ty
         elif another_ended(error):
             complain(
                 program,
-                "another process of the run ended; its message says why (if it has none it was "
-                "killed, perhaps by the kernel for want of memory)",
+                "another process of the run ended; its message says why (no message: it was "
+                "killed, perhaps because memory ran out)",
             )
         else:
             raise

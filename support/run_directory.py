@@ -105,12 +105,14 @@ def claim_out(out: str | None, resume: bool, wanted: dict[str, str]) -> Path:
 
 def check_shared(out: Path) -> None:
     """Raises InputError on all processes if one of them does not see OUT or cannot write there."""
-    # A new name: .lock may be there from an earlier run, also on a machine's own disk.
-    mark = Path(on_first_process(lambda: tempfile.mkdtemp(prefix=".shared-", dir=out)))
+    # A new name: .lock may be there from an earlier run, also on a machine's own disk. Only the
+    # name is passed on: since Python 3.12 mkdtemp returns an absolute path.
+    mark = out / on_first_process(lambda: Path(tempfile.mkdtemp(prefix=".shared-", dir=out)).name)
 
     def reach() -> bool:
         if seen := mark.exists():
-            (mark / str(dist.get_rank())).touch()
+            with naming(f"--out {out}: process {dist.get_rank()} cannot write there"):
+                (mark / str(dist.get_rank())).touch()
         return seen
 
     try:

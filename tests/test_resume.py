@@ -47,8 +47,8 @@ from conftest import (
 from safetensors.torch import load_file
 
 import train
-from support import checkpoints, export, sharding
-from support.files import checksum, file_checksum
+from support import checkpoints, export, run_directory, sharding
+from support.files import InputError, checksum, file_checksum
 from support.processes import StopRequest, join_group
 
 CLOCKS = {"seconds", "tokens_per_s", "pairs_per_s", "peak_memory_gib"}
@@ -627,6 +627,34 @@ def test_processes_that_do_not_see_one_out_are_told_so_before_the_first_step(sta
     said = complaint_of_two(flags(start, "out", "--max-steps 1"), homes=homes)
     assert "--out out: process 1 does not see it" in said
     assert not (homes[0] / "out/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "name, action, said",
+    [
+        # The mark lies elsewhere; mkdtemp gives its absolute path, as it does since Python 3.12.
+        (
+            "tempfile.mkdtemp",
+            lambda prefix, dir: (dir.parent / ".shared-x").mkdir(),
+            "does not see it",
+        ),
+        (
+            "pathlib.Path.touch",
+            lambda path: os.listdir("/absent"),
+            "process 0 cannot write there: ",
+        ),
+    ],
+)
+def test_out_must_be_seen_and_written_by_every_process(tmp_path, monkeypatch, name, action, said):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(name, lambda *a, **k: action(*a, **k) or str(tmp_path / ".shared-x"))
+    join_group("gloo")
+    try:
+        with pytest.raises(InputError, match=said):
+            run_directory.check_shared(tmp_path / "out")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not list((tmp_path / "out").iterdir())
 
 
 # --------------------------------------------------------------------------- cannot be resumed

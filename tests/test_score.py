@@ -246,7 +246,8 @@ PACKAGES = {module.split(".")[0]: module for module in MODULES.split()}
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_missing_package_is_one_line_with_the_pip_command(tmp_path, capsys, monkeypatch, package):
-    importlib.import_module(PACKAGES[package])  # a first import that fails leaves nltk in halves
+    # A first import that fails would leave nltk half imported.
+    importlib.import_module(PACKAGES[package])
     monkeypatch.setitem(sys.modules, PACKAGES[package], None)  # importing it fails then
     scoring.load_jieba.cache_clear()
     file = write_rows(tmp_path / "answers.jsonl", row("a", "a"))

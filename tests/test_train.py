@@ -188,7 +188,7 @@ ENVIRONMENTS = [
     ("RANK=0", "WORLD_SIZE is missing in the environment, wanted a whole number: torchrun sets"),
     ("RANK=0 WORLD_SIZE=1", "MASTER_PORT is missing in the environment"),
     ("RANK=0 WORLD_SIZE=1 MASTER_PORT=29700", "MASTER_ADDR missing, MASTER_PORT 29700: "),
-    ("RANK=1 WORLD_SIZE=1 MASTER_PORT=29700", "RANK is 1 in the environment, but WORLD_SIZE is 1"),
+    ("RANK=0 WORLD_SIZE=0", "RANK is 0 in the environment, but WORLD_SIZE is 0"),
     ("RANK=x WORLD_SIZE=1", "RANK is 'x' in the environment"),
     ("WORLD_SIZE=2", "RANK is missing in the environment"),
     ("LOCAL_WORLD_SIZE=many", "LOCAL_WORLD_SIZE is 'many' in the environment"),
