@@ -73,6 +73,7 @@ def judge_all(flags: argparse.Namespace, model: str, jobs: Jobs, settings: dict)
     When interrupted, it waits for the replies under way, so that all that was paid for is kept. If
     --out was empty and the first GIVE_UP jobs fail alike, or all give no verdict, it asks nothing
     more.
+
     Raises StoppedError (exit code 1) if --out was empty and no row got a verdict."""
     out = Path(flags.out)
     hold_out(out)
