@@ -120,7 +120,8 @@ def asft_loss(
 ) -> tuple[Tensor, Metrics]:
     """L_ASFT = L_SFT + beta * L_align (equation 14). Takes mean log-probs; no reference model.
 
-    Equations 13 and 14, with the parentheses that Appendix B lacks (docs/paper.md):
+    Equations 13 and 14. (Appendix B breaks align over two lines without parentheses, which loses
+    its second half.)
 
         log_odds_w = logp_w - log(1 - exp(logp_w))     (log_odds_l alike)
         align  = -logsigmoid(log_odds_w) - logsigmoid(-log_odds_l)
@@ -134,8 +135,9 @@ def asft_loss(
     which is what runs at temperature 1: no odds, no cancellation, and no trouble at logp_w = 0.
     (With sft_weight, 1 + beta is sft_weight + beta.)
 
-    Each answer has its own terms, so either may be absent. Pass logp_w = 0, as a constant, for an
-    absent chosen one, logp_l = -inf for an absent rejected one: its terms are then exactly 0.
+    Each answer has its own terms, so either may be absent. For an absent chosen one pass
+    logp_w = 0, as a constant; for an absent rejected one logp_l = -inf. Its terms are then exactly
+    0; margin and accuracy mean nothing, so leave them out of an average.
 
     Args:
         logp_w_B, logp_l_B: mean log-probs in nats, at most 0, of equal shape. Half types are
@@ -147,7 +149,8 @@ def asft_loss(
             -logsigmoid(temperature * log_odds_w) - logsigmoid(-temperature * log_odds_l). The
             paper has 1.
         eps: in nats. Inside the align term's log(1 - p), or its odds if tempered, log-probs above
-            -eps are replaced by -eps, but keep gradient 1. So value and gradient stay finite: a
+            -eps are replaced by -eps, but keep gradient 1 (if tempered, not logp_w = 0: that is an
+            absent answer). So value and gradient stay finite: a
             rejected response that the model knows by heart is pushed with weight about beta / eps
             (at temperature 1), too much for a gradient in fp16. The paper is silent here.
 
@@ -172,7 +175,7 @@ def asft_loss(
         align_l_B = -log1mexp(bounded_l_B)
     else:
         align_w_B = -F.logsigmoid(temperature * log_odds(_bounded(logp_w_B, eps)))
-        align_w_B = align_w_B.masked_fill(logp_w_B == 0, 0.0)  # none, or one of p_w = 1
+        align_w_B = align_w_B.masked_fill(logp_w_B == 0, 0.0)  # an absent answer, or p_w = 1
         align_l_B = -F.logsigmoid(-temperature * log_odds(bounded_l_B))
     align_B = align_w_B + align_l_B
     loss_B = sft_weight * sft_B + beta * align_B
@@ -322,7 +325,8 @@ def response_logps(
             f"response_logps needs logits (R, T, V), tokens (R, T) and scored (R, T); found {found}"
         )
     scored_RT = scored_RT.bool()
-    if (bad_R := scored_RT[:, 0] | ~scored_RT.any(dim=1)).any():
+    bad_R = scored_RT[:, 0] | ~scored_RT.any(dim=1)
+    if bad_R.any():
         rows = bad_R.nonzero()[:, 0].tolist()
         raise ValueError(f"rows {rows}: each needs at least one scored token, and not its first")
     sums, means = [], []

@@ -52,7 +52,7 @@ class Preference:
     """A prompt with a chosen and a rejected response, as texts or as token ids (int32). One of the
     responses may be absent: None."""
 
-    prompt: Turns | np.ndarray
+    prompt: Turns | np.ndarray  # Turns: [(role, content), ...]
     chosen: str | np.ndarray | None
     rejected: str | np.ndarray | None
     place: str  # "file:line", or "file: record 3"
@@ -324,21 +324,21 @@ def plan_step(
     sizes: np.ndarray,
     pairs_per_step: int,
     seed: int | None,
-    step: int,
+    update: int,
     processes: int,
     max_tokens_per_gpu: int,
 ) -> list[list[list[int]]]:
-    """Which pairs each process computes in which micro-batch of step `step` (from 0).
+    """Which pairs each process computes in which micro-batch of update `update` (from 0).
 
-    A pure function. The step's pairs depend only on (number of pairs, pairs_per_step, seed, step),
-    not on the machine: each epoch is a fresh permutation (file order if seed is None), cut into
-    steps; the last step of an epoch may be short. `split_pairs` deals them out.
+    A pure function. Its pairs depend only on (number of pairs, pairs_per_step, seed, update), not
+    on the machine: each epoch is a fresh permutation (file order if seed is None), cut into steps;
+    the last step of an epoch may be short. `split_pairs` deals them out.
 
     sizes: packed tokens of every pair. Raises InputError if a pair of the step exceeds
     max_tokens_per_gpu.
     """
     steps_per_epoch = -(-len(sizes) // pairs_per_step)
-    epoch, within = divmod(step, steps_per_epoch)
+    epoch, within = divmod(update, steps_per_epoch)
     order = epoch_order(len(sizes), seed, epoch)
     drawn = order[within * pairs_per_step : (within + 1) * pairs_per_step]
     return split_pairs(drawn, sizes, processes, max_tokens_per_gpu)

@@ -63,7 +63,8 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The fields of config.json that matter, under its own names, with transformers' defaults."""
+    """The fields of config.json that matter, under its own names. Optional ones have transformers'
+    defaults, except the token ids: none."""
 
     vocab_size: int  # V
     hidden_size: int  # D
@@ -126,8 +127,8 @@ class Segments:
     query_starts: Tensor  # int32, (segments + 1,)
     key_starts: Tensor  # int32, (segments + 1,)
     key_index_N: Tensor | None  # int64; None if the keys are the queries' own tokens
-    # At least every segment's number of keys. Blocks are compiled anew for each value, so a run
-    # has one for all batches: --max-tokens.
+    # No segment has more keys than this. Blocks are compiled anew for each value, so all batches
+    # of a run have the same: --max-tokens.
     longest: int
 
     def to(self, device: torch.device | str) -> "Segments":
@@ -164,9 +165,9 @@ def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments) -
     h // (H / G).
 
     The loop over `scaled_dot_product_attention` defines the result. CUDA's variable-length flash
-    kernel, for half types, must equal it up to rounding (tests/test_cuda.py). SDPA's own
-    `is_causal` is aligned at the top left: with unequal lengths it would show a rejected token only
-    the first tokens of its prompt, so a mask says bottom right.
+    kernel, for what it can read (`flash_reads`), must equal it up to rounding (tests/test_cuda.py).
+    SDPA's own `is_causal` is aligned at the top left: with unequal lengths it would show a rejected
+    token only the first tokens of its prompt, so a mask says bottom right.
     """
     k_NGK, v_NGK = k_TGK, v_TGK
     if segments.key_index_N is not None:
@@ -237,15 +238,15 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        # The formula above, but for backward it keeps only x and one number per token.
+        # The same formula. For backward it keeps only x and one number per token.
         return rms_norm(x_TD, self.weight, self.eps)
 
 
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share G key/value heads.
 
-    `attend` is `attention`. Only generation (evaluation/generate.py) passes another function, which
-    also keeps keys and values; its later steps have no segments.
+    `attend` is `attention` or, in generation (evaluation/generate.py), a function that also keeps
+    keys and values; after the prompt, generation passes no segments.
     """
 
     def __init__(self, config: LlamaConfig):
@@ -282,7 +283,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        # The formula above, but for backward it keeps only gate and up.
+        # The same formula. For backward it keeps only gate and up.
         return gated_product(self.gate_proj(x_TD), self.up_proj(x_TD), self.down_proj.weight)
 
 
@@ -310,9 +311,9 @@ class Block(nn.Module):
     ) -> Tensor:
         inputs = (x_TD, rope, segments, attend)
         if torch.is_grad_enabled() and self.recompute:
-            # Inside what support/compiler.py compiles, so that the compiler sees that backward does
-            # not need down_proj's output, and does not recompute it. preserve_rng_state=False:
-            # nothing here is random, and to save a GPU's random state the CPU would wait for it.
+            # checkpoint() is inside the compiled block, so the compiler sees that backward does not
+            # need down_proj's output, and does not recompute it. preserve_rng_state=False: nothing
+            # here is random, and saving a GPU's random state makes the CPU wait.
             return checkpoint(self.compute, *inputs, use_reentrant=False, preserve_rng_state=False)
         return self.compute(*inputs)
 
@@ -334,6 +335,9 @@ class _TargetLogps(torch.autograd.Function):
     So forward overwrites the logits, in their own dtype, by exp(logits - m) - Z onehot. The factor
     -grad / Z, one number per scored token, follows in backward: it is multiplied into the (S, D)
     operand or result of the two matrix products, not into the (S, V) one.
+
+    `exponentiate` is `exp_in_place`, below: it overwrites logits with exp(logits - m) and returns
+    m and Z.
     """
 
     @staticmethod
@@ -481,8 +485,7 @@ class Llama(nn.Module):
     ) -> Tensor:
         """The last block's output (T, D), before the final norm.
 
-        attends: generation's, for each block a function that it calls instead of `attention`, with
-        the same arguments.
+        attends: one function per block, called instead of `attention` (see Attention).
         """
         x_TD = self.model["embed_tokens"](tokens_T)
         rope = rope_tables(self.config, positions_T)
@@ -537,7 +540,7 @@ def load_model(
 
 def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Key -> shape of every tensor of a checkpoint."""
-    with torch.device("meta"):  # one block for all: to build as many as config.json may say is slow
+    with torch.device("meta"):  # all blocks have one block's shapes; building each would be slow
         block = Block(config).state_dict()
     width = config.hidden_size
     shapes = {"model.embed_tokens.weight": (config.vocab_size, width)}
@@ -578,8 +581,7 @@ def load_weights(model: Llama, directory: str | Path) -> None:
     A sharded parameter (DTensor) gets only this process's rows: no full copy anywhere, no
     broadcast. The stored dtype is converted to the parameter's. Raises InputError, naming file and
     key, for all that `check_weights` refuses, for a NaN or an infinity, and if a tied model's spare
-    `lm_head.weight` differs from its embedding. (torch's HuggingFaceStorageReader reads shards as
-    well, but takes keys left over and values that are not finite in silence.)
+    `lm_head.weight` differs from its embedding.
     """
     places = check_weights(directory, model.config)
     spare = places.pop("lm_head.weight", None) if model.lm_head is None else None

@@ -84,7 +84,7 @@ EXAMPLE = {
 class Config(RunSettings):
     """Every setting of a run is a flag. PAPER: the paper's setting; OPEN: the paper does not say,
     and this is the choice made here. On the command line a loss's own defaults (asft.py) replace
-    those in brackets: simpo's beta is 2."""
+    these: simpo's beta is 2."""
 
     # RunSettings (support/settings.py) has the others: devices, evaluation, checkpoints, output.
 
@@ -189,11 +189,11 @@ class Dataset:
         steps = self.config.epochs * self.steps_per_epoch
         return min(steps, self.config.max_steps or steps)
 
-    def micro_batches(self, step: int, world: int) -> list[list[list[int]]]:
-        """[process][micro-batch] -> indexes of the pairs of update `step` (from 0)."""
+    def micro_batches(self, update: int, world: int) -> list[list[list[int]]]:
+        """[process][micro-batch] -> indexes of the pairs of update `update` (from 0)."""
         seed = self.config.seed if self.config.shuffle else None
         pairs_per_step = self.config.pairs_per_step
-        return plan_step(self.sizes, pairs_per_step, seed, step, world, self.max_tokens_per_gpu)
+        return plan_step(self.sizes, pairs_per_step, seed, update, world, self.max_tokens_per_gpu)
 
     def own_micro_batches(self) -> list[list[int]]:
         """All pairs once: this process's micro-batches of them."""
@@ -233,8 +233,8 @@ def step_loss(
     mean_R, sum_R = model(batch)  # responses 2i and 2i+1: chosen and rejected of pair i
     logp_R = mean_R if loss.logps == "mean" else sum_R
     logp_w_B, logp_l_B = logp_R[0::2], logp_R[1::2]
-    # The model gives an absent answer log-prob 0. That makes a chosen one's term 0; a rejected
-    # one's needs p_l = 0.
+    # The model gives an absent answer log-prob 0. For a chosen one that is right: its term is 0. A
+    # rejected one needs p_l = 0, so -inf.
     logp_l_B = logp_l_B.masked_fill(batch.length_R[1::2] == 0, -math.inf)
     inputs = [logp_w_B, logp_l_B]
     if loss.reference:
@@ -267,23 +267,26 @@ def train(run: Run, done: int) -> None:
     """Runs the updates from number `done` + 1 to the last.
 
     One update: draw its pairs; for each micro-batch forward, loss, backward; then clip, set the
-    rate, update, log. Raises StoppedError if the loss or the gradient is not finite, before the
-    update; and after the step in which the run is told to stop, unless it was the last.
+    rate, update, log; if due, evaluate and save a checkpoint. Raises StoppedError if the loss or
+    the gradient is not finite, before the update; and after the step in which the run is told to
+    stop, unless it was the last.
     """
     config, model, dataset, optimizer = run.config, run.model, run.training, run.optimizer
     rank, world = dist.get_rank(), dist.get_world_size()
     scale = world / config.pairs_per_step  # FSDP averages gradients over processes, hence `world`
-    for index in range(done, dataset.steps):
-        step = index + 1  # as it is logged
+    for update in range(done, dataset.steps):
+        step = update + 1  # as it is logged
         started = time.perf_counter()
-        micro_batches = dataset.micro_batches(index, world)  # [process][micro-batch] -> pairs
+        micro_batches = dataset.micro_batches(update, world)  # [process][micro-batch] -> pairs
+        # All pairs of this update.
         drawn = [i for by_rank in micro_batches for indexes in by_rank for i in indexes]
 
         sums = Sums()
         losses = []  # to name the pairs whose loss is not finite
         own = micro_batches[rank]
-        for i, indexes in enumerate(own):
-            sharding.prepare_backward(model, last=i + 1 == len(own))
+        for n, indexes in enumerate(own, 1):
+            # Tells FSDP when to reduce gradients, and when to free gathered weights.
+            sharding.prepare_backward(model, last=n == len(own))
             loss_B, metrics = step_loss(model, dataset, indexes)
             # A pair weighs 1/pairs_per_step, also in an epoch's short last step; a stand-in 0.
             loss = loss_B.sum() * (scale if indexes else 0.0)
@@ -298,7 +301,7 @@ def train(run: Run, done: int) -> None:
             processes.stop_non_finite(step, means["loss"], norm, losses, drawn, dataset.pairs)
 
         rate = learning_rate(
-            index, dataset.steps, config.lr, config.warmup_ratio, config.min_lr_ratio
+            update, dataset.steps, config.lr, config.warmup_ratio, config.min_lr_ratio
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -326,18 +329,18 @@ def train(run: Run, done: int) -> None:
 
 
 def learning_rate(
-    step: int, steps: int, peak: float, warmup_ratio: float, min_lr_ratio: float
+    update: int, steps: int, peak: float, warmup_ratio: float, min_lr_ratio: float
 ) -> float:
-    """Rate of update `step` (from 0) of `steps`: linear warm-up to the peak, then cosine.
+    """Rate of update `update` (from 0) of `steps`: linear warm-up to the peak, then cosine.
 
     The first update's rate is peak / warmup, not 0; the warm-up's last update has the peak. The
     run's last one has min_lr_ratio * peak (unless all are warm-up): at 0 it changes nothing. The
     paper says linear warm-up and cosine, not how long and how far.
     """
     warmup = max(1, math.ceil(round(warmup_ratio * steps, 6)))  # 0.07 * 100 is above 7 in floats
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step + 1 - warmup) / (steps - warmup)
+    if update < warmup:
+        return peak * (update + 1) / warmup
+    progress = (update + 1 - warmup) / (steps - warmup)
     return peak * (min_lr_ratio + (1 - min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2)
 
 
@@ -397,7 +400,7 @@ def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
     compute_dtype one block at a time.
 
     Gradients are averaged over the mesh in fp32. Inputs are not cast, so rotary tables stay fp32.
-    One process that computes in the weights' own dtype has nothing to gather and would only copy.
+    One process in fp32 has nothing to split or to cast.
     """
     if mesh.size() == 1 and compute_dtype == torch.float32:
         return
