@@ -498,6 +498,7 @@ def test_content_that_begins_with_newlines_does_not_merge_with_the_header(chat, 
     assert prompt[first : first + 2 + len(yes)] == [end_header, *newlines, *yes]
     assert prompt[-len(newlines) - 1 :] == [end_header, *newlines]
     assert chat.response("\n\nYes") == [*yes, end]
+    assert chat.response("\n\n") == []  # no answer, so no end either
 
 
 def test_nothing_merges_across_a_boundary_under_a_tokenizer_that_would(tmp_path):

@@ -688,7 +688,8 @@ def test_pairs_whose_answers_both_begin_with_their_prompt_are_kept_and_counted(
     "record",
     [{"prompt": " \n"} | TEXTS, {"instruction": "", "input": ""} | TEXTS]
     + [{"prompt": messages("system: Be kind.", "user: ")} | TEXTS]
-    + [transcripts("\n\nHuman:\n\nAssistant:")],
+    + [transcripts("\n\nHuman:\n\nAssistant:")]
+    + [transcripts("\n\nHuman:\n\nAssistant: Yes?\n\nAssistant:")],
 )
 def test_a_pair_whose_users_turns_are_empty_is_dropped_as_empty(record, tmp_path):
     path, counts = tmp_path / "a.jsonl", Counter()
