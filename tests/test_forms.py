@@ -305,6 +305,10 @@ BAD = {
         {"prompt": [{"role": "user", "content": [TEXT_PART | {"image": "a.png"}]}]} | TEXTS,
         "wanted a string",
     ),
+    "a part of another type": (
+        {"prompt": [{"role": "user", "content": [TEXT_PART | {"type": "audio"}]}]} | TEXTS,
+        "wanted a string",
+    ),
     "functions in a message": (
         {"prompt": [{"role": "user", "content": FRUIT, "functions": "[{}, 1]"}]} | TEXTS,
         "functions is '[{}, 1]': tools and media",
@@ -566,6 +570,9 @@ LITERAL = [
     '{"a": "user"}',
     '{"from": "Rome", "value": "3"}',
     '[{"fruit": "apple"}]',
+    '[{"role": 5, "content": "x"}]',
+    '[{"role": "user", "content": 5}]',
+    '[{"role": "user", "content": "x"}, 3]',
     "{'fruit': 'apple'}",
     "Human: what is it?\n\nAssistant: An apple.",
     "Assistant: An apple.",

@@ -223,7 +223,8 @@ def test_a_label_alone_does_not_change_what_a_prompt_is(tmp_path):
     gold = ONE | {"label": False, "reference": "A pear."}
     assert prompt_of(gold, tmp_path) == (ASK, "A pear.")
     ids = {"prompt_ids": [1, 2], "response_ids": [3], "label": True}
-    assert prompt_of(ids, tmp_path) == ([1, 2], None)
+    for row in (ids, ids | {"completion": APPLE}):  # the text that the ids were made of
+        assert prompt_of(row, tmp_path) == ([1, 2], None)
     assert "no --raw" in refused_prompt(ONE | {"label": True}, tmp_path, raw=True)
 
 
