@@ -313,6 +313,10 @@ BAD = {
         {"prompt": [{"role": "user", "content": FRUIT, "functions": "[{}, 1]"}]} | TEXTS,
         "functions is '[{}, 1]': tools and media",
     ),
+    "an answer that is an empty system turn": (
+        {"prompt": FRUIT} | answers(chosen=messages("system: ")),
+        "prompt is not among the turns of chosen",
+    ),
     "no answers": (
         {"prompt": FRUIT, "response_0": "An apple.", "is_safe": True},
         "key chosen is missing: found 'is_safe, prompt, response_0', wanted chosen and rejected, "
