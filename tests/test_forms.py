@@ -305,6 +305,10 @@ BAD = {
         {"prompt": [{"role": "user", "content": [TEXT_PART | {"image": "a.png"}]}]} | TEXTS,
         "wanted a string",
     ),
+    "a part that is not an object": (
+        {"prompt": [{"role": "user", "content": [FRUIT]}]} | TEXTS,
+        "wanted a string",
+    ),
     "a part of another type": (
         {"prompt": [{"role": "user", "content": [TEXT_PART | {"type": "audio"}]}]} | TEXTS,
         "wanted a string",
