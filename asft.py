@@ -120,8 +120,8 @@ def asft_loss(
 ) -> tuple[Tensor, Metrics]:
     """L_ASFT = L_SFT + beta * L_align (equation 14). Takes mean log-probs; no reference model.
 
-    Equations 13 and 14. (Appendix B breaks align over two lines without parentheses, which loses
-    its second half.)
+    Appendix B breaks align over two lines without parentheses, which loses its second half.
+    Equations 13 and 14 as meant:
 
         log_odds_w = logp_w - log(1 - exp(logp_w))     (log_odds_l alike)
         align  = -logsigmoid(log_odds_w) - logsigmoid(-log_odds_l)
@@ -149,10 +149,11 @@ def asft_loss(
             -logsigmoid(temperature * log_odds_w) - logsigmoid(-temperature * log_odds_l). The
             paper has 1.
         eps: in nats. Inside the align term's log(1 - p), or its odds if tempered, log-probs above
-            -eps are replaced by -eps, but keep gradient 1 (if tempered, not logp_w = 0: that is an
-            absent answer). So value and gradient stay finite: a
-            rejected response that the model knows by heart is pushed with weight about beta / eps
-            (at temperature 1), too much for a gradient in fp16. The paper is silent here.
+            -eps are replaced by -eps, but keep gradient 1. (If tempered, logp_w = 0
+            counts as an absent answer: value and gradient of its align term are 0.) So value and
+            gradient stay finite: a rejected response that the model knows by heart is pushed with
+            weight about beta / eps (at temperature 1), too much for a gradient in fp16. The paper
+            is silent here.
 
     Returns:
         loss_B, and per-pair metrics, detached: sft, align (both unweighted), align_w and align_l

@@ -330,9 +330,9 @@ def plan_step(
 ) -> list[list[list[int]]]:
     """Which pairs each process computes in which micro-batch of update `update` (from 0).
 
-    A pure function. Its pairs depend only on (number of pairs, pairs_per_step, seed, update), not
-    on the machine: each epoch is a fresh permutation (file order if seed is None), cut into steps;
-    the last step of an epoch may be short. `split_pairs` deals them out.
+    A pure function. The update's pairs depend only on (number of pairs, pairs_per_step, seed,
+    update), not on the machine: each epoch is a fresh permutation (file order if seed is None), cut
+    into steps; the last step of an epoch may be short. `split_pairs` deals them out.
 
     sizes: packed tokens of every pair. Raises InputError if a pair of the step exceeds
     max_tokens_per_gpu.

@@ -64,7 +64,7 @@ class RopeScaling:
 @dataclass(frozen=True)
 class LlamaConfig:
     """The fields of config.json that matter, under its own names. Optional ones have transformers'
-    defaults, except the token ids: none."""
+    defaults, except that token ids default to none."""
 
     vocab_size: int  # V
     hidden_size: int  # D
@@ -238,7 +238,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        # The same formula. For backward it keeps only x and one number per token.
+        # The docstring's formula. For backward it keeps only x and one number per token.
         return rms_norm(x_TD, self.weight, self.eps)
 
 
@@ -283,7 +283,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        # The same formula. For backward it keeps only gate and up.
+        # The docstring's formula. For backward it keeps only gate and up.
         return gated_product(self.gate_proj(x_TD), self.up_proj(x_TD), self.down_proj.weight)
 
 
@@ -336,8 +336,8 @@ class _TargetLogps(torch.autograd.Function):
     -grad / Z, one number per scored token, follows in backward: it is multiplied into the (S, D)
     operand or result of the two matrix products, not into the (S, V) one.
 
-    `exponentiate` is `exp_in_place`, below: it overwrites logits with exp(logits - m) and returns
-    m and Z.
+    `exponentiate` is `exp_in_place`, below, or its compiled form: it overwrites the logits with
+    exp(logits - m) and returns m and Z.
     """
 
     @staticmethod
@@ -540,7 +540,7 @@ def load_model(
 
 def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Key -> shape of every tensor of a checkpoint."""
-    with torch.device("meta"):  # all blocks have one block's shapes; building each would be slow
+    with torch.device("meta"):  # all blocks have the same shapes; building each would be slow
         block = Block(config).state_dict()
     width = config.hidden_size
     shapes = {"model.embed_tokens.weight": (config.vocab_size, width)}

@@ -84,7 +84,7 @@ EXAMPLE = {
 class Config(RunSettings):
     """Every setting of a run is a flag. PAPER: the paper's setting; OPEN: the paper does not say,
     and this is the choice made here. On the command line a loss's own defaults (asft.py) replace
-    these: simpo's beta is 2."""
+    the defaults given here: simpo's beta is 2."""
 
     # RunSettings (support/settings.py) has the others: devices, evaluation, checkpoints, output.
 
@@ -264,7 +264,7 @@ class Run:
 
 
 def train(run: Run, done: int) -> None:
-    """Runs the updates from number `done` + 1 to the last.
+    """Runs steps `done` + 1 to the last, as they are logged.
 
     One update: draw its pairs; for each micro-batch forward, loss, backward; then clip, set the
     rate, update, log; if due, evaluate and save a checkpoint. Raises StoppedError if the loss or

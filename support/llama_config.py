@@ -53,8 +53,8 @@ def read_config(directory: str | Path) -> tuple[dict, Path]:
 
 def checked_config(raw: dict, where: str | Path) -> dict:
     """The fields of LlamaConfig in a parsed config.json, of transformers 4 (rope_theta,
-    rope_scaling) or 5 (rope_parameters). Missing keys have transformers' defaults. Raises
-    InputError naming `where` and the key."""
+    rope_scaling) or 5 (rope_parameters). Missing optional keys have transformers' defaults,
+    except that token ids default to none. Raises InputError naming `where` and the key."""
     if not isinstance(raw, dict) or raw.get("model_type") != "llama":
         found = raw.get("model_type") if isinstance(raw, dict) else raw
         raise InputError(f"{where}: model_type is {shown(found)}, wanted 'llama'")

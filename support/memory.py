@@ -123,9 +123,9 @@ def costliest_of(llama, dataset, processes: int, recomputed: list[int]) -> Costl
     progress = every_two_seconds()
 
     def plans() -> Iterator[list[list[list[int]]]]:
-        for step in range(dataset.steps):
-            progress(f"planned {step:,} of {dataset.steps:,} steps")
-            yield dataset.micro_batches(step, processes)
+        for update in range(dataset.steps):
+            progress(f"planned {update:,} of {dataset.steps:,} steps")
+            yield dataset.micro_batches(update, processes)
 
     costs = [pair_bytes(llama, dataset, number) for number in recomputed]
     return costliest(plans(), dataset.sizes, costs)

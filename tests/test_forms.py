@@ -653,11 +653,14 @@ def test_an_answer_that_only_looks_like_messages_or_a_transcript_stays_text(answ
 
 
 @pytest.mark.parametrize(
-    "prompt", ["Human: Hi.", "Human: Hi.\n\nAssistant: Hello.", "Assistant:", "[1] What is this?"]
+    "prompt",
+    ["Human: Hi.", "Human: Hi.\n\nAssistant: Hello.", "Assistant:", "[1] What is this?"]
+    + ["\n\nHi.", "\n\nHuman: Hi.\n\nAssistant: Hello."],
 )
 def test_a_prompt_that_only_looks_like_a_transcript_stays_one_turn(prompt, tmp_path):
-    assert read_one({"prompt": prompt} | TEXTS, tmp_path)[0][0] == [("user", prompt)]
-    assert prompt_of({"prompt": prompt}, tmp_path)[0] == [("user", prompt)]
+    turns = [("user", prompt.strip())]
+    assert read_one({"prompt": prompt} | TEXTS, tmp_path)[0][0] == turns
+    assert prompt_of({"prompt": prompt}, tmp_path)[0] == turns
 
 
 @pytest.mark.parametrize(

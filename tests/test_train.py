@@ -825,6 +825,29 @@ def test_a_loss_of_nan_stops_the_run_and_names_its_pairs(start, tmp_path, compla
     assert not (tmp_path / "out/model").exists()
 
 
+def test_a_loss_or_a_gradient_that_is_not_finite_stops_the_run_by_itself(
+    start, tmp_path, complaint, monkeypatch
+):
+    def with_hook(model, directory):
+        load_weights(model, directory)
+        model.model["norm"].weight.register_hook(lambda gradient: gradient * math.inf)
+
+    def infinite(*arguments):
+        loss_B, metrics = step_loss(*arguments)
+        return loss_B, metrics | {"loss": metrics["loss"] + math.inf}
+
+    step_loss = train.step_loss
+    options = flags(start, tmp_path / "out", "--pairs-per-step 10")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "load_weights", with_hook)
+        said = complaint(*options, code=1)
+    assert re.search(r"step 1: loss \d+\.\d+, gradient norm (inf|nan)", said)
+    assert len(re.findall(r"pairs.jsonl:\d+", said)) == 10  # no loss tells which: all of the step
+    monkeypatch.setattr(train, "step_loss", infinite)
+    options = flags(start, tmp_path / "other", "--pairs-per-step 10")
+    assert re.search(r"step 1: loss inf, gradient norm \d+\.\d+;", complaint(*options, code=1))
+
+
 def test_on_a_terminal_the_step_line_moves_in_place(start, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     trained(start, tmp_path / "out", "--max-steps 3")
