@@ -149,11 +149,11 @@ def asft_loss(
             -logsigmoid(temperature * log_odds_w) - logsigmoid(-temperature * log_odds_l). The
             paper has 1.
         eps: in nats. Inside the align term's log(1 - p), or its odds if tempered, log-probs above
-            -eps are replaced by -eps, but keep gradient 1. (If tempered, logp_w = 0
-            counts as an absent answer: value and gradient of its align term are 0.) So value and
-            gradient stay finite: a rejected response that the model knows by heart is pushed with
-            weight about beta / eps (at temperature 1), too much for a gradient in fp16. The paper
-            is silent here.
+            -eps are replaced by -eps, but keep gradient 1. (If tempered, logp_w = 0 counts
+            as an absent answer: value and gradient of its align term are 0.) So value and gradient
+            stay finite: a rejected response that the model knows by heart is pushed with weight
+            about beta / eps (at temperature 1), too much for a gradient in fp16. The paper is
+            silent here.
 
     Returns:
         loss_B, and per-pair metrics, detached: sft, align (both unweighted), align_w and align_l
